@@ -1,3 +1,65 @@
-"""covft: context-aware visual fine-tuning of vision transformers."""
+"""covft: context-aware visual fine-tuning of vision transformers for multimodal LLMs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from covft import adapters as adapters
+    from covft import checkpoint as checkpoint
+    from covft import errors as errors
+    from covft import nn as nn
+    from covft import text as text
+    from covft.adapters.registry import describe as describe
+    from covft.adapters.spec import ViTSpec as ViTSpec
+    from covft.checkpoint import load as load
+    from covft.config import CoVFTConfig as CoVFTConfig
+    from covft.encoder import ContextEncoder as ContextEncoder
+    from covft.wrapping import unwrap as unwrap
+    from covft.wrapping import wrap as wrap
 
 __version__ = "0.1.0"
+
+# Where each public name lives; it is imported when it is first asked for (PEP 562).
+_HOMES = {
+    "CoVFTConfig": "covft.config",
+    "ContextEncoder": "covft.encoder",
+    "ViTSpec": "covft.adapters.spec",
+    "describe": "covft.adapters.registry",
+    "load": "covft.checkpoint",
+    "unwrap": "covft.wrapping",
+    "wrap": "covft.wrapping",
+}
+_SUBMODULES = ("adapters", "checkpoint", "errors", "nn", "text")
+
+__all__ = [
+    "CoVFTConfig",
+    "ContextEncoder",
+    "ViTSpec",
+    "__version__",
+    "adapters",
+    "checkpoint",
+    "describe",
+    "errors",
+    "load",
+    "nn",
+    "text",
+    "unwrap",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"covft.{name}")
+    else:
+        raise AttributeError(f"module 'covft' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

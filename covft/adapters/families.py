@@ -1,0 +1,173 @@
+"""The ViT families that covft knows, described with data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from covft.adapters.discovery import find_blocks
+from covft.adapters.spec import ViTSpec, class_names
+from covft.errors import UnknownViTError
+
+# What a model with a language side has and a vision tower has not.
+_TEXT_SIDE = ("text_model", "language_model", "lm_head", "token_embedding", "text", "text_decoder", "logit_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTFamily:
+    """An adapter made of data alone.
+
+    Attributes:
+        name: Name of the family; unique in the registry.
+        classes: Qualified class names that it knows, such as `timm.models.eva.Eva`; subclasses count.
+            A name that ends in a dot knows every class below that package.
+        library: What to call the library in tables and messages.
+        blocks: Dotted path of the list of blocks; None finds it by structure.
+        mlp: Attribute of a block that holds its FFN; None finds it by structure.
+        prefix_tokens: Tokens before the patches, added up: numbers, and dotted attributes of the model.
+        mask_argument: Argument of the model's forward that marks real tokens, shape `(B, N)`.
+
+    Example:
+        >>> ViTFamily(name="mine", classes=("mylib.vit.ViT",), library="mylib", blocks="layers").name
+        'mine'
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    library: str
+    blocks: str | None = None
+    mlp: str | None = None
+    prefix_tokens: tuple[int | str, ...] = ()
+    mask_argument: str | None = None
+
+    def matches(self, vit: nn.Module) -> bool:
+        """Whether the model's class is one of `classes`, or derives from one."""
+        known = [name for name in self.classes if not name.endswith(".")]
+        packages = tuple(name for name in self.classes if name.endswith("."))
+        return any(name in known or name.startswith(packages) for name in class_names(vit))
+
+    def describe(self, vit: nn.Module) -> ViTSpec:
+        """Find blocks, FFNs and norms; nothing is run or changed.
+
+        Raises:
+            UnknownViTError: If the model has a text side, or no transformer blocks.
+        """
+        sides = [name for name in _TEXT_SIDE if hasattr(vit, name)]
+        if sides:
+            raise UnknownViTError(
+                f"{type(vit).__name__} is more than a vision tower.",
+                expected="the vision tower alone",
+                got=f"a model with {', '.join(sides)}",
+                fix="covft.wrap(model.vision_model, ...), or model.visual, model.vision_tower",
+            )
+        blocks = find_blocks(vit, self.blocks, self.mlp)
+        if not blocks:
+            raise UnknownViTError(
+                f"{type(vit).__name__} has no transformer blocks with an FFN.",
+                expected="a list of blocks, each with an attention and a feed-forward child module",
+                got=", ".join(name for name, _ in vit.named_children()) or "no child modules",
+                fix="adapter=ViTFamily(blocks='path.of.the.blocks', mlp='name_of_the_ffn', ...)",
+            )
+        prefix = self._prefix(vit)
+        return ViTSpec(
+            library=self.library,
+            class_name=type(vit).__name__,
+            blocks=blocks,
+            num_prefix_tokens=prefix,
+            mask_argument=self.mask_argument,
+            image_size=_image_size(vit),
+            num_tokens=_num_tokens(vit, prefix),
+        )
+
+    def _prefix(self, vit: nn.Module) -> int | None:
+        parts = [p if isinstance(p, int) else _lookup(vit, p) for p in self.prefix_tokens]
+        return None if any(part is None for part in parts) or not parts else sum(parts)
+
+
+def _lookup(root: Any, path: str) -> Any:
+    for name in path.split("."):
+        root = getattr(root, name, None)
+        if root is None:
+            return None
+    return root
+
+
+def _first(root: Any, *paths: str) -> Any:
+    return next((value for path in paths if (value := _lookup(root, path)) is not None), None)
+
+
+def _side(value: Any) -> int | None:
+    if isinstance(value, tuple | list):
+        return int(value[0]) if len(value) == 2 and value[0] == value[1] else None
+    return int(value) if isinstance(value, int) else None
+
+
+def _image_size(vit: nn.Module) -> int | None:
+    return _side(_first(vit, "config.image_size", "patch_embed.img_size", "trunk.patch_embed.img_size", "image_size"))
+
+
+def _num_tokens(vit: nn.Module, prefix: int | None) -> int | None:
+    patches = _first(vit, "patch_embed.num_patches", "trunk.patch_embed.num_patches")
+    if patches is None:
+        size, patch = _image_size(vit), _side(_first(vit, "config.patch_size", "patch_size"))
+        patches = None if size is None or not patch else (size // patch) ** 2
+    grid = _lookup(vit, "grid_size")
+    if grid is not None:
+        patches = math.prod(grid)
+    return None if patches is None or prefix is None else int(patches) + prefix
+
+
+def _hf(model: str, *classes: str, prefix: tuple[int | str, ...], mask: str | None = None) -> ViTFamily:
+    module = f"transformers.models.{model}.modeling_{model}"
+    return ViTFamily(
+        name=f"transformers/{model}",
+        classes=tuple(f"{module}.{cls}" for cls in classes),
+        library="transformers",
+        prefix_tokens=prefix,
+        mask_argument=mask,
+    )
+
+
+FAMILIES: tuple[ViTFamily, ...] = (
+    ViTFamily(
+        name="timm/vision_transformer",
+        classes=(
+            "timm.models.vision_transformer.VisionTransformer",
+            "timm.models.eva.Eva",
+            "timm.models.beit.Beit",
+        ),
+        library="timm",
+        blocks="blocks",
+        mlp="mlp",
+        prefix_tokens=("num_prefix_tokens",),
+    ),
+    ViTFamily(
+        name="open_clip/vision_transformer",
+        classes=("open_clip.transformer.VisionTransformer",),
+        library="open_clip",
+        blocks="transformer.resblocks",
+        mlp="mlp",
+        prefix_tokens=(1,),
+    ),
+    ViTFamily(
+        name="open_clip/timm",
+        classes=("open_clip.timm_model.TimmModel",),
+        library="open_clip",
+        prefix_tokens=("trunk.num_prefix_tokens",),
+    ),
+    _hf("clip", "CLIPVisionModel", "CLIPVisionModelWithProjection", prefix=(1,)),
+    _hf("siglip", "SiglipVisionModel", prefix=(0,)),
+    _hf("siglip2", "Siglip2VisionModel", prefix=(0,), mask="pixel_attention_mask"),
+    _hf("dinov2", "Dinov2Model", prefix=(1,)),
+    _hf("dinov2_with_registers", "Dinov2WithRegistersModel", prefix=(1, "config.num_register_tokens")),
+    _hf("dinov3_vit", "DINOv3ViTModel", prefix=(1, "config.num_register_tokens")),
+    _hf("internvl", "InternVLVisionModel", prefix=(1,)),
+    _hf("vit", "ViTModel", prefix=(1,)),
+    # Everything else of these libraries: by structure, prefix tokens unknown.
+    ViTFamily(name="timm", classes=("timm.models.",), library="timm", prefix_tokens=("num_prefix_tokens",)),
+    ViTFamily(name="open_clip", classes=("open_clip.",), library="open_clip"),
+    ViTFamily(name="transformers", classes=("transformers.models.",), library="transformers"),
+)

@@ -1,0 +1,85 @@
+"""Which adapter knows a model; third parties add theirs.
+
+A package adds an adapter without being imported by users through the entry point group
+`covft.adapters`; a script adds one with `register_adapter`, or hands it to one call with `adapter=`.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from torch import nn
+
+from covft.adapters.families import FAMILIES
+from covft.adapters.spec import Adapter, ViTSpec
+from covft.errors import ConfigError, UnknownViTError
+
+ENTRY_POINT_GROUP = "covft.adapters"
+
+_registered: dict[str, Adapter] = {}
+
+
+def register_adapter(adapter: Adapter) -> Adapter:
+    """Add an adapter; it is asked before the built-in ones.
+
+    Args:
+        adapter: An object with `name`, `matches(vit)` and `describe(vit)`.
+
+    Returns:
+        The adapter itself.
+
+    Raises:
+        ConfigError: If it lacks one of these, or its name is taken.
+    """
+    missing = [name for name in ("name", "matches", "describe") if not hasattr(adapter, name)]
+    if missing:
+        raise ConfigError(
+            f"{type(adapter).__name__} is not an adapter.",
+            expected="name, matches(vit) and describe(vit)",
+            got=f"no {', '.join(missing)}",
+        )
+    if adapter.name in {known.name for known in list_adapters()}:
+        raise ConfigError(f"An adapter named {adapter.name!r} is registered already.", fix="choose another name")
+    _registered[adapter.name] = adapter
+    return adapter
+
+
+def list_adapters() -> list[Adapter]:
+    """All adapters, in the order in which they are asked."""
+    return [*_registered.values(), *_from_entry_points(), *FAMILIES]
+
+
+def describe(vit: nn.Module, adapter: Adapter | None = None) -> ViTSpec:
+    """Tell what `wrap` would see of a model: blocks, FFNs, widths, norms. Nothing is run or changed.
+
+    Args:
+        vit: A vision transformer.
+        adapter: The adapter to ask; None asks the registry.
+
+    Raises:
+        UnknownViTError: If no adapter knows the model, or it has no transformer blocks.
+        UnsupportedViTError: If the model is known but not built as its adapter says.
+
+    Example:
+        >>> import timm
+        >>> print(describe(timm.create_model("test_vit")))
+        timm VisionTransformer, 6 blocks
+    """
+    if adapter is None:
+        adapter = next((known for known in list_adapters() if known.matches(vit)), None)
+    if adapter is None:
+        raise UnknownViTError(
+            f"No adapter knows {type(vit).__module__}.{type(vit).__qualname__}.",
+            expected="a vision transformer of timm, open_clip or transformers",
+            known=", ".join(known.name for known in list_adapters()),
+            fix="adapter=covft.adapters.ViTFamily(name=..., classes=(...,), library=..., blocks='path.of.blocks')",
+        )
+    return adapter.describe(vit)
+
+
+def _from_entry_points() -> list[Adapter]:
+    found: list[Adapter] = []
+    for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
+        loaded = point.load()
+        found.append(loaded() if isinstance(loaded, type) else loaded)
+    return found

@@ -1,0 +1,314 @@
+"""Loading what was saved, and importing the checkpoints that the paper's authors released."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from covft.adapters.sources import load_vit
+from covft.config import CoVFTConfig
+from covft.encoder import ContextEncoder
+from covft.errors import CheckpointError
+from covft.fingerprint import difference, fingerprint
+from covft.folder import CONFIG_NAME, WEIGHTS_NAME, read_folder
+from covft.nn.context import CrossAttentionContext
+from covft.slot import AdaptedFFN
+from covft.wrapping import unwrap, wrap
+
+
+def load(
+    folder_or_repo_id: str | Path, vit: nn.Module | None = None, text_encoder: Any = None
+) -> ContextEncoder:
+    """Load a saved encoder: wrap the base ViT again and put the trained weights in.
+
+    Args:
+        folder_or_repo_id: What `save_pretrained` wrote, or a repository of the Hugging Face Hub.
+        vit: The base ViT, changed in place; None builds it from the id that was saved.
+        text_encoder: The text encoder; None builds it from the id that was saved.
+
+    Returns:
+        The encoder, with the outputs of the one that was saved.
+
+    Raises:
+        CheckpointError: If the folder is incomplete or damaged, if it was made for other base weights,
+            or if tensors are missing, unexpected or of another shape; the ViT is then as it was.
+
+    Example:
+        >>> encoder = load("runs/covft", vit=vit, text_encoder=bert)  # doctest: +SKIP
+    """
+    tensors, saved = read_folder(_local(folder_or_repo_id))
+    settings = CoVFTConfig.from_dict(saved["covft"])
+    if vit is None:
+        vit = _build_base(saved["base"])
+    if text_encoder is None:
+        text_encoder = _build_text(saved["text"], settings)
+    extra = set(saved.get("extra", ()))
+    _check_base(vit, saved["base"], extra)
+    encoder = wrap(vit, text_encoder, config=settings)
+    try:
+        _fill(encoder, tensors, extra)
+    except CheckpointError:
+        unwrap(encoder)
+        raise
+    return encoder
+
+
+def import_reference(encoder: ContextEncoder, path_or_state_dict: str | Path | Mapping[str, Tensor]) -> None:
+    """Put the weights of a checkpoint that the paper's authors released into an encoder, exactly.
+
+    The released arithmetic is that of `CoVFTConfig.reference()`:
+
+        encoder = covft.wrap(vit, bert, layers=range(11, 23), config=CoVFTConfig.reference())
+        covft.checkpoint.import_reference(encoder, "path/to/checkpoint")
+
+    Experts, refinements, attention and router of every adapted layer are read, and the norms of the
+    ViT that the checkpoint holds. Parameters that cannot change an output (the text half of the keys
+    and their bias) have no place here and are left out.
+
+    Args:
+        encoder: A wrapped ViT with the same layers, experts and widths, context `"cve"`, dense routing.
+        path_or_state_dict: A folder or file (`.safetensors`, `.bin`, `.pt`, or an index of shards), or
+            the tensors by name; any prefix before `layers.{i}.mlp.` will do.
+
+    Raises:
+        CheckpointError: If the encoder is built otherwise, or tensors are missing, unexpected or of
+            another shape; nothing has been changed then.
+    """
+    _check_reference_settings(encoder)
+    if isinstance(path_or_state_dict, Mapping):
+        released: Mapping[str, Tensor] = path_or_state_dict
+    else:
+        released = _read_any(Path(path_or_state_dict))
+    by_layer, norms = _released_parts(encoder, released)
+    slots = encoder.slots()
+    wanted = {layer: _reference_shapes(slot) for layer, slot in slots.items()}
+    _compare(
+        {f"layers.{i}.mlp.{n}": s for i, shapes in wanted.items() for n, s in shapes.items()},
+        {f"layers.{i}.mlp.{n}": tuple(t.shape) for i, part in by_layer.items() for n, t in part.items()},
+        "the released checkpoint",
+    )
+    with torch.no_grad():
+        for layer, slot in slots.items():
+            _fill_from_reference(slot, by_layer[layer])
+        for name, value in norms.items():
+            encoder.vit.get_parameter(name).copy_(value)
+
+
+# Loading
+
+
+def _local(folder_or_repo_id: str | Path) -> Path:
+    folder = Path(folder_or_repo_id)
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_repo_id)):
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        patterns = [CONFIG_NAME, WEIGHTS_NAME, "README.md"]
+        return Path(snapshot_download(str(folder_or_repo_id), allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise CheckpointError(
+            f"{folder_or_repo_id} is no folder here, and cannot be had from the Hugging Face Hub.",
+            expected="a folder that save_pretrained wrote, or a repository that can be reached",
+            got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            fix=f"hf download {folder_or_repo_id}, where there is a network",
+        ) from error
+
+
+def _build_base(base: dict[str, Any]) -> nn.Module:
+    if base["source"] is None:
+        raise CheckpointError(
+            f"The folder does not say where its base ViT ({base['library']} {base['class_name']}) comes from.",
+            expected="the ViT as an argument",
+            fix="covft.load(folder, vit=...)",
+        )
+    revision = {} if base.get("revision") is None else {"revision": base["revision"]}
+    return load_vit(base["source"], **revision)
+
+
+def _build_text(text: dict[str, Any], settings: CoVFTConfig) -> Any:
+    source = text["source"]
+    if source is None and not settings.needs_text:
+        return None
+    if source is None or re.match(r"(precomputed|callable|features)\b", source):
+        raise CheckpointError(
+            f"The text encoder of this folder ({source}) cannot be built from its name.",
+            expected=f"a text encoder of width {text['width']}, or that width if you bring features",
+            fix=f"covft.load(folder, text_encoder={text['width']})",
+        )
+    return source
+
+
+def _check_base(vit: nn.Module, base: dict[str, Any], extra: set[str]) -> None:
+    if any(isinstance(module, AdaptedFFN) for module in vit.modules()):
+        return  # wrap() says what is wrong with that
+    found = fingerprint((n, t) for n, t in vit.state_dict().items() if n not in extra)
+    apart = difference(base["fingerprint"], found)
+    if apart is not None:
+        raise CheckpointError(
+            "The folder was made for other base weights than those of this ViT.",
+            expected=f"{base['library']} {base['class_name']}, {base['source'] or 'of unknown source'}",
+            got=f"{type(vit).__name__}: {apart}",
+            fix="load the base ViT that the encoder was trained from",
+        )
+
+
+def _fill(encoder: ContextEncoder, tensors: dict[str, Tensor], extra: set[str]) -> None:
+    state = encoder.vit.state_dict()
+    unknown = sorted(extra - set(state))
+    wanted = {name: tuple(t.shape) for name, t in encoder.adapted_state_dict().items()}
+    wanted.update({name: tuple(state[name].shape) for name in extra - set(unknown)})
+    _compare(wanted, {name: tuple(t.shape) for name, t in tensors.items()}, "the folder")
+    with torch.no_grad():
+        for name in extra - set(unknown):
+            encoder.original.values[name] = state[name].clone()
+            if name in dict(encoder.vit.named_parameters()):
+                encoder.vit.get_parameter(name).requires_grad_(True)
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+
+
+def _compare(wanted: dict[str, tuple], found: dict[str, tuple], source: str) -> None:
+    missing, unexpected = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    other = [
+        f"{name} {found[name]} instead of {wanted[name]}"
+        for name in sorted(set(wanted) & set(found))
+        if wanted[name] != found[name]
+    ]
+    parts = {"missing": missing, "unexpected": unexpected, "other shapes": other}
+    if any(parts.values()):
+        raise CheckpointError(
+            f"The tensors of {source} are not those of this encoder.",
+            expected=f"{len(wanted)} tensors",
+            got="; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names),
+            fix="wrap with the settings that it was trained with",
+        )
+
+
+# The released checkpoints
+
+_LAYER_KEY = re.compile(r"(?:^|.*\.)layers\.(\d+)\.(.+)$")
+_REFINEMENT = {"fc1": "up", "fc2": "down", "ln": "norm"}
+
+
+def _check_reference_settings(encoder: ContextEncoder) -> None:
+    settings = encoder.covft_config
+    if (settings.routing, settings.context, settings.activation) != ("dense", "cve", "quick_gelu"):
+        raise CheckpointError(
+            "The encoder does not compute what the released implementation does.",
+            expected="routing='dense', context='cve', activation='quick_gelu'",
+            got=f"routing={settings.routing!r}, context={settings.context!r}, activation={settings.activation!r}",
+            fix="covft.wrap(vit, text_encoder, layers=..., config=CoVFTConfig.reference())",
+        )
+    for layer, slot in encoder.slots().items():
+        linears = _linears(slot.experts[0])
+        if len(linears) != 2 or any(linear.bias is None for linear in linears):
+            raise CheckpointError(
+                f"The experts of layer {layer} are not built like the released ones.",
+                expected="two biased linear layers",
+                got=f"{len(linears)} linear layers in {type(slot.experts[0]).__name__}",
+            )
+
+
+def _linears(ffn: nn.Module) -> list[nn.Linear]:
+    return [module for module in ffn.modules() if isinstance(module, nn.Linear)]
+
+
+def _released_parts(
+    encoder: ContextEncoder, released: Mapping[str, Tensor]
+) -> tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]]:
+    by_layer: dict[int, dict[str, Tensor]] = {layer: {} for layer in encoder.layers}
+    norms: dict[str, Tensor] = {}
+    foreign: list[str] = []
+    marks = ("experts.", "image_resblock.", "text_resblock.", "cross_attn.", "gate.")
+    for key, tensor in released.items():
+        match = _LAYER_KEY.match(key)
+        if match is None or ("vision" not in key and key.startswith(("model.layers.", "lm_head"))):
+            continue  # the language model and the projector
+        layer, rest = int(match[1]), match[2]
+        if rest.startswith("mlp.") and rest.removeprefix("mlp.").startswith(marks):
+            if layer in by_layer:
+                by_layer[layer][rest.removeprefix("mlp.")] = tensor
+            else:
+                foreign.append(key)
+        elif layer < encoder.spec.depth:
+            name = f"{encoder.spec.blocks[layer].path}.{rest}"
+            if name in encoder.original.values:
+                norms[name] = tensor
+    if foreign:
+        raise CheckpointError(
+            "The released checkpoint has adapted layers that this encoder has not.",
+            expected=f"layers {list(encoder.layers)}",
+            got=", ".join(foreign[:4]) + (" ..." if len(foreign) > 4 else ""),
+            fix="covft.wrap(vit, text_encoder, layers=the layers of the checkpoint, config=CoVFTConfig.reference())",
+        )
+    return by_layer, norms
+
+
+def _reference_shapes(slot: AdaptedFFN) -> dict[str, tuple]:
+    context = slot.context
+    assert isinstance(context, CrossAttentionContext)
+    width, embed_dim = context.width, slot.embed_dim
+    shapes: dict[str, tuple] = {}
+    for index, expert in enumerate(slot.experts):
+        for place, linear in zip((0, 2), _linears(expert), strict=True):
+            shapes[f"experts.{index}.{place}.weight"] = tuple(linear.weight.shape)
+            shapes[f"experts.{index}.{place}.bias"] = tuple(linear.bias.shape)
+    for name, block in (("image_resblock", context.image), ("text_resblock", context.text)):
+        for theirs, ours in _REFINEMENT.items():
+            for kind, tensor in block.get_submodule(ours).named_parameters():
+                shapes[f"{name}.{theirs}.{kind}"] = tuple(tensor.shape)
+    shapes["cross_attn.q_proj_weight"] = (width, width)
+    shapes["cross_attn.k_proj_weight"] = shapes["cross_attn.v_proj_weight"] = (width, embed_dim + width)
+    shapes["cross_attn.in_proj_bias"] = (3 * width,)
+    shapes["cross_attn.out_proj.weight"], shapes["cross_attn.out_proj.bias"] = (width, width), (width,)
+    shapes["gate.weight"], shapes["gate.bias"] = (len(slot.experts), width), (len(slot.experts),)
+    return shapes
+
+
+def _fill_from_reference(slot: AdaptedFFN, part: dict[str, Tensor]) -> None:
+    context = slot.context
+    assert isinstance(context, CrossAttentionContext)
+    for index, expert in enumerate(slot.experts):
+        for place, linear in zip((0, 2), _linears(expert), strict=True):
+            linear.weight.copy_(part[f"experts.{index}.{place}.weight"])
+            linear.bias.copy_(part[f"experts.{index}.{place}.bias"])
+    for name, block in (("image_resblock", context.image), ("text_resblock", context.text)):
+        for theirs, ours in _REFINEMENT.items():
+            for kind, tensor in block.get_submodule(ours).named_parameters():
+                tensor.copy_(part[f"{name}.{theirs}.{kind}"])
+    prefix = "cross_attn."
+    attention = {key.removeprefix(prefix): t for key, t in part.items() if key.startswith(prefix)}
+    context.attention.load_multihead_attention(attention)
+    gate = slot.router.gate
+    gate.weight.copy_(part["gate.weight"])  # type: ignore[union-attr, operator]
+    gate.bias.copy_(part["gate.bias"])  # type: ignore[union-attr, operator]
+
+
+def _read_any(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        for pattern in ("*.safetensors.index.json", "*.bin.index.json", "*.safetensors", "*.bin", "*.pt"):
+            files = sorted(path.glob(pattern))
+            if files:
+                return {name: tensor for file in files for name, tensor in _read_any(file).items()}
+        raise CheckpointError(f"{path} has no weights.", expected=".safetensors, .bin or .pt files")
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist.", expected="a file, or a folder of weights")
+    if path.name.endswith(".index.json"):
+        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        absent = [shard for shard in shards if not (path.parent / shard).is_file()]
+        if absent:
+            raise CheckpointError(f"{path.parent} is incomplete.", expected=", ".join(shards), got=f"no {absent}")
+        return {name: t for shard in shards for name, t in _read_any(path.parent / shard).items()}
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return state.get("state_dict", state)

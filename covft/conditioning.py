@@ -1,0 +1,333 @@
+"""How the text of a call reaches the FFNs, in the forward pass and in every recomputation of it.
+
+A ViT's blocks pass tokens and nothing else to their FFNs, so the text has to come by another way. Two
+things make that hard, and this module owns both.
+
+**Scopes.** `Conditioning.open(...)` puts a `Scope` (text features, an index from images to texts) on a
+stack that belongs to one encoder and one thread; each run of the tower adds a scope of its own with
+what only that run knows (the padding mask, the seed of random routing). An FFN reads the top one.
+
+**Recomputation.** Activation checkpointing runs an FFN again during backward: after the scope was
+closed, after a second forward with other texts, with yet another scope open, or on another thread.
+Whatever is on the stack then is not evidence. What is: torch keeps one *frame* object for every
+checkpointed region and shows it, in the original forward and in the recomputation alike, to
+whoever looks at the stack of saved-tensor hooks. So an FFN that runs inside a frame notes its scope
+for that frame, weakly, and a recomputation asks the frame. A scope on the stack counts during
+backward only if it was opened inside the very recomputation that is running, which is what happens
+when a checkpoint encloses the whole encoder call.
+
+Reentrant checkpointing has no frames. It runs the forward without gradients and would leave a frozen
+tower's experts without any, in silence: it is recognised and refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint as torch_checkpoint
+
+from covft.errors import MissingContextError, ReentrantCheckpointError, ShapeError
+
+
+class Scope:
+    """What holds for the FFNs that run inside it.
+
+    Attributes:
+        text_features: Shape `(S, C)`, one row per text; None where no text was given.
+        index: Which text each image belongs to, shape `(B,)`; None where image i has text i.
+        shared: Whether the one text is for all images, however many.
+        mask_BN: True where a token counts, shape `(B, N)`; None where all do.
+        seed: Of random routing in training mode.
+        grad_enabled: Whether gradients were on where the text was given.
+        is_run: Whether this is one run of the tower, rather than a text that was given.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_frame",
+        "_graph_task",
+        "grad_enabled",
+        "index",
+        "is_run",
+        "mask_BN",
+        "seed",
+        "shared",
+        "text_features",
+    )
+
+    def __init__(
+        self,
+        text_features: Tensor | None,
+        index: Tensor | None = None,
+        mask_BN: Tensor | None = None,
+        seed: int | None = None,
+        *,
+        shared: bool = False,
+    ) -> None:
+        self.text_features = text_features
+        self.index = index
+        self.shared = shared
+        self.mask_BN = mask_BN
+        self.seed = seed
+        self.grad_enabled = torch.is_grad_enabled()
+        self.is_run = False
+        self._graph_task = -1
+        self._frame = None
+        if not torch.compiler.is_compiling():
+            self._graph_task = torch._C._current_graph_task_id()
+            innermost = next(iter(_checkpoint_frames()), None)
+            self._frame = None if innermost is None else weakref.ref(innermost)
+
+    @property
+    def frame(self) -> Any:
+        """The innermost checkpoint frame that the scope was opened in; None outside of any."""
+        return None if self._frame is None else self._frame()
+
+    def holds_in(self, frames: list[Any]) -> bool:
+        """Whether code that runs now, inside `frames`, runs inside this scope."""
+        if self._graph_task != torch._C._current_graph_task_id():
+            return False
+        return self._frame is None or self.frame in frames
+
+    def text_for(self, num_images: int) -> Tensor | None:
+        """The text features of each image, shape `(num_images, C)`.
+
+        Raises:
+            ShapeError: If the text is for another number of images.
+        """
+        if self.text_features is None:
+            return None
+        if self.shared:
+            return self.text_features.expand(num_images, -1)
+        expected = len(self.text_features) if self.index is None else len(self.index)
+        if expected != num_images:
+            raise ShapeError(
+                f"The ViT sees {num_images} images, but the text is for {expected}.",
+                expected=f"one text per image, or index= of shape ({num_images},) that says which text each has",
+                got=f"{len(self.text_features)} texts, "
+                + ("no index" if self.index is None else f"index of shape {tuple(self.index.shape)}"),
+                fix="encoder(images, texts, index=torch.tensor([...]))",
+            )
+        return self.text_features if self.index is None else self.text_features[self.index]
+
+
+class Conditioning:
+    """Carries the text of one encoder's calls to its FFNs.
+
+    One object per encoder, shared by reference with its FFNs. Copies and pickles of it are empty:
+    what is open belongs to the calls that are running, not to the model.
+
+    Args:
+        needs_text: Whether a call without text is an error.
+        draws_seeds: Whether runs of the tower get a seed (random routing).
+        mask_argument: Name of the ViT's argument that marks real tokens, shape `(B, N)`, or None.
+    """
+
+    def __init__(
+        self, *, needs_text: bool = True, draws_seeds: bool = False, mask_argument: str | None = None
+    ) -> None:
+        self.needs_text = needs_text
+        self.draws_seeds = draws_seeds
+        self.mask_argument = mask_argument
+        self._local = _Local()
+        self._noted: weakref.WeakKeyDictionary[Any, Scope] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple:
+        return (_rebuild, (self.needs_text, self.draws_seeds, self.mask_argument))
+
+    @contextlib.contextmanager
+    def open(
+        self, text_features: Tensor | None, index: Tensor | None = None, *, shared: bool = False
+    ) -> Iterator[Scope]:
+        """Hold text features for the calls made inside.
+
+        Args:
+            text_features: Shape `(S, C)`; None where the routing needs no text.
+            index: Which text each image belongs to, shape `(B,)`.
+            shared: Whether the one text is for all images.
+        """
+        scope = self.enter(text_features, index, shared=shared)
+        try:
+            yield scope
+        finally:
+            self.leave(scope)
+
+    def enter(
+        self, text_features: Tensor | None, index: Tensor | None = None, *, shared: bool = False
+    ) -> Scope:
+        """Open a scope; `leave` must follow, whatever happens in between."""
+        scope = Scope(text_features, index, seed=self._new_seed(), shared=shared)
+        self._local.stack.append(scope)
+        return scope
+
+    def leave(self, scope: Scope) -> None:
+        """Close a scope, and whatever an exception left open inside it."""
+        stack = self._local.stack
+        while stack and stack.pop() is not scope:
+            pass
+
+    def scope(self) -> Scope | None:
+        """The scope that the code running now belongs to; None if there is none.
+
+        During backward that is the scope of the original forward. Finding it also notes it for the
+        checkpoint frames around the caller, so that their recomputation will find it again.
+        """
+        stack = self._local.stack
+        if torch.compiler.is_compiling():
+            return stack[-1] if stack else None
+        frames = _checkpoint_frames()
+        for scope in reversed(stack):
+            if scope.holds_in(frames):
+                self._note(scope, frames)
+                return scope
+        for frame in frames:
+            scope = self._noted.get(frame)
+            if scope is not None:
+                return scope
+        return None
+
+    def require(self) -> Scope | None:
+        """The scope of the caller, checked.
+
+        Raises:
+            MissingContextError: If the routing needs text and there is none.
+            ReentrantCheckpointError: If gradients would be lost in silence.
+        """
+        scope = self.scope()
+        if self.needs_text and (scope is None or scope.text_features is None):
+            raise MissingContextError(
+                "A context-aware ViT was called without text."
+                if torch._C._current_graph_task_id() == -1
+                else "A context-aware ViT is run again during backward, and its forward left no text for that.",
+                expected="text features for every image",
+                got="none",
+                fix="encoder(images, ['the question', ...]), or `with encoder.condition(texts):` around the call",
+            )
+        return scope
+
+    def enter_tower(self, vit: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the ViT: check the batch before any compute and open the run's scope."""
+        parent = self.require()
+        images = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+        if parent is not None and isinstance(images, Tensor) and images.dim() in (3, 4):
+            parent.text_for(images.shape[0])
+        scope = Scope(
+            None if parent is None else parent.text_features,
+            None if parent is None else parent.index,
+            self._mask(vit, args, kwargs),
+            self._new_seed(),
+            shared=parent is not None and parent.shared,
+        )
+        scope.is_run = True
+        if parent is not None:
+            scope.grad_enabled = parent.grad_enabled
+        self._local.stack.append(scope)
+
+    def leave_tower(self, vit: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook of the ViT, called even when it raised: close the run's scope."""
+        stack = self._local.stack
+        if stack and stack[-1].is_run:
+            stack.pop()
+
+    def check_gradients(self, scope: Scope | None, *, training: bool) -> None:
+        """Refuse a run without gradients whose results a backward pass would be missing.
+
+        Args:
+            scope: The scope of the FFN that runs.
+            training: Whether that FFN is in training mode.
+
+        Raises:
+            ReentrantCheckpointError: If gradients would be lost in silence.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        if _inside_autograd_function() or (training and scope is not None and scope.grad_enabled):
+            raise ReentrantCheckpointError(
+                "A context-aware ViT in training runs without gradients, so its experts would get none.",
+                expected="non-reentrant activation checkpointing, and no torch.no_grad() around the ViT alone",
+                got="reentrant activation checkpointing, or a call under torch.no_grad() inside condition(...)",
+                fix="gradient_checkpointing_kwargs={'use_reentrant': False}; for evaluation, encoder.eval()",
+            )
+
+    def _note(self, scope: Scope, frames: list[Any]) -> None:
+        opened_in = scope.frame
+        with self._lock:
+            for frame in frames:
+                if frame is opened_in:
+                    return
+                self._noted[frame] = scope
+
+    def _new_seed(self) -> int | None:
+        if not self.draws_seeds:
+            return None
+        # From torch's own generator, whose state a checkpoint restores before it recomputes.
+        return int(torch.randint(2**31, ()).item())
+
+    def _mask(self, vit: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+        if self.mask_argument is None:
+            return None
+        mask = kwargs.get(self.mask_argument)
+        if mask is None:
+            position = list(inspect.signature(vit.forward).parameters).index(self.mask_argument)
+            mask = args[position] if position < len(args) else None
+        return None if mask is None else mask.flatten(1).bool()
+
+
+class _Local(threading.local):
+    """The open scopes of one encoder on one thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[Scope] = []
+
+
+def _rebuild(needs_text: bool, draws_seeds: bool, mask_argument: str | None) -> Conditioning:
+    return Conditioning(needs_text=needs_text, draws_seeds=draws_seeds, mask_argument=mask_argument)
+
+
+def _checkpoint_frames() -> list[Any]:
+    """The frames of the non-reentrant checkpoints around the caller, the innermost first.
+
+    torch pushes a pair of saved-tensor hooks for each checkpointed region, both when it first runs
+    and when it is recomputed. Only the top of that stack can be read, so it is taken down and put
+    back; nothing runs in between.
+    """
+    autograd = torch._C._autograd
+    hooks: list[tuple] = []
+    frames: list[Any] = []
+    try:
+        while (top := autograd._top_saved_tensors_default_hooks(False)) is not None:
+            hooks.append(top)
+            autograd._pop_saved_tensors_default_hooks()
+    finally:
+        for pack, unpack in reversed(hooks):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
+    for pack, _ in hooks:
+        for cell in getattr(inspect.unwrap(pack), "__closure__", None) or ():
+            value = cell.cell_contents
+            value = value() if isinstance(value, weakref.ref) else value
+            if isinstance(value, torch_checkpoint._CheckpointFrame):
+                frames.append(value)
+    return frames
+
+
+def _inside_autograd_function() -> bool:
+    """Whether the caller runs inside the forward of a `torch.autograd.Function`.
+
+    That is where reentrant checkpointing runs the region that it will repeat, gradients switched off.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_code.co_varnames[:1] == ("ctx",):
+            if isinstance(frame.f_locals["ctx"], torch.autograd.function.FunctionCtx):
+                return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

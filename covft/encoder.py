@@ -1,0 +1,523 @@
+"""The wrapped ViT."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from covft.adapters.sources import source_of
+from covft.adapters.spec import ViTSpec
+from covft.conditioning import Conditioning, Scope
+from covft.config import CoVFTConfig
+from covft.errors import (
+    CheckpointError,
+    MergeError,
+    MissingContextError,
+    ReentrantCheckpointError,
+    ShapeError,
+    TextEncoderError,
+    UnsupportedViTError,
+)
+from covft.fingerprint import fingerprint
+from covft.folder import write_folder
+from covft.model_card import model_card
+from covft.nn.losses import load_balance_loss
+from covft.slot import AdaptedFFN
+from covft.text import TextEncoder
+
+
+@dataclass
+class Original:
+    """What `unwrap` needs to make the ViT what it was; no part of any state dict.
+
+    Attributes:
+        ffns: The FFNs that were replaced, by dotted path.
+        values: Values of the other parameters that covft changes (norms), by name.
+        requires_grad: Whether each parameter was trainable, by name.
+    """
+
+    ffns: dict[str, nn.Module] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+
+
+class ContextEncoder(nn.Module):
+    """A ViT whose features depend on the question: what `covft.wrap` returns.
+
+    It holds the ViT that was wrapped, in place, and can stand where it stood: public attributes of the
+    ViT (`config`, `dtype`, `embed_dim`, ...) answer through it. The text encoder is no part of its
+    state: never saved, trained or moved.
+
+    Attributes:
+        vit: The wrapped ViT.
+        covft_config: The settings, with `layers` as non-negative indices.
+        spec: What covft knows of the ViT.
+        layers: Indices of the adapted blocks, ascending.
+        text_encoder: The frozen text encoder; None after unpickling, or where none is needed.
+    """
+
+    text_encoder: TextEncoder | None
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        text_encoder: TextEncoder | None,
+        covft_config: CoVFTConfig,
+        spec: ViTSpec,
+        conditioning: Conditioning,
+        original: Original,
+    ) -> None:
+        super().__init__()
+        self.vit = vit
+        self.covft_config = covft_config
+        self.spec = spec
+        self.layers: tuple[int, ...] = tuple(sorted(covft_config.layers or ()))
+        self.conditioning = conditioning
+        self.original = original
+        self.text_name = None if text_encoder is None else text_encoder.name
+        self.context_dim = None if text_encoder is None else text_encoder.width
+        # Past nn.Module's own __setattr__: even a text encoder that is a module must not become a child.
+        self.__dict__["text_encoder"] = text_encoder
+        self.training = vit.training
+
+    # Calling it
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        text: str | Sequence[str] | Tensor | Mapping[str, Tensor] | None = None,
+        *,
+        index: Tensor | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Encode images in the light of the text.
+
+        Args:
+            images: Whatever the ViT takes first, usually `(B, 3, H, W)`; may also come by the ViT's own
+                keyword, such as `pixel_values=`.
+            text: A question for all images, one per image, features `(S, C)`, or a tokenised batch;
+                None takes the text of an open `condition(...)`.
+            index: Which text each image belongs to, shape `(B,)`; None where image i has text i.
+            **kwargs: Handed on to the ViT.
+
+        Returns:
+            What the ViT itself returns, unchanged in type.
+
+        Raises:
+            MissingContextError: If there is no text, neither here nor from `condition(...)`.
+            ShapeError: If texts and images do not fit together.
+            TextEncoderError: If a text is empty.
+
+        Example:
+            >>> tokens = encoder(images, ["What is left of the cup?"])  # doctest: +SKIP
+        """
+        args = () if images is None else (images,)
+        if text is None:
+            if index is not None:
+                raise ShapeError("index= was given without text.", expected="index= beside text", got="text=None")
+            return self.vit(*args, **kwargs)
+        scope = self._enter(text, index)
+        try:
+            return self.vit(*args, **kwargs)
+        finally:
+            self.conditioning.leave(scope)
+
+    @contextlib.contextmanager
+    def condition(
+        self,
+        text: str | Sequence[str] | Tensor | Mapping[str, Tensor] | None,
+        index: Tensor | Sequence[int] | None = None,
+    ) -> Iterator[None]:
+        """Hold the text for calls of the ViT that other code makes.
+
+        Args:
+            text: As for calling the encoder.
+            index: As for calling the encoder.
+
+        Example:
+            >>> with encoder.condition(["How many cups?"]):  # doctest: +SKIP
+            ...     output = mllm(pixel_values=pixel_values, input_ids=input_ids)
+        """
+        scope = self._enter(text, index)
+        try:
+            yield
+        finally:
+            self.conditioning.leave(scope)
+
+    def encode_text(self, text: str | Sequence[str] | Mapping[str, Tensor]) -> Tensor:
+        """Features of texts, each encoded alone, cached per distinct string.
+
+        Args:
+            text: One text, several, or a tokenised batch.
+
+        Returns:
+            Shape `(S, C)`, on the ViT's device, without gradient.
+
+        Raises:
+            TextEncoderError: If a text is empty, or there is no text encoder.
+        """
+        encoder = self.text_encoder
+        if encoder is None:
+            raise TextEncoderError(
+                "This encoder has no text encoder.",
+                expected="a text encoder, or text features of shape (S, C)",
+                got="None" if self.text_name is None else f"{self.text_name} was left behind by pickling",
+                fix="encoder.set_text_encoder(covft.text.as_text_encoder(...))",
+            )
+        if isinstance(text, Mapping):
+            features = encoder.encode_tokens(text)  # type: ignore[attr-defined]
+        else:
+            features = encoder.encode([text] if isinstance(text, str) else list(text))
+        return features.to(self._device())
+
+    def set_text_encoder(self, text_encoder: TextEncoder | None) -> None:
+        """Put another text encoder of the same width in place, such as after unpickling.
+
+        Raises:
+            ShapeError: If its width is another.
+        """
+        if text_encoder is not None and self.context_dim is not None and text_encoder.width != self.context_dim:
+            raise ShapeError(
+                "The text encoder does not fit this encoder.",
+                expected=f"width {self.context_dim}",
+                got=f"width {text_encoder.width} ({text_encoder.name})",
+            )
+        self.__dict__["text_encoder"] = text_encoder
+
+    def _enter(self, text: Any, index: Any) -> Scope:
+        shared = isinstance(text, str) and index is None
+        features = None if text is None else self._features(text)
+        return self.conditioning.enter(features, self._index(index, features), shared=shared)
+
+    def _features(self, text: Any) -> Tensor:
+        if not isinstance(text, Tensor):
+            return self.encode_text(text)
+        if text.dim() != 2 or (self.context_dim is not None and text.shape[1] != self.context_dim):
+            raise ShapeError(
+                "These are no text features for this encoder.",
+                expected=f"shape (S, {self.context_dim})",
+                got=tuple(text.shape),
+                fix="encoder.encode_text(texts)",
+            )
+        if not text.is_floating_point():
+            raise ShapeError(
+                "Text features are floating-point numbers.",
+                expected="float32, bfloat16, ...",
+                got=text.dtype,
+                fix="pass token ids as a tokenised batch: {'input_ids': ..., 'attention_mask': ...}",
+            )
+        return text.to(self._device())
+
+    def _index(self, index: Any, features: Tensor | None) -> Tensor | None:
+        if index is None:
+            return None
+        index = torch.as_tensor(index)
+        num_texts = 0 if features is None else len(features)
+        if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
+            raise ShapeError(
+                "index= says which text each image belongs to.",
+                expected="whole numbers of shape (B,)",
+                got=f"{index.dtype} of shape {tuple(index.shape)}",
+            )
+        if not torch.compiler.is_compiling() and index.numel():
+            lowest, highest = int(index.min()), int(index.max())
+            if lowest < 0 or highest >= num_texts:
+                raise ShapeError(
+                    "index= points at texts that are not there.",
+                    expected=f"values in [0, {num_texts - 1}]  ({num_texts} texts)",
+                    got=f"values in [{lowest}, {highest}]",
+                )
+        return index.long().to(self._device())
+
+    def _device(self) -> torch.device:
+        return next(self.vit.parameters()).device
+
+    # What the last forward decided
+
+    def slots(self) -> dict[int, AdaptedFFN]:
+        """The adapted FFNs, by layer."""
+        paths = {layer: self.spec.blocks[layer].mlp_path for layer in self.layers}
+        return {layer: self.vit.get_submodule(path) for layer, path in paths.items()}  # type: ignore[misc]
+
+    def routing_weights(self) -> dict[int, Tensor]:
+        """Routing weights of the last forward, by layer, shape `(B, E)`, without gradient."""
+        return {layer: slot.record.routing.weights_BE for layer, slot in self.slots().items() if slot.record}
+
+    def context_vectors(self) -> dict[int, Tensor]:
+        """Context vectors of the last forward, by layer, shape `(B, width)`, without gradient.
+
+        Empty for routings that have no context.
+        """
+        return {
+            layer: slot.record.context_BW
+            for layer, slot in self.slots().items()
+            if slot.record and slot.record.context_BW is not None
+        }
+
+    def aux_loss(self) -> Tensor:
+        """Load-balancing loss of the last forward, the mean over layers; 0 unless routing is sparse.
+
+        Returns:
+            A scalar to add, with a small factor such as 0.01, to the training loss.
+
+        Raises:
+            MissingContextError: If there was no forward yet.
+        """
+        if self.covft_config.routing != "sparse":
+            return torch.zeros((), device=self._device())
+        records = [slot.record for slot in self.slots().values()]
+        losses = [
+            load_balance_loss(record.routing.logits_BE, record.routing.expert_ids_BK)
+            for record in records
+            if record is not None
+        ]
+        if not losses:
+            raise MissingContextError("There is no routing yet to take a loss of.", fix="call the encoder first")
+        return torch.stack(losses).mean()
+
+    # Training it
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that are trained."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, of how many."""
+        trainable = sum(parameter.numel() for parameter in self.trainable_parameters())
+        total = sum(parameter.numel() for parameter in self.parameters())
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def param_groups(
+        self,
+        lr: float,
+        *,
+        experts_lr: float | None = None,
+        router_lr: float | None = None,
+        norms_lr: float | None = None,
+        weight_decay: float = 0.0,
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer, by role; biases and norms are not decayed.
+
+        Args:
+            lr: Learning rate of every role that has none of its own.
+            experts_lr: Of the experts.
+            router_lr: Of the router and the context.
+            norms_lr: Of the ViT's norms.
+            weight_decay: Of the matrices.
+
+        Returns:
+            Dicts with `params`, `lr`, `weight_decay` and `name`; every trained parameter is in one.
+
+        Example:
+            >>> optimizer = torch.optim.AdamW(encoder.param_groups(lr=2e-5))  # doctest: +SKIP
+        """
+        rates = {"experts": experts_lr, "router": router_lr, "norms": norms_lr, "other": None}
+        groups: dict[str, dict[str, Any]] = {}
+        for name, parameter in self.vit.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            role, decays = self._role(name), parameter.dim() > 1
+            rate = rates[role]
+            group = groups.setdefault(
+                f"{role}/{'decay' if decays else 'no_decay'}",
+                {"params": [], "lr": lr if rate is None else rate, "weight_decay": weight_decay if decays else 0.0},
+            )
+            group["params"].append(parameter)
+        return [{**group, "name": name} for name, group in groups.items()]
+
+    def _role(self, name: str) -> str:
+        for layer in self.layers:
+            prefix = f"{self.spec.blocks[layer].mlp_path}."
+            if name.startswith(prefix):
+                return "experts" if name.removeprefix(prefix).startswith("experts.") else "router"
+        return "norms" if name in self.original.values else "other"
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute activations of the blocks during backward, by the ViT library's own switch.
+
+        Args:
+            gradient_checkpointing_kwargs: As transformers takes them; `use_reentrant` must not be True.
+
+        Raises:
+            ReentrantCheckpointError: If `use_reentrant=True` was asked for.
+            UnsupportedViTError: If the ViT has no such switch.
+        """
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise ReentrantCheckpointError(
+                "Reentrant checkpointing gives the experts of a frozen ViT no gradient.",
+                expected="use_reentrant=False",
+                got="use_reentrant=True",
+                fix="encoder.gradient_checkpointing_enable()",
+            )
+        self._switch_checkpointing(on=True, options=options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undo `gradient_checkpointing_enable`."""
+        self._switch_checkpointing(on=False, options={})
+
+    def _switch_checkpointing(self, *, on: bool, options: dict[str, Any]) -> None:
+        vit = self.vit
+        if hasattr(vit, "activation_checkpointing_enable"):  # transformers 5
+            if on:
+                vit.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
+            else:
+                vit.activation_checkpointing_disable()  # type: ignore[operator]
+        elif hasattr(vit, "gradient_checkpointing_enable"):
+            if on:
+                vit.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+            else:
+                vit.gradient_checkpointing_disable()  # type: ignore[operator]
+        elif hasattr(vit, "set_grad_checkpointing"):  # timm, open_clip
+            vit.set_grad_checkpointing(on)  # type: ignore[operator]
+        else:
+            raise UnsupportedViTError(
+                f"{type(vit).__name__} has no switch for activation checkpointing.",
+                expected="gradient_checkpointing_enable() or set_grad_checkpointing()",
+                fix="torch.utils.checkpoint.checkpoint(encoder, images, texts, use_reentrant=False)",
+            )
+
+    def merge(self) -> None:
+        """Refused: there is no exact merge.
+
+        Raises:
+            MergeError: Always.
+        """
+        raise MergeError(
+            "The experts cannot be merged into one FFN: how they are mixed depends on the image and the text.",
+            fix="keep the encoder as it is, or take the ViT back as it was with covft.unwrap(encoder)",
+        )
+
+    # Saving it
+
+    def adapted_state_dict(self) -> dict[str, Tensor]:
+        """What was added or trained, by the names it has in the ViT: experts, contexts, routers, norms.
+
+        Parameters of the ViT that the caller made trainable are included.
+        """
+        prefixes = tuple(f"{self.spec.blocks[layer].mlp_path}." for layer in self.layers)
+        trained = {name for name, p in self.vit.named_parameters() if p.requires_grad} | set(self.original.values)
+        state = self.vit.state_dict()
+        return {name: t for name, t in state.items() if name.startswith(prefixes) or name in trained}
+
+    def base_state_dict(self) -> dict[str, Tensor]:
+        """The ViT's weights as they were before wrapping, by the names they had.
+
+        Parameters that the caller trained beside covft's are as they are now.
+        """
+        prefixes = tuple(f"{self.spec.blocks[layer].mlp_path}." for layer in self.layers)
+        state = {name: t for name, t in self.vit.state_dict().items() if not name.startswith(prefixes)}
+        state.update({name: value for name, value in self.original.values.items() if name in state})
+        for path, ffn in self.original.ffns.items():
+            state.update({f"{path}.{name}": tensor for name, tensor in ffn.state_dict().items()})
+        return state
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save what was added or trained, with what it belongs to; `covft.load` is the inverse.
+
+        Writes `covft_config.json`, `model.safetensors` and, if there is none, `README.md`. A save that
+        is cut short is never taken for a whole one.
+
+        Args:
+            folder: Made if it does not exist.
+
+        Raises:
+            CheckpointError: If the folder is a file, or weights are on the meta device.
+        """
+        tensors = self.adapted_state_dict()
+        if meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
+            raise CheckpointError("Weights on the meta device have no values to save.", got=", ".join(meta[:5]))
+        write_folder(folder, tensors, self._saved_config(set(tensors)), model_card(self))
+
+    def _saved_config(self, saved: set[str]) -> dict[str, Any]:
+        from covft import __version__
+
+        base = self.base_state_dict()
+        extra = sorted(name for name in saved & set(base) if name not in self.original.values)
+        config = getattr(self.vit, "config", None)
+        return {
+            "library_version": __version__,
+            "covft": self.covft_config.to_dict(),
+            "base": {
+                "source": source_of(self.vit),
+                "revision": getattr(config, "_commit_hash", None),
+                "library": self.spec.library,
+                "class_name": self.spec.class_name,
+                "fingerprint": fingerprint((n, t) for n, t in base.items() if n not in extra),
+            },
+            "text": {"source": self.text_name, "width": self.context_dim},
+            "extra": extra,
+        }
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Save to a repository of the Hugging Face Hub.
+
+        Args:
+            repo_id: Such as `name/repository`; made if it does not exist.
+            **kwargs: For `huggingface_hub.HfApi.upload_folder`, such as `commit_message` or `token`.
+
+        Returns:
+            Address of the commit.
+        """
+        from huggingface_hub import HfApi
+
+        private = kwargs.pop("private", None)
+        api = HfApi(token=kwargs.pop("token", None))
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
+
+    # Standing where the ViT stood
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            vit = self.__dict__.get("_modules", {}).get("vit")
+            if vit is None or name.startswith("_"):
+                raise
+            return getattr(vit, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContextEncoder:
+        memo[id(self.text_encoder)] = self.text_encoder  # frozen, so copies share it
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "text_encoder": None}
+
+    def extra_repr(self) -> str:
+        """One line about the settings, for `print(encoder)`."""
+        config = self.covft_config
+        return f"layers={list(self.layers)}, experts={config.experts}, routing={config.routing!r}, context={config.context!r}"
+
+
+def norm_parameters(vit: nn.Module, spec: ViTSpec, layers: Iterable[int], train_norms: str) -> list[str]:
+    """Names of the norm parameters that are trained, in the order of the blocks.
+
+    Args:
+        vit: The ViT.
+        spec: What is known of it.
+        layers: The adapted layers.
+        train_norms: `"all"` up to the last adapted block, `"adapted"` blocks only, or `"none"`.
+    """
+    adapted = sorted(layers)
+    chosen = {"all": range(adapted[-1] + 1), "adapted": adapted, "none": ()}[train_norms]
+    names: list[str] = []
+    for layer in chosen:
+        block = spec.blocks[layer]
+        for norm in block.norms:
+            module = vit.get_submodule(f"{block.path}.{norm}")
+            names += [f"{block.path}.{norm}.{name}" for name, _ in module.named_parameters(recurse=False)]
+    return names

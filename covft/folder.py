@@ -1,0 +1,144 @@
+"""The folder that a wrapped ViT is saved in: its files, written whole and read with suspicion.
+
+    covft_config.json    settings, what they belong to, and the digest of the weights file
+    model.safetensors    only what was added or trained
+    README.md            model card
+
+Every file is written aside and renamed. The configuration is renamed last and names the digest of the
+weights, so that a folder whose writing was cut short never passes for a whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from covft.errors import CheckpointError
+
+CONFIG_NAME = "covft_config.json"
+WEIGHTS_NAME = "model.safetensors"
+CARD_NAME = "README.md"
+FORMAT = 1
+
+
+def write_folder(folder: str | Path, tensors: dict[str, Tensor], config: dict[str, Any], card: str) -> None:
+    """Write a saved encoder.
+
+    Args:
+        folder: Made if it does not exist; other files in it are left alone.
+        tensors: The weights, by name.
+        config: JSON values; the digest of the weights is added.
+        card: Text of the model card; a card that is there already is kept.
+
+    Raises:
+        CheckpointError: If `folder` is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file.", expected="a folder, or a path that does not exist yet")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _written_aside(folder / WEIGHTS_NAME) as aside:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, aside, {"format": "pt"})
+        digest, size = _digest(aside), aside.stat().st_size
+    if not (folder / CARD_NAME).exists():
+        with _written_aside(folder / CARD_NAME) as aside:
+            aside.write_text(card, encoding="utf-8")
+    whole = {"format": FORMAT, **config, "weights": {"file": WEIGHTS_NAME, "bytes": size, "sha256": digest}}
+    with _written_aside(folder / CONFIG_NAME) as aside:
+        aside.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+
+
+def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a saved encoder; the inverse of `write_folder`.
+
+    Returns:
+        The weights by name, on the CPU, and the configuration.
+
+    Raises:
+        CheckpointError: If a file is missing, cut short, damaged, or of a later format.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    path, stated = folder / WEIGHTS_NAME, config["weights"]
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no weights.", expected=WEIGHTS_NAME, got=_listing(folder))
+    if path.stat().st_size != stated["bytes"] or _digest(path) != stated["sha256"]:
+        raise CheckpointError(
+            f"{path} is not the file that {CONFIG_NAME} was written for: cut short, damaged, or of another save.",
+            expected=f"{stated['bytes']} bytes, sha256 {stated['sha256'][:12]}...",
+            got=f"{path.stat().st_size} bytes, sha256 {_digest(path)[:12]}...",
+            fix="save again, or copy the whole folder again",
+        )
+    try:
+        return load_file(path), config
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be read.", got=str(error)) from error
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read the configuration of a saved encoder alone.
+
+    Raises:
+        CheckpointError: If it is missing, no JSON, incomplete, or of a later format.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} is not a saved covft encoder, or its saving was cut short.",
+            expected=f"a folder with {CONFIG_NAME} and {WEIGHTS_NAME}",
+            got=_listing(Path(folder)),
+            fix="encoder.save_pretrained(folder)",
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged.", expected="JSON", got=str(error)) from error
+    needed = ("format", "covft", "base", "text", "weights")
+    missing = [name for name in needed if not isinstance(config, dict) or name not in config]
+    if missing:
+        raise CheckpointError(
+            f"{path} is incomplete.", expected=", ".join(needed), got=f"without {', '.join(missing)}"
+        )
+    if config["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} was written by a later version of covft.",
+            expected=f"format {FORMAT}",
+            got=f"format {config['format']}",
+            fix="pip install --upgrade covft",
+        )
+    return config
+
+
+@contextlib.contextmanager
+def _written_aside(path: Path) -> Iterator[Path]:
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _listing(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder"
+    return ", ".join(sorted(entry.name for entry in folder.iterdir())) or "an empty folder"

@@ -1,0 +1,292 @@
+"""What the router looks at: the context vector, one per image.
+
+Shapes: B images, N tokens of an image (prefix tokens included), D embed_dim (width of the tokens),
+C context_dim (width of the text features), H heads, K = C / H, W width of the context vector.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from covft.nn.functional import masked_mean, wide_softmax
+
+
+class QuickGELU(nn.Module):
+    """`x * sigmoid(1.702 x)`, the approximation of GELU that OpenAI's CLIP uses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it; any shape."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+
+
+class ResidualRefinement(nn.Module):
+    """LayerNorm of a residual two-layer block: $LN(r(v))$, $r(v) = v + W_{down} GELU(W_{up} v)$.
+
+    Eq. 7 of the CoVFT paper, followed by the norm of its eq. 8. The inner width is twice the outer.
+
+    Args:
+        dim: Width of the input and the output.
+        activation: `"gelu"` or `"quick_gelu"`.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Example:
+        >>> ResidualRefinement(8)(torch.rand(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        activation: str = "gelu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, 2 * dim, device=device, dtype=dtype)
+        self.act = _ACTIVATIONS[activation]()
+        self.down = nn.Linear(2 * dim, dim, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """Refine and normalise; shape `(..., dim)` in and out."""
+        return self.norm(v + self.down(self.act(self.up(v))))
+
+
+class SingleQueryAttention(nn.Module):
+    r"""Cross-attention of one query per image over its tokens, without per-token keys and values.
+
+    Equal to `nn.MultiheadAttention(C, H, kdim=D + C, vdim=D + C)` whose query is `text` and whose
+    n-th key and value is `[tokens_n, text]`, joined along channels (eq. 8 of the CoVFT paper). Three
+    identities make it cheap and are exact:
+
+    - The scores are $q_h \cdot (W_{k,h} z_n)= (W_{k,h}^T q_h) \cdot z_n$: $W_k$ is folded into the query.
+    - The text half of a key and the key bias add the same number to every token's score, so they
+      cancel in the softmax; those parameters do not exist here.
+    - Values are linear in the tokens, so tokens are averaged first and $W_v$ is applied once.
+
+    Args:
+        embed_dim: Width D of the tokens.
+        context_dim: Width C of the text features and of the result.
+        num_heads: Heads H; must divide C.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        context_dim: int,
+        num_heads: int = 4,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(context_dim, context_dim, device=device, dtype=dtype)
+        self.k_proj_weight = nn.Parameter(torch.empty(context_dim, embed_dim, device=device, dtype=dtype))
+        self.v_proj_image_weight = nn.Parameter(torch.empty(context_dim, embed_dim, device=device, dtype=dtype))
+        self.v_proj_text = nn.Linear(context_dim, context_dim, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(context_dim, context_dim, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as `nn.MultiheadAttention` of the same sizes does: Xavier uniform, biases zero."""
+        context_dim, embed_dim = self.k_proj_weight.shape
+        joint_bound = math.sqrt(6 / (context_dim + embed_dim + context_dim))
+        nn.init.xavier_uniform_(self.q_proj.weight)
+        for weight in (self.k_proj_weight, self.v_proj_image_weight, self.v_proj_text.weight):
+            nn.init.uniform_(weight, -joint_bound, joint_bound)
+        for linear in (self.q_proj, self.v_proj_text, self.out_proj):
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, tokens_BND: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            tokens_BND: Refined, normalised tokens, shape `(B, N, D)`.
+            text_BC: Refined, normalised text features, shape `(B, C)`.
+            mask_BN: True where a token counts, shape `(B, N)`; None where all do.
+
+        Returns:
+            The context vectors, shape `(B, C)`.
+        """
+        heads = self.num_heads
+        query_BHK = rearrange(self.q_proj(text_BC), "b (h k) -> b h k", h=heads)
+        query_BHK = query_BHK * query_BHK.shape[-1] ** -0.5
+        key_HKD = rearrange(self.k_proj_weight, "(h k) d -> h k d", h=heads)
+        folded_BHD = torch.einsum("bhk,hkd->bhd", query_BHK, key_HKD)
+        scores_BHN = torch.einsum("bhd,bnd->bhn", folded_BHD, tokens_BND)
+        if mask_BN is not None:
+            scores_BHN = scores_BHN.masked_fill(~mask_BN[:, None], -torch.inf)
+        attention_BHN = wide_softmax(scores_BHN).to(tokens_BND.dtype)
+        mean_BHD = torch.einsum("bhn,bnd->bhd", attention_BHN, tokens_BND)
+        value_HKD = rearrange(self.v_proj_image_weight, "(h k) d -> h k d", h=heads)
+        image_BHK = torch.einsum("bhd,hkd->bhk", mean_BHD, value_HKD)
+        value_BC = rearrange(image_BHK, "b h k -> b (h k)") + self.v_proj_text(text_BC)
+        return self.out_proj(value_BC)
+
+    @torch.no_grad()
+    def load_multihead_attention(self, state: dict[str, Tensor]) -> None:
+        """Take over the weights of an `nn.MultiheadAttention(C, H, kdim=D + C, vdim=D + C)`.
+
+        Args:
+            state: Its state dict: `q_proj_weight` `(C, C)`, `k_proj_weight` and `v_proj_weight`
+                `(C, D + C)` with the image columns first, `in_proj_bias` `(3C,)`, `out_proj.weight`,
+                `out_proj.bias`. The text columns of the keys and the key bias, which cannot change
+                any output, are left out.
+        """
+        embed_dim = self.embed_dim
+        q_bias, _, v_bias = state["in_proj_bias"].chunk(3)
+        self.q_proj.weight.copy_(state["q_proj_weight"])
+        self.q_proj.bias.copy_(q_bias)
+        self.k_proj_weight.copy_(state["k_proj_weight"][:, :embed_dim])
+        self.v_proj_image_weight.copy_(state["v_proj_weight"][:, :embed_dim])
+        self.v_proj_text.weight.copy_(state["v_proj_weight"][:, embed_dim:])
+        self.v_proj_text.bias.copy_(v_bias)
+        self.out_proj.weight.copy_(state["out_proj.weight"])
+        self.out_proj.bias.copy_(state["out_proj.bias"])
+
+
+class ContextExtractor(Protocol):
+    """What a context is: tokens and text features in, one vector per image out."""
+
+    width: int
+    needs_text: bool
+
+    def __call__(self, tokens_BND: Tensor, text_BC: Tensor | None, mask_BN: Tensor | None = None) -> Tensor:
+        """The context vectors, shape `(B, width)`."""
+        ...
+
+
+class CrossAttentionContext(nn.Module):
+    """Text-guided aggregation of the image tokens, eqs. 7 and 8 of the CoVFT paper; its CVE.
+
+    Args:
+        embed_dim: Width D of the tokens.
+        context_dim: Width C of the text features.
+        num_heads: Attention heads; must divide C.
+        activation: Of the refinement, `"gelu"` or `"quick_gelu"`.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Example:
+        >>> CrossAttentionContext(6, 8)(torch.rand(2, 5, 6), torch.rand(2, 8)).shape
+        torch.Size([2, 8])
+    """
+
+    needs_text = True
+
+    def __init__(
+        self,
+        embed_dim: int,
+        context_dim: int,
+        *,
+        num_heads: int = 4,
+        activation: str = "gelu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.width = context_dim
+        self.image = ResidualRefinement(embed_dim, activation=activation, device=device, dtype=dtype)
+        self.text = ResidualRefinement(context_dim, activation=activation, device=device, dtype=dtype)
+        self.attention = SingleQueryAttention(embed_dim, context_dim, num_heads, device=device, dtype=dtype)
+
+    def forward(self, tokens_BND: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+        """The context vectors, shape `(B, C)`."""
+        return self.attention(self.image(tokens_BND), self.text(text_BC), mask_BN)
+
+
+class ImageContext(nn.Module):
+    """Mean over tokens of the refined image tokens; the text is not looked at."""
+
+    needs_text = False
+
+    def __init__(self, embed_dim: int, **kwargs: object) -> None:
+        super().__init__()
+        self.width = embed_dim
+        self.image = ResidualRefinement(embed_dim, **kwargs)  # type: ignore[arg-type]
+
+    def forward(
+        self, tokens_BND: Tensor, text_BC: Tensor | None = None, mask_BN: Tensor | None = None
+    ) -> Tensor:
+        """The context vectors, shape `(B, D)`."""
+        return masked_mean(self.image(tokens_BND), mask_BN)
+
+
+class TextContext(nn.Module):
+    """The refined text features; the image is not looked at."""
+
+    needs_text = True
+
+    def __init__(self, context_dim: int, **kwargs: object) -> None:
+        super().__init__()
+        self.width = context_dim
+        self.text = ResidualRefinement(context_dim, **kwargs)  # type: ignore[arg-type]
+
+    def forward(self, tokens_BND: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+        """The context vectors, shape `(B, C)`."""
+        return self.text(text_BC)
+
+
+class ConcatContext(nn.Module):
+    """The image context and the text context side by side."""
+
+    needs_text = True
+
+    def __init__(self, embed_dim: int, context_dim: int, **kwargs: object) -> None:
+        super().__init__()
+        self.width = embed_dim + context_dim
+        self.image = ResidualRefinement(embed_dim, **kwargs)  # type: ignore[arg-type]
+        self.text = ResidualRefinement(context_dim, **kwargs)  # type: ignore[arg-type]
+
+    def forward(self, tokens_BND: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+        """The context vectors, shape `(B, D + C)`."""
+        return torch.cat([masked_mean(self.image(tokens_BND), mask_BN), self.text(text_BC)], dim=-1)
+
+
+def make_context(
+    kind: str,
+    embed_dim: int,
+    context_dim: int | None,
+    *,
+    num_heads: int = 4,
+    activation: str = "gelu",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Build the context that a setting names.
+
+    Args:
+        kind: `"cve"`, `"image"`, `"text"` or `"concat"`.
+        embed_dim: Width D of the tokens.
+        context_dim: Width C of the text features; may be None for `"image"`.
+        num_heads: Heads of `"cve"`.
+        activation: Of the refinements.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+    """
+    shared = {"activation": activation, "device": device, "dtype": dtype}
+    if kind == "image":
+        return ImageContext(embed_dim, **shared)
+    assert context_dim is not None, "checked by wrap()"
+    if kind == "text":
+        return TextContext(context_dim, **shared)
+    if kind == "concat":
+        return ConcatContext(embed_dim, context_dim, **shared)
+    return CrossAttentionContext(
+        embed_dim, context_dim, num_heads=num_heads, activation=activation, device=device, dtype=dtype
+    )
+

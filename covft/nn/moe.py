@@ -1,0 +1,143 @@
+"""The contextual mixture of experts that stands where a block's FFN stood.
+
+Shapes: B images, N tokens, D embed_dim, C context_dim, W width of the context vector, E experts.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from covft.errors import ShapeError
+from covft.nn.context import make_context
+from covft.nn.experts import Experts
+from covft.nn.router import Routing, make_router
+
+
+class ContextualMoE(nn.Module):
+    r"""Mix upcycled FFNs, one set of weights per image.
+
+    $y = \sum_e g_e(c)\, E_e(x)$, eq. 10 of the CoVFT paper; its CoMoE, with the context vector $c$
+    (its CVE) inside. All experts start equal to the pretrained FFN and the weights sum to 1, so at
+    the start the output is that of the FFN.
+
+    Args:
+        ffn: The pretrained FFN to copy; not changed.
+        embed_dim: Width D of the tokens.
+        context_dim: Width C of the text features; None where no text is used.
+        num_experts: Number of experts E.
+        routing: `"dense"`, `"sparse"`, `"uniform"` or `"random"`.
+        top_k: Experts per image for `"sparse"` and `"random"`.
+        context: `"cve"`, `"image"`, `"text"` or `"concat"`.
+        activation: Of the refinements, `"gelu"` or `"quick_gelu"`.
+        num_heads: Heads of the context attention.
+        eval_seed: Seed of `"random"` in eval mode.
+
+    Example:
+        >>> ffn = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        >>> moe = ContextualMoE(ffn, embed_dim=8, context_dim=4)
+        >>> moe(torch.rand(2, 5, 8), torch.rand(2, 4)).shape
+        torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self,
+        ffn: nn.Module,
+        *,
+        embed_dim: int,
+        context_dim: int | None,
+        num_experts: int = 4,
+        routing: str = "dense",
+        top_k: int = 2,
+        context: str = "cve",
+        activation: str = "gelu",
+        num_heads: int = 4,
+        eval_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        like = next((p for p in ffn.parameters() if p.is_floating_point()), None)
+        place = {} if like is None else {"device": like.device, "dtype": like.dtype}
+        self.embed_dim = embed_dim
+        self.context = None
+        if routing in ("dense", "sparse"):
+            self.context = make_context(
+                context, embed_dim, context_dim, num_heads=num_heads, activation=activation, **place
+            )
+        self.router = make_router(
+            routing,
+            num_experts,
+            width=None if self.context is None else self.context.width,  # type: ignore[arg-type]
+            top_k=top_k,
+            eval_seed=eval_seed,
+            **place,
+        )
+        self.experts = Experts.upcycled(ffn, num_experts)
+        self.train(ffn.training)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether `forward` needs text features."""
+        return self.context is not None and bool(self.context.needs_text)
+
+    def route(
+        self,
+        x: Tensor,
+        text_BC: Tensor | None = None,
+        *,
+        mask_BN: Tensor | None = None,
+        seed: int | None = None,
+    ) -> tuple[Routing, Tensor | None]:
+        """Decide how much of each expert each image gets.
+
+        Args:
+            x: Tokens, shape `(B, N, D)` or `(B, ..., D)`.
+            text_BC: Text features, shape `(B, C)`.
+            mask_BN: True where a token counts, shape `(B, N)`; None where all do.
+            seed: Of random routing in training mode.
+
+        Returns:
+            The routing, and the context vectors of shape `(B, W)`, or None where there are none.
+
+        Raises:
+            ShapeError: If tokens and text features do not fit together.
+        """
+        if self.context is None:
+            return self.router(None, x.shape[0], device=x.device, seed=seed), None
+        if self.needs_text:
+            text_BC = self._checked(x, text_BC)
+        context_BW = self.context(x if x.dim() == 3 else x.flatten(1, -2), text_BC, mask_BN)
+        return self.router(context_BW, x.shape[0], device=x.device), context_BW
+
+    def forward(
+        self,
+        x: Tensor,
+        text_BC: Tensor | None = None,
+        *,
+        mask_BN: Tensor | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Route and mix.
+
+        Args:
+            x: Tokens after the block's norm, shape `(B, N, D)`; N includes prefix tokens.
+            text_BC: Text features, shape `(B, C)`.
+            mask_BN: True where a token counts, shape `(B, N)`; None where all do.
+            seed: Of random routing in training mode.
+
+        Returns:
+            Tokens, same shape as `x`, in the type that the FFN returns.
+
+        Raises:
+            ShapeError: If tokens and text features do not fit together.
+        """
+        routing, _ = self.route(x, text_BC, mask_BN=mask_BN, seed=seed)
+        return self.experts(x, routing)
+
+    def _checked(self, x: Tensor, text_BC: Tensor | None) -> Tensor:
+        if text_BC is None or text_BC.dim() != 2 or text_BC.shape[0] != x.shape[0]:
+            raise ShapeError(
+                "Tokens and text features do not fit together.",
+                expected=f"text features of shape ({x.shape[0]}, C), one row per image",
+                got="none" if text_BC is None else tuple(text_BC.shape),
+            )
+        return text_BC.to(device=x.device, dtype=x.dtype)
+

@@ -1,0 +1,86 @@
+"""The module that stands where a block's FFN stood."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from covft.conditioning import Conditioning
+from covft.nn.moe import ContextualMoE
+from covft.nn.router import Routing
+
+
+class RoutingRecord(NamedTuple):
+    """What an adapted block decided in the last forward.
+
+    Attributes:
+        routing: The decision; its logits keep their graph where an auxiliary loss can use it.
+        context_BW: Context vectors, shape `(B, W)`, without gradient; None where there are none.
+    """
+
+    routing: Routing
+    context_BW: Tensor | None
+
+
+class AdaptedFFN(ContextualMoE):
+    """A contextual mixture of experts that takes its text from the call that is running.
+
+    Called like the FFN that it replaces. What foreign code reads off an FFN (`fc1`, `c_fc`, ...)
+    answers from expert 0.
+
+    Args:
+        ffn: The pretrained FFN to copy; not changed.
+        conditioning: Where the text of a call comes from; shared with the encoder.
+        **settings: As for `ContextualMoE`.
+    """
+
+    def __init__(self, ffn: nn.Module, conditioning: Conditioning, **settings: Any) -> None:
+        super().__init__(ffn, **settings)
+        self.conditioning = conditioning
+        self.record: RoutingRecord | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Route and mix; tokens `(B, N, D)` in and out, further arguments go to every expert.
+
+        Raises:
+            MissingContextError: If no text was given.
+            ShapeError: If the text is for another number of images.
+            ReentrantCheckpointError: If the experts' gradients would be lost in silence.
+        """
+        scope = self.conditioning.require()
+        self.conditioning.check_gradients(scope, training=self.training)
+        text_BC = scope.text_for(x.shape[0]) if scope is not None and self.needs_text else None
+        routing, context_BW = self.route(
+            x,
+            text_BC,
+            mask_BN=None if scope is None else scope.mask_BN,
+            seed=None if scope is None else scope.seed,
+        )
+        self._remember(routing, context_BW)
+        return self.experts(x, routing, *args, **kwargs)
+
+    def _remember(self, routing: Routing, context_BW: Tensor | None) -> None:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # a recomputation during backward is not a new decision
+        logits_BE = routing.logits_BE
+        if routing.expert_ids_BK is None and logits_BE is not None:
+            logits_BE = logits_BE.detach()
+        self.record = RoutingRecord(
+            Routing(routing.weights_BE.detach(), routing.expert_ids_BK, logits_BE),
+            None if context_BW is None else context_BW.detach(),
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            experts = self.__dict__.get("_modules", {}).get("experts")
+            if experts is None or name.startswith("_"):
+                raise
+            return getattr(experts[0], name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A record may hold tensors with a graph, which can be neither copied nor pickled.
+        return {**self.__dict__, "record": None}

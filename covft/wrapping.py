@@ -1,0 +1,288 @@
+"""wrap() and unwrap(): check everything, then change the ViT."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from covft.adapters.registry import describe
+from covft.adapters.spec import Adapter, ViTSpec
+from covft.conditioning import Conditioning
+from covft.config import CoVFTConfig
+from covft.encoder import ContextEncoder, Original, norm_parameters
+from covft.errors import ConfigError, LayerIndexError, UnsupportedViTError
+from covft.slot import AdaptedFFN
+from covft.text import as_text_encoder
+
+
+class _Unset:
+    """A keyword that was not given, so that the one of `config` holds."""
+
+    def __init__(self, default: Any) -> None:
+        self.default = default
+
+    def __repr__(self) -> str:
+        return repr(self.default)
+
+
+_DEFAULTS: dict[str, Any] = {field.name: _Unset(field.default) for field in dataclasses.fields(CoVFTConfig)}
+
+
+def wrap(
+    vit: nn.Module,
+    text_encoder: Any = None,
+    *,
+    layers: Iterable[int] | None = _DEFAULTS["layers"],
+    experts: int = _DEFAULTS["experts"],
+    routing: str = _DEFAULTS["routing"],
+    top_k: int = _DEFAULTS["top_k"],
+    context: str = _DEFAULTS["context"],
+    train_norms: str = _DEFAULTS["train_norms"],
+    activation: str = _DEFAULTS["activation"],
+    num_heads: int = _DEFAULTS["num_heads"],
+    config: CoVFTConfig | None = None,
+    adapter: Adapter | None = None,
+) -> ContextEncoder:
+    """Make a ViT context-aware, in place.
+
+    In every adapted block the FFN is replaced by a mixture of its copies, mixed by what the image and
+    the text say; everything else of the ViT is frozen, but for norms. In eval mode no output changes
+    at the start. Each keyword that is given overrides the field of `config`; see `CoVFTConfig`.
+
+    Args:
+        vit: A vision transformer of timm, open_clip, transformers, or one that `adapter` knows.
+        text_encoder: A model id or folder; a loaded Hugging Face, sentence-transformers or open_clip
+            text model; a callable `list[str] -> (S, C)`; or an int C if the caller brings features. May
+            be None where the routing does not look at the text. It is frozen and never saved.
+        layers: Indices of the adapted blocks; negative ones count from the end.
+        experts: Experts per adapted block.
+        routing: `"dense"`, `"sparse"`, `"uniform"` or `"random"`.
+        top_k: Experts per image for sparse and random routing.
+        context: `"cve"`, `"image"`, `"text"` or `"concat"`.
+        train_norms: `"all"`, `"adapted"` or `"none"`.
+        activation: `"gelu"` or `"quick_gelu"`.
+        num_heads: Heads of the context attention.
+        config: Settings to start from.
+        adapter: How the ViT is built, if no registered adapter knows it.
+
+    Returns:
+        The encoder. The ViT inside it is `vit`, changed.
+
+    Raises:
+        ConfigError: If a setting cannot work.
+        LayerIndexError: If `layers` asks for blocks that the ViT does not have.
+        TextEncoderError: If the text encoder cannot be used.
+        UnknownViTError: If no adapter knows the ViT.
+        UnsupportedViTError: If the ViT is wrapped already, or in DDP, FSDP or torch.compile.
+
+    Example:
+        >>> import timm
+        >>> encoder = wrap(timm.create_model("test_vit"), 32, layers=range(2, 5))
+        >>> encoder(torch.rand(1, 3, 160, 160), torch.rand(1, 32)).shape
+        torch.Size([1, 1000])
+    """
+    given = {name: value for name, value in locals().items() if name in _DEFAULTS}
+    given = {name: value for name, value in given.items() if not isinstance(value, _Unset)}
+    _refuse_containers(vit)
+    settings = dataclasses.replace(config or CoVFTConfig(), **given)
+    spec = describe(vit, adapter)
+    settings = dataclasses.replace(settings, layers=_resolve_layers(settings.layers, spec))
+    _refuse_unloaded(vit, spec, settings)
+    texts = None if text_encoder is None else as_text_encoder(text_encoder)
+    _check_text(settings, None if texts is None else texts.width)
+
+    conditioning = Conditioning(
+        needs_text=settings.needs_text,
+        draws_seeds=settings.routing == "random",
+        mask_argument=spec.mask_argument,
+    )
+    slots = _build_slots(vit, spec, settings, conditioning, None if texts is None else texts.width)
+    # From here on nothing can fail that has not been checked.
+    original = _install(vit, spec, settings, slots)
+    vit.register_forward_pre_hook(conditioning.enter_tower, with_kwargs=True)
+    vit.register_forward_hook(conditioning.leave_tower, always_call=True)
+    return ContextEncoder(vit, texts, settings, spec, conditioning, original)
+
+
+def unwrap(encoder: ContextEncoder) -> nn.Module:
+    """Give the ViT back as it was before `wrap`, bit for bit, in place.
+
+    FFNs, norms, hooks and `requires_grad` are as they were; the adapted weights are dropped from it.
+    If the encoder was moved or cast, the ViT is where and what the encoder was. Parameters that the
+    caller trained beside covft's keep their values.
+
+    Args:
+        encoder: What `wrap` returned.
+
+    Returns:
+        The ViT.
+
+    Raises:
+        UnsupportedViTError: If the encoder is unwrapped already, or is no encoder.
+    """
+    if not isinstance(encoder, ContextEncoder):
+        raise UnsupportedViTError(
+            f"{type(encoder).__name__} is not what covft.wrap returned.", expected="a ContextEncoder"
+        )
+    vit, original, slots = encoder.vit, encoder.original, encoder.slots()
+    if not all(isinstance(slot, AdaptedFFN) for slot in slots.values()):
+        raise UnsupportedViTError("This encoder is unwrapped already.", fix="covft.wrap(vit, text_encoder)")
+    for hooks in (vit._forward_pre_hooks, vit._forward_hooks):
+        for key in [key for key, hook in hooks.items() if _belongs_to(hook, encoder.conditioning)]:
+            for table in (hooks, vit._forward_pre_hooks_with_kwargs, vit._forward_hooks_always_called):
+                table.pop(key, None)
+    for path, ffn in original.ffns.items():
+        slot = vit.get_submodule(path)
+        like = next((p for p in slot.parameters() if p.is_floating_point()), None)
+        if like is not None:
+            ffn.to(device=like.device, dtype=like.dtype)
+        ffn.train(slot.training)
+        _set_submodule(vit, path, ffn)
+    with torch.no_grad():
+        for name, value in original.values.items():
+            parameter = vit.get_parameter(name)
+            parameter.copy_(value)
+            parameter.grad = None
+    for name, parameter in vit.named_parameters():
+        parameter.requires_grad_(original.requires_grad[name])
+    return vit
+
+
+def _refuse_containers(vit: nn.Module) -> None:
+    if not isinstance(vit, nn.Module):
+        raise UnsupportedViTError(f"{vit!r} is not a model.", expected="a torch.nn.Module", got=type(vit).__name__)
+    if isinstance(vit, ContextEncoder) or any(isinstance(module, AdaptedFFN) for module in vit.modules()):
+        raise UnsupportedViTError(
+            "This ViT is wrapped already.",
+            expected="a ViT with its own FFNs",
+            got=type(vit).__name__,
+            fix="covft.wrap(covft.unwrap(encoder), text_encoder, ...)",
+        )
+    outer = {
+        "DistributedDataParallel": "module",
+        "DataParallel": "module",
+        "FullyShardedDataParallel": "module",
+        "OptimizedModule": "_orig_mod",
+    }
+    name = next((cls.__name__ for cls in type(vit).__mro__ if cls.__name__ in outer), None)
+    sharded = any(cls.__name__ == "FSDPModule" for module in vit.modules() for cls in type(module).__mro__)
+    if name or sharded:
+        raise UnsupportedViTError(
+            f"This ViT is inside {name or 'FSDP'} already; what wrap() adds would be outside of it.",
+            expected="the ViT itself; wrap first, then distribute or compile",
+            got=type(vit).__name__,
+            fix=f"covft.wrap(vit.{outer[name]}, ...)" if name else "covft.wrap(vit, ...) before fully_shard(...)",
+        )
+
+
+def _resolve_layers(layers: tuple[int, ...] | None, spec: ViTSpec) -> tuple[int, ...]:
+    if layers is None:
+        return spec.default_layers
+    depth = spec.depth
+    outside = [layer for layer in layers if not -depth <= layer < depth]
+    resolved = sorted(layer % depth for layer in layers if layer not in outside)
+    if outside:
+        first = min((layer for layer in layers if layer >= 0), default=0)
+        fix = f"range({min(first, depth - 2)}, {depth - 1})" if depth > 1 else "[0]"
+        raise LayerIndexError(
+            f"layers={_shown(layers)} asks for blocks this ViT does not have.",
+            expected=f"indices in [{-depth}, {depth - 1}]  ({spec})",
+            got=", ".join(map(str, outside)),
+            fix=f"covft.wrap(vit, text_encoder, layers={fix})",
+        )
+    if len(set(resolved)) < len(resolved):
+        raise LayerIndexError(
+            f"layers={_shown(layers)} names a block twice, once counted from the end.",
+            expected=f"each block once  ({spec})",
+            got=", ".join(map(str, resolved)),
+        )
+    return tuple(resolved)
+
+
+def _shown(layers: tuple[int, ...]) -> str:
+    if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"range({layers[0]}, {layers[-1] + 1})"
+    return str(list(layers))
+
+
+def _refuse_unloaded(vit: nn.Module, spec: ViTSpec, settings: CoVFTConfig) -> None:
+    for layer in settings.layers or ():
+        path = spec.blocks[layer].mlp_path
+        ffn = vit.get_submodule(path)
+        offloaded = any(hasattr(module, "_hf_hook") for module in ffn.modules())
+        if offloaded and any(parameter.is_meta for parameter in ffn.parameters()):
+            raise UnsupportedViTError(
+                f"The weights of {path} are offloaded, so there is nothing to copy experts from.",
+                expected="weights in memory",
+                got="parameters on the meta device",
+                fix="load the model without device_map or cpu_offload, wrap it, then dispatch it",
+            )
+
+
+def _check_text(settings: CoVFTConfig, width: int | None) -> None:
+    if width is None and settings.needs_text:
+        raise ConfigError(
+            f"routing={settings.routing!r} with context={settings.context!r} looks at the text.",
+            expected="a text encoder, or the width of the text features that you bring",
+            got="text_encoder=None",
+            fix="covft.wrap(vit, 'bert-base-uncased'), or context='image'",
+        )
+    if settings.has_router and settings.context == "cve" and width is not None and width % settings.num_heads:
+        raise ConfigError(
+            f"num_heads={settings.num_heads} does not divide the width of the text features.",
+            expected=f"a divisor of {width}",
+            got=settings.num_heads,
+            fix=f"num_heads={next(h for h in (4, 3, 2, 1) if width % h == 0)}",
+        )
+
+
+def _build_slots(
+    vit: nn.Module, spec: ViTSpec, settings: CoVFTConfig, conditioning: Conditioning, width: int | None
+) -> dict[int, AdaptedFFN]:
+    slots: dict[int, AdaptedFFN] = {}
+    for layer in settings.layers or ():
+        block = spec.blocks[layer]
+        slots[layer] = AdaptedFFN(
+            vit.get_submodule(block.mlp_path),
+            conditioning,
+            embed_dim=block.embed_dim,
+            context_dim=width,
+            num_experts=settings.experts,
+            routing=settings.routing,
+            top_k=settings.top_k,
+            context=settings.context,
+            activation=settings.activation,
+            num_heads=settings.num_heads,
+            eval_seed=layer,
+        )
+        for module in slots[layer].modules():
+            # transformers initialises modules without this mark again when the model around them is.
+            module._is_hf_initialized = True  # type: ignore[assignment]
+    return slots
+
+
+def _install(vit: nn.Module, spec: ViTSpec, settings: CoVFTConfig, slots: dict[int, AdaptedFFN]) -> Original:
+    original = Original(requires_grad={name: p.requires_grad for name, p in vit.named_parameters()})
+    vit.requires_grad_(False)
+    for layer, slot in slots.items():
+        path = spec.blocks[layer].mlp_path
+        original.ffns[path] = vit.get_submodule(path)
+        _set_submodule(vit, path, slot)
+    for name in norm_parameters(vit, spec, slots, settings.train_norms):
+        parameter = vit.get_parameter(name)
+        original.values[name] = parameter.detach().clone()
+        parameter.requires_grad_(True)
+    return original
+
+
+def _set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
+def _belongs_to(hook: Any, conditioning: Conditioning) -> bool:
+    return getattr(hook, "__self__", None) is conditioning
