@@ -23,9 +23,7 @@ from covft.slot import AdaptedFFN
 from covft.wrapping import unwrap, wrap
 
 
-def load(
-    folder_or_repo_id: str | Path, vit: nn.Module | None = None, text_encoder: Any = None
-) -> ContextEncoder:
+def load(folder_or_repo_id: str | Path, vit: nn.Module | None = None, text_encoder: Any = None) -> ContextEncoder:
     """Load a saved encoder: wrap the base ViT again and put the trained weights in.
 
     Args:
@@ -88,12 +86,16 @@ def import_reference(encoder: ContextEncoder, path_or_state_dict: str | Path | M
         released = _read_any(Path(path_or_state_dict))
     by_layer, norms = _released_parts(encoder, released)
     slots = encoder.slots()
-    wanted = {layer: _reference_shapes(slot) for layer, slot in slots.items()}
-    _compare(
-        {f"layers.{i}.mlp.{n}": s for i, shapes in wanted.items() for n, s in shapes.items()},
-        {f"layers.{i}.mlp.{n}": tuple(t.shape) for i, part in by_layer.items() for n, t in part.items()},
-        "the released checkpoint",
-    )
+    wanted = {
+        f"layers.{layer}.mlp.{name}": shape
+        for layer, slot in slots.items()
+        for name, shape in _reference_shapes(slot).items()
+    }
+    found = {f"layers.{i}.mlp.{n}": tuple(t.shape) for i, part in by_layer.items() for n, t in part.items()}
+    for name, value in norms.items():
+        wanted[name] = tuple(encoder.vit.get_parameter(name).shape)
+        found[name] = tuple(value.shape)
+    _compare(wanted, found, "the released checkpoint")
     with torch.no_grad():
         for layer, slot in slots.items():
             _fill_from_reference(slot, by_layer[layer])

@@ -131,9 +131,7 @@ class Conditioning:
         mask_argument: Name of the ViT's argument that marks real tokens, shape `(B, N)`, or None.
     """
 
-    def __init__(
-        self, *, needs_text: bool = True, draws_seeds: bool = False, mask_argument: str | None = None
-    ) -> None:
+    def __init__(self, *, needs_text: bool = True, draws_seeds: bool = False, mask_argument: str | None = None) -> None:
         self.needs_text = needs_text
         self.draws_seeds = draws_seeds
         self.mask_argument = mask_argument
@@ -161,9 +159,7 @@ class Conditioning:
         finally:
             self.leave(scope)
 
-    def enter(
-        self, text_features: Tensor | None, index: Tensor | None = None, *, shared: bool = False
-    ) -> Scope:
+    def enter(self, text_features: Tensor | None, index: Tensor | None = None, *, shared: bool = False) -> Scope:
         """Open a scope; `leave` must follow, whatever happens in between."""
         scope = Scope(text_features, index, seed=self._new_seed(), shared=shared)
         self._local.stack.append(scope)
@@ -300,7 +296,7 @@ def _checkpoint_frames() -> list[Any]:
     and when it is recomputed. Only the top of that stack can be read, so it is taken down and put
     back; nothing runs in between.
     """
-    autograd = torch._C._autograd
+    autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
     hooks: list[tuple] = []
     frames: list[Any] = []
     try:

@@ -89,9 +89,7 @@ class CoVFTConfig:
         Args:
             **overrides: Fields to set otherwise, such as `layers` or `experts`.
         """
-        return cls(
-            **{"experts": 4, "routing": "dense", "context": "cve", "activation": "quick_gelu", **overrides}
-        )
+        return cls(**{"experts": 4, "routing": "dense", "context": "cve", "activation": "quick_gelu", **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -129,9 +127,7 @@ class CoVFTConfig:
         except json.JSONDecodeError as error:
             raise ConfigError("The configuration is not JSON.", got=str(error)) from error
         if not isinstance(values, dict):
-            raise ConfigError(
-                "The configuration is not a JSON object.", expected="{...}", got=type(values).__name__
-            )
+            raise ConfigError("The configuration is not a JSON object.", expected="{...}", got=type(values).__name__)
         return cls.from_dict(values)
 
 
@@ -182,5 +178,8 @@ def _layer_tuple(layers: Any) -> tuple[int, ...] | None:
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(
-            f"{name}={value!r} is not known.", expected=" | ".join(known), got=repr(value), fix=f"{name}={known[0]!r}"
+            f"{name}={value!r} is not known.",
+            expected=" | ".join(known),
+            got=repr(value),
+            fix=f"{name}={known[0]!r}",
         )

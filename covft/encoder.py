@@ -173,7 +173,15 @@ class ContextEncoder(nn.Module):
                 fix="encoder.set_text_encoder(covft.text.as_text_encoder(...))",
             )
         if isinstance(text, Mapping):
-            features = encoder.encode_tokens(text)  # type: ignore[attr-defined]
+            encode_tokens = getattr(encoder, "encode_tokens", None)
+            if encode_tokens is None:
+                raise TextEncoderError(
+                    f"{encoder.name} takes questions as strings, not a tokenised batch.",
+                    expected="list[str]",
+                    got=f"a batch of {', '.join(text)}",
+                    fix="pass the strings, or give the text encoder a method encode_tokens(batch)",
+                )
+            features = encode_tokens(text)
         else:
             features = encoder.encode([text] if isinstance(text, str) else list(text))
         return features.to(self._device())
@@ -273,11 +281,11 @@ class ContextEncoder(nn.Module):
         """
         if self.covft_config.routing != "sparse":
             return torch.zeros((), device=self._device())
-        records = [slot.record for slot in self.slots().values()]
+        routings = [slot.record.routing for slot in self.slots().values() if slot.record is not None]
         losses = [
-            load_balance_loss(record.routing.logits_BE, record.routing.expert_ids_BK)
-            for record in records
-            if record is not None
+            load_balance_loss(routing.logits_BE, routing.expert_ids_BK)
+            for routing in routings
+            if routing.logits_BE is not None and routing.expert_ids_BK is not None
         ]
         if not losses:
             raise MissingContextError("There is no routing yet to take a loss of.", fix="call the encoder first")
@@ -328,7 +336,11 @@ class ContextEncoder(nn.Module):
             rate = rates[role]
             group = groups.setdefault(
                 f"{role}/{'decay' if decays else 'no_decay'}",
-                {"params": [], "lr": lr if rate is None else rate, "weight_decay": weight_decay if decays else 0.0},
+                {
+                    "params": [],
+                    "lr": lr if rate is None else rate,
+                    "weight_decay": weight_decay if decays else 0.0,
+                },
             )
             group["params"].append(parameter)
         return [{**group, "name": name} for name, group in groups.items()]
@@ -453,7 +465,11 @@ class ContextEncoder(nn.Module):
                 "class_name": self.spec.class_name,
                 "fingerprint": fingerprint((n, t) for n, t in base.items() if n not in extra),
             },
-            "text": {"source": self.text_name, "width": self.context_dim},
+            "text": {
+                "source": self.text_name,
+                "width": self.context_dim,
+                "revision": getattr(self.text_encoder, "revision", None),
+            },
             "extra": extra,
         }
 
@@ -500,7 +516,9 @@ class ContextEncoder(nn.Module):
     def extra_repr(self) -> str:
         """One line about the settings, for `print(encoder)`."""
         config = self.covft_config
-        return f"layers={list(self.layers)}, experts={config.experts}, routing={config.routing!r}, context={config.context!r}"
+        shown = {"layers": list(self.layers)}
+        shown.update({name: getattr(config, name) for name in ("experts", "routing", "context")})
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 def norm_parameters(vit: nn.Module, spec: ViTSpec, layers: Iterable[int], train_norms: str) -> list[str]:

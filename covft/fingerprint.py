@@ -75,6 +75,6 @@ def difference(saved: dict[str, Any], found: dict[str, Any]) -> str | None:
     if one.shape != other.shape:
         return "other floating-point tensors"
     # Half a unit in the last place of bfloat16, the coarsest type that towers are kept in.
-    scale = np.maximum(np.abs(one), np.abs(other))
-    apart = int((np.abs(one - other) > scale * 2**-8 * 1.01 + 1e-7).sum())
+    rounding = {"rtol": 2**-8 * 1.01, "atol": 1e-7, "equal_nan": True}
+    apart = int((~(np.isclose(one, other, **rounding) | np.isclose(other, one, **rounding))).sum())
     return f"{apart} of {one.size} sampled values differ by more than rounding" if apart else None

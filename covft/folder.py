@@ -102,13 +102,15 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged.", expected="JSON", got=str(error)) from error
-    needed = ("format", "covft", "base", "text", "weights")
-    missing = [name for name in needed if not isinstance(config, dict) or name not in config]
-    if missing:
-        raise CheckpointError(
-            f"{path} is incomplete.", expected=", ".join(needed), got=f"without {', '.join(missing)}"
-        )
-    if config["format"] > FORMAT:
+    needed = {"format": int, "covft": dict, "base": dict, "text": dict, "weights": dict}
+    found = config if isinstance(config, dict) else {}
+    missing = [name for name, kind in needed.items() if not isinstance(found.get(name), kind)]
+    if "weights" not in missing:
+        missing += [f"weights.{name}" for name in ("bytes", "sha256") if name not in found["weights"]]
+    later = "format" not in missing and found["format"] > FORMAT
+    if missing and not later:
+        raise CheckpointError(f"{path} is incomplete.", expected=", ".join(needed), got=f"without {', '.join(missing)}")
+    if later:
         raise CheckpointError(
             f"{path} was written by a later version of covft.",
             expected=f"format {FORMAT}",

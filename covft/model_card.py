@@ -27,12 +27,14 @@ def model_card(encoder: ContextEncoder) -> str:
     if hub_base and hub_base.count("/") == 1 and not hub_base.startswith(("/", ".")):
         metadata.append(f"base_model: {hub_base}")
     metadata.append("---")
-    return "\n".join(metadata) + f"""
+    return (
+        "\n".join(metadata)
+        + f"""
 
 # Context-aware {encoder.spec.class_name}
 
-A vision transformer whose features depend on the question, made with
-[covft](https://pypi.org/project/covft/) (CoVFT, context-aware visual fine-tuning).
+A vision transformer whose features depend on the question, made with `covft` (CoVFT, context-aware visual
+fine-tuning).
 
 ```python
 import covft
@@ -50,3 +52,4 @@ tokens = encoder(images, ["What is left of the cup?"])
 
 The file `model.safetensors` holds only what was added or trained; the base weights are needed beside it.
 """
+    )

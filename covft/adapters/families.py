@@ -13,7 +13,15 @@ from covft.adapters.spec import ViTSpec, class_names
 from covft.errors import UnknownViTError
 
 # What a model with a language side has and a vision tower has not.
-_TEXT_SIDE = ("text_model", "language_model", "lm_head", "token_embedding", "text", "text_decoder", "logit_scale")
+_TEXT_SIDE = (
+    "text_model",
+    "language_model",
+    "lm_head",
+    "token_embedding",
+    "text",
+    "text_decoder",
+    "logit_scale",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

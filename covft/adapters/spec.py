@@ -86,7 +86,10 @@ class Adapter(Protocol):
     Most models need no code: a `ViTFamily` describes them with data.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Name of the adapter; unique in the registry."""
+        ...
 
     def matches(self, vit: nn.Module) -> bool:
         """Whether this adapter knows the model; must not import the model's library."""

@@ -219,9 +219,7 @@ class ImageContext(nn.Module):
         self.width = embed_dim
         self.image = ResidualRefinement(embed_dim, **kwargs)  # type: ignore[arg-type]
 
-    def forward(
-        self, tokens_BND: Tensor, text_BC: Tensor | None = None, mask_BN: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens_BND: Tensor, text_BC: Tensor | None = None, mask_BN: Tensor | None = None) -> Tensor:
         """The context vectors, shape `(B, D)`."""
         return masked_mean(self.image(tokens_BND), mask_BN)
 
@@ -289,4 +287,3 @@ def make_context(
     return CrossAttentionContext(
         embed_dim, context_dim, num_heads=num_heads, activation=activation, device=device, dtype=dtype
     )
-

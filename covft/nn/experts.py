@@ -60,9 +60,7 @@ class Experts(nn.ModuleList):
         assert mixed is not None
         return mixed
 
-    def _run_chosen(
-        self, x: Tensor, weights_BE: Tensor, expert_ids_BK: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def _run_chosen(self, x: Tensor, weights_BE: Tensor, expert_ids_BK: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         mixed: Tensor | None = None
         for index, expert in enumerate(self):
             rows = (expert_ids_BK == index).any(dim=-1).nonzero().squeeze(-1)
@@ -70,9 +68,8 @@ class Experts(nn.ModuleList):
             # gradient of zeros on every process, which gradient reduction across processes needs.
             output = expert(x.index_select(0, rows), *args, **kwargs)
             output = output * _per_image(weights_BE[rows, index], output)
-            if mixed is None:
-                mixed = output.new_zeros(x.shape[0], *output.shape[1:])
-            mixed = mixed.index_add(0, rows, output)
+            start = output.new_zeros(x.shape[0], *output.shape[1:]) if mixed is None else mixed
+            mixed = start.index_add(0, rows, output)
         assert mixed is not None
         return mixed
 

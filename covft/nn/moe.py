@@ -5,6 +5,7 @@ Shapes: B images, N tokens, D embed_dim, C context_dim, W width of the context v
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from covft.errors import ShapeError
@@ -101,7 +102,8 @@ class ContextualMoE(nn.Module):
             ShapeError: If tokens and text features do not fit together.
         """
         if self.context is None:
-            return self.router(None, x.shape[0], device=x.device, seed=seed), None
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return self.router(None, x.shape[0], device=x.device, dtype=wide, seed=seed), None
         if self.needs_text:
             text_BC = self._checked(x, text_BC)
         context_BW = self.context(x if x.dim() == 3 else x.flatten(1, -2), text_BC, mask_BN)
@@ -140,4 +142,3 @@ class ContextualMoE(nn.Module):
                 got="none" if text_BC is None else tuple(text_BC.shape),
             )
         return text_BC.to(device=x.device, dtype=x.dtype)
-

@@ -34,9 +34,15 @@ class Router(Protocol):
     needs_context: bool
 
     def __call__(
-        self, context_BW: Tensor | None, batch_size: int, *, device: torch.device, seed: int | None = None
+        self,
+        context_BW: Tensor | None,
+        batch_size: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        seed: int | None = None,
     ) -> Routing:
-        """Decide for a batch."""
+        """Decide for a batch; `dtype` is that of weights which follow from no context."""
         ...
 
 
@@ -69,7 +75,13 @@ class DenseRouter(nn.Module):
         self.gate = nn.Linear(width, num_experts, device=device, dtype=dtype)
 
     def forward(
-        self, context_BW: Tensor, batch_size: int, *, device: torch.device, seed: int | None = None
+        self,
+        context_BW: Tensor,
+        batch_size: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        seed: int | None = None,
     ) -> Routing:
         """Decide for a batch; weights are float32 or wider."""
         logits_BE = self.gate(context_BW)
@@ -100,7 +112,13 @@ class SparseRouter(DenseRouter):
         self.top_k = top_k
 
     def forward(
-        self, context_BW: Tensor, batch_size: int, *, device: torch.device, seed: int | None = None
+        self,
+        context_BW: Tensor,
+        batch_size: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        seed: int | None = None,
     ) -> Routing:
         """Decide for a batch; weights are zero for the experts that were not chosen."""
         logits_BE = self.gate(context_BW)
@@ -120,10 +138,17 @@ class UniformRouter(nn.Module):
         self.num_experts = num_experts
 
     def forward(
-        self, context_BW: Tensor | None, batch_size: int, *, device: torch.device, seed: int | None = None
+        self,
+        context_BW: Tensor | None,
+        batch_size: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        seed: int | None = None,
     ) -> Routing:
         """Equal weights for every image."""
-        return Routing(torch.full((batch_size, self.num_experts), 1 / self.num_experts, device=device))
+        shape = (batch_size, self.num_experts)
+        return Routing(torch.full(shape, 1 / self.num_experts, device=device, dtype=dtype))
 
 
 class RandomRouter(nn.Module):
@@ -144,7 +169,13 @@ class RandomRouter(nn.Module):
         self.eval_seed = eval_seed
 
     def forward(
-        self, context_BW: Tensor | None, batch_size: int, *, device: torch.device, seed: int | None = None
+        self,
+        context_BW: Tensor | None,
+        batch_size: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        seed: int | None = None,
     ) -> Routing:
         """Draw for a batch.
 
@@ -152,6 +183,7 @@ class RandomRouter(nn.Module):
             context_BW: Not looked at.
             batch_size: Number of images B.
             device: Where the weights are put.
+            dtype: Type of the weights.
             seed: Of the draw in training mode; None draws from torch's default generator.
         """
         generator = None
@@ -162,7 +194,7 @@ class RandomRouter(nn.Module):
         # Drawn on the CPU, so that every device gets the same experts.
         scores_BE = torch.rand(batch_size, self.num_experts, generator=generator)
         expert_ids_BK = scores_BE.topk(self.top_k, dim=-1).indices.to(device)
-        weights_BE = torch.zeros(batch_size, self.num_experts, device=device)
+        weights_BE = torch.zeros(batch_size, self.num_experts, device=device, dtype=dtype)
         return Routing(weights_BE.scatter(-1, expert_ids_BK, 1 / self.top_k), expert_ids_BK)
 
 
@@ -195,4 +227,3 @@ def make_router(
     if routing == "sparse":
         return SparseRouter(width, num_experts, top_k, device=device, dtype=dtype)
     return DenseRouter(width, num_experts, device=device, dtype=dtype)
-

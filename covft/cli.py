@@ -1,0 +1,287 @@
+"""The `covft` command: describe a ViT, run the miniature benchmark, tell versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import re
+import sys
+from importlib import metadata
+from typing import Annotated, Any
+
+from covft import __version__
+from covft.errors import ConfigError, CoVFTError, MissingDependencyError
+
+try:
+    import typer
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    raise MissingDependencyError(
+        f"The covft command needs {error.name}, which is not installed.", fix='pip install "covft[cli]"'
+    ) from error
+
+app = typer.Typer(
+    help="Context-aware visual fine-tuning of vision transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# What numbers may depend on, by the names under which they are installed.
+_LIBRARIES = (
+    "torch",
+    "timm",
+    "open_clip_torch",
+    "transformers",
+    "sentence-transformers",
+    "accelerate",
+    "peft",
+    "trl",
+    "deepspeed",
+    "flash-attn",
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; an error of covft is printed without a traceback and ends with code 2.
+
+    Args:
+        arguments: Without the program's name; by default those of the process.
+    """
+    try:
+        app(args=arguments, prog_name="covft")
+    except CoVFTError as error:
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False)
+        sys.exit(2)
+
+
+# ------------------------------------------------------------------------------------------ describe
+
+
+@app.command()
+def describe(
+    model: Annotated[str, typer.Argument(help="timm:NAME, open_clip:NAME or hf:ID_OR_FOLDER.")],
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Blocks, as in 11-22 or 3,5,-2; by default the latter half but the last."),
+    ] = None,
+    experts: Annotated[int, typer.Option(help="Experts per block.")] = 4,
+    routing: Annotated[str, typer.Option(help="dense, sparse, uniform or random.")] = "dense",
+    top_k: Annotated[int, typer.Option(help="Experts per image for sparse and random routing.")] = 2,
+    context: Annotated[str, typer.Option(help="cve, image, text or concat.")] = "cve",
+    train_norms: Annotated[str, typer.Option(help="all, adapted or none.")] = "all",
+    text_width: Annotated[int, typer.Option(help="Width of the text features.")] = 768,
+    tokens: Annotated[int | None, typer.Option(help="Tokens per image, where the model does not say.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the blocks of a ViT, what would be wrapped, and what that adds. No weights are loaded."""
+    facts = gather(
+        model,
+        text_width=text_width,
+        tokens=tokens,
+        layers=None if layers is None else parse_layers(layers),
+        experts=experts,
+        routing=routing,
+        top_k=top_k,
+        context=context,
+        train_norms=train_norms,
+    )
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        _print_facts(Console(), facts)
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Block indices of `11-22` (both ends included), `3,5,-2` and mixtures.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    indices: list[int] = []
+    for part in text.replace(" ", "").split(","):
+        found = re.fullmatch(r"(-?\d+)|(\d+)-(\d+)", part)
+        span = range(0)
+        if found:
+            single, first, last = found.groups()
+            span = range(int(single), int(single) + 1) if single else range(int(first), int(last) + 1)
+        if not span:
+            raise ConfigError(
+                f"--layers {text} cannot be read.",
+                expected="indices and spans, both ends included",
+                got=repr(part),
+                fix="--layers 11-22, or --layers 3,5,-2",
+            )
+        indices += span
+    return tuple(indices)
+
+
+def gather(source: str, *, text_width: int, tokens: int | None = None, **settings: Any) -> dict[str, Any]:
+    """What `describe` prints, as JSON values.
+
+    Args:
+        source: `timm:NAME`, `open_clip:NAME` or `hf:ID_OR_FOLDER`.
+        text_width: Width C of the text features.
+        tokens: Tokens per image N; by default what the model says.
+        **settings: Keywords of `covft.wrap`.
+
+    Raises:
+        CoVFTError: Whatever `covft.wrap` would refuse, and models that cannot be built.
+    """
+    from covft.adapters.sources import load_vit
+    from covft.wrapping import wrap
+
+    vit = load_vit(source, pretrained=False, device="meta")
+    vit_parameters = sum(parameter.numel() for parameter in vit.parameters())
+    # Wrapped for real, on a device that holds no numbers: all checks run, and nothing is estimated.
+    encoder = wrap(vit, text_width, **settings)
+    spec, config = encoder.spec, encoder.covft_config
+    # A ViT with stages merges tokens on its way: one number would be wrong for most of its blocks.
+    has_stages = len({block.embed_dim for block in spec.blocks}) > 1
+    num_tokens = None if has_stages else tokens or spec.num_tokens
+    blocks = [
+        {
+            **dataclasses.asdict(block),
+            "norms": list(block.norms),
+            "wrapped": block.index in encoder.layers,
+            "added": _added(encoder, block, text_width, num_tokens) if block.index in encoder.layers else None,
+        }
+        for block in spec.blocks
+    ]
+    added = [block["added"] for block in blocks if block["added"] is not None]
+    flops = None if num_tokens is None else sum(sum(a["flops"].values()) - a["flops_replaced"] for a in added)
+    trained = sum(p.numel() for p in encoder.vit.parameters() if p.requires_grad)
+    parameters = sum(sum(a["parameters"].values()) for a in added)
+    return {
+        "model": source,
+        "library": spec.library,
+        "class_name": spec.class_name,
+        "depth": spec.depth,
+        "layout": spec.layout,
+        "image_size": spec.image_size,
+        "num_tokens": num_tokens,
+        "num_prefix_tokens": spec.num_prefix_tokens,
+        "parameters": vit_parameters,
+        "config": config.to_dict(),
+        "text_width": text_width,
+        "adapted_parameters": parameters,
+        "net_parameters": parameters - sum(a["parameters_replaced"] for a in added),
+        "trained_parameters": trained,
+        "net_flops": flops,
+        "blocks": blocks,
+    }
+
+
+def _added(encoder: Any, block: Any, text_width: int, num_tokens: int | None) -> dict[str, Any]:
+    """Parameters and FLOPs of one adapted block, by part, and what the FFN alone had."""
+    from covft.nn.cost import count_flops, count_parameters
+
+    config = encoder.covft_config
+    ffn = encoder.vit.get_submodule(block.mlp_path).experts[0]
+    ffn_weights = sum(parameter.numel() for parameter in ffn.parameters() if parameter.dim() > 1)
+    sizes = {
+        "embed_dim": block.embed_dim,
+        "context_dim": text_width,
+        "num_experts": config.experts,
+        "routing": config.routing,
+        "context": config.context,
+    }
+    flops = None
+    if num_tokens is not None:
+        flops = count_flops(
+            **sizes,
+            ffn_weights=ffn_weights,
+            num_tokens=num_tokens,
+            top_k=config.top_k,
+            num_heads=config.num_heads,
+        )
+    return {
+        "parameters": dataclasses.asdict(count_parameters(**sizes, ffn_parameters=block.ffn_parameters)),
+        "parameters_replaced": block.ffn_parameters,
+        "flops": None if flops is None else dataclasses.asdict(flops),
+        "flops_replaced": None if num_tokens is None else 2 * num_tokens * ffn_weights,
+    }
+
+
+def _print_facts(console: Console, facts: dict[str, Any]) -> None:
+    console.print(
+        f"{facts['model']}: {facts['library']} {facts['class_name']}, {facts['depth']} blocks, "
+        f"{facts['parameters']:,} parameters, tokens {facts['layout']}",
+        soft_wrap=True,
+        markup=False,
+    )
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("block", justify="right")
+    table.add_column("FFN")
+    table.add_column("class")
+    table.add_column("widths", justify="right")
+    table.add_column("parameters", justify="right")
+    table.add_column("if wrapped", justify="right")
+    for block in facts["blocks"]:
+        added = block["added"]
+        table.add_row(
+            str(block["index"]),
+            f"{block['path']}.{block['mlp']}",
+            block["mlp_class"],
+            f"{block['embed_dim']} > {block['ffn_dim']}",
+            f"{block['ffn_parameters']:,}",
+            "" if added is None else f"{sum(added['parameters'].values()):,}",
+        )
+    # As wide as its numbers need, whatever the terminal: a cut number is worse than a long line.
+    table.width = Console(width=1000).measure(table).maximum
+    console.print(table, soft_wrap=True, highlight=False)
+    for line in _summary(facts):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _summary(facts: dict[str, Any]) -> list[str]:
+    config, wrapped = facts["config"], [block for block in facts["blocks"] if block["wrapped"]]
+    parts = [block["added"]["parameters"] for block in wrapped]
+    sums = sorted({sum(part.values()) for part in parts})
+    span = f"{sums[0]:,}" if len(sums) == 1 else f"{sums[0]:,} to {sums[-1]:,}"
+    shown = ", ".join(str(layer) for layer in config["layers"])
+    names = ("experts", "image_refinement", "text_refinement", "attention", "router")
+    shares = ", ".join(f"{name.replace('_', ' ')} {parts[0][name]:,}" for name in names if parts[0][name])
+    lines = [
+        f"Wrapped: blocks {shown}",
+        f"         {config['experts']} experts, {config['routing']} routing, {config['context']} context, "
+        f"text width {facts['text_width']}",
+        f"Parameters per adapted block:  {span}" + (f"  ({shares})" if len(sums) == 1 else ""),
+        f"Parameters in all:             {facts['adapted_parameters']:,}",
+        f"Net of the FFNs replaced:      {facts['net_parameters']:,}",
+        f"Trained, norms included:       {facts['trained_parameters']:,}",
+    ]
+    if facts["num_tokens"] is None:
+        has_stages = len({block["embed_dim"] for block in facts["blocks"]}) > 1
+        reason = "the stages have different tokens" if has_stages else "say --tokens N, the model does not"
+        return [*lines, f"FLOPs added:                   unknown ({reason})"]
+    per_image = f"per image of {facts['num_tokens']} tokens, forward"
+    return [*lines, f"FLOPs added:                   {facts['net_flops'] / 1e9:,.1f} G  ({per_image})"]
+
+
+# ------------------------------------------------------------------------------------------ the others
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def mini(context: typer.Context) -> None:
+    """LLaVA in miniature: train it with a frozen and with a context-aware ViT, and compare."""
+    # Imported here, so that the other commands start without it.
+    from covft.mini.cli import app as mini_app
+
+    mini_app(args=context.args, prog_name="covft mini")
+
+
+@app.command()
+def version() -> None:
+    """Tell the versions of covft, Python, torch and the optional libraries."""
+    typer.echo(f"covft {__version__}")
+    typer.echo(f"python {platform.python_version()}")
+    for name in _LIBRARIES:
+        try:
+            typer.echo(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            typer.echo(f"{name} -")

@@ -1,0 +1,67 @@
+"""Any function from a list of texts to features, as a text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from covft.errors import TextEncoderError
+from covft.text.base import PROBES, CachedTextEncoder, describe
+from covft.text.cache import DEFAULT_CACHE_BYTES
+
+
+class CallableTextEncoder(CachedTextEncoder):
+    """Calls a function with one text at a time.
+
+    Args:
+        function: Takes `list[str]` (S of them), returns a tensor or array `(S, C)`. A module is put into eval
+            mode before each call.
+        width: Features per text, C. Found by one call with a harmless text if not given.
+        name: For saved configs, by default `callable:` and the function's name.
+        cache_bytes: Bound on the memory of the kept features.
+
+    Raises:
+        TextEncoderError: If the call that looks for the width fails.
+        ShapeError: If it does not return `(1, C)` for one text.
+
+    Example:
+        >>> CallableTextEncoder(lambda texts: torch.ones(len(texts), 8), name="ones").width
+        8
+    """
+
+    _probe_fix = "covft.text.CallableTextEncoder(function, width=C), if the function knows only certain texts"
+
+    def __init__(
+        self,
+        function: Callable[[list[str]], Any],
+        *,
+        width: int | None = None,
+        name: str | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        if not callable(function):
+            raise TextEncoderError("This is not callable.", expected="list[str] -> (S, C)", got=describe(function))
+        label = getattr(function, "__qualname__", type(function).__qualname__)
+        super().__init__(name or f"callable:{label}", cache_bytes=cache_bytes)
+        self.function = function
+        self._device = torch.device("cpu")
+        self.width = width if width is not None else self._try(self._encode_one, PROBES[0]).shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the function last returned its features."""
+        return self._device
+
+    def _text_modules(self) -> Iterable[nn.Module]:
+        return (self.function,) if isinstance(self.function, nn.Module) else ()
+
+    def _encode_one(self, text: str) -> Tensor:
+        features = self.function([text])
+        if not isinstance(features, Tensor) and hasattr(features, "__array__"):
+            features = torch.as_tensor(features)
+        if isinstance(features, Tensor):
+            self._device = features.device
+        return features

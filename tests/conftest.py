@@ -1,0 +1,39 @@
+"""What every test gets: no network, a seed of its own, and one torch thread per worker."""
+
+import os
+
+# Before anything imports a Hugging Face library, which reads these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+import random
+import zlib
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    # Workers of xdist share the cores; more threads than cores make every matmul of them slower.
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    """Seeds each test by its name: the same numbers alone, in any order and on any worker."""
+    value = zlib.crc32(request.node.nodeid.encode())
+    random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(autouse=True)
+def _torch_defaults_stay():
+    """A test that leaves a default dtype, a grad mode or autocast behind breaks its neighbours."""
+    yield
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")

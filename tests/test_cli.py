@@ -1,0 +1,223 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import covft
+from covft.adapters.sources import load_vit
+from covft.cli import app, gather, main, parse_layers
+from covft.errors import ConfigError
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs the command in this process; returns its exit code, output and error output."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def clip_l(tmp_path_factory):
+    """The config of CLIP ViT-L/14-336, without weights."""
+    from transformers import CLIPVisionConfig
+
+    folder = tmp_path_factory.mktemp("clip-l")
+    CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    ).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+def test_describe_clip_l(run, clip_l):
+    code, out, err = run("describe", clip_l, "--layers", "11-22", "--experts", "4", "--text-width", "768")
+    assert (code, err) == (0, "")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    # The default blocks of this model are the same, so they must show here as well.
+    assert "Wrapped: blocks 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22" in lines
+    assert any(
+        line.startswith("Parameters per adapted block: 43,485,188 (experts 33,574,912") for line in lines
+    )
+    assert "Parameters in all: 521,822,256" in lines
+    assert "Net of the FFNs replaced: 421,097,520" in lines
+    assert any(line.endswith("(per image of 577 tokens, forward)") for line in lines)
+    rows = [line.split() for line in lines if "CLIPMLP" in line]
+    assert rows[0] == ["0", "encoder.layers.0.mlp", "CLIPMLP", "1024", ">", "4096", "8,393,728"]
+    assert rows[11] == [
+        "11",
+        "encoder.layers.11.mlp",
+        "CLIPMLP",
+        "1024",
+        ">",
+        "4096",
+        "8,393,728",
+        "43,485,188",
+    ]
+    assert [len(row) for row in rows] == [7] * 11 + [8] * 12 + [7]
+    assert run("describe", clip_l)[1] == out
+
+
+def test_describe_as_json(run, clip_l):
+    code, out, _ = run("describe", clip_l, "--json")
+    facts = json.loads(out)
+    assert (code, facts["depth"], facts["num_tokens"], facts["image_size"]) == (0, 24, 577, 336)
+    assert facts["adapted_parameters"] == 521_822_256
+    assert facts["net_parameters"] == 421_097_520
+    # Two norms of 2 x 1024 in each of the blocks 0 to 22.
+    assert facts["trained_parameters"] == 521_822_256 + 23 * 2 * 2 * 1024
+    # The experts alone add three FFNs to each of the twelve blocks.
+    assert facts["net_flops"] > 12 * 3 * 2 * 577 * 2 * 1024 * 4096
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"routing": "sparse", "top_k": 1, "experts": 3},
+        {"routing": "uniform"},
+        {"context": "concat", "layers": (0, -1)},
+        {"context": "image", "train_norms": "none"},
+        {"context": "text", "train_norms": "adapted"},
+    ],
+)
+@pytest.mark.parametrize("source", ["timm:test_vit", "timm:test_vit3"])
+def test_the_numbers_are_those_of_the_wrapped_model(source, settings):
+    facts = gather(source, text_width=32, **settings)
+    vit = load_vit(source, pretrained=False)
+    before = sum(p.numel() for p in vit.parameters())
+    encoder = covft.wrap(vit, 32, **settings)
+    assert facts["parameters"] == before
+    assert facts["net_parameters"] == sum(p.numel() for p in vit.parameters()) - before
+    assert facts["trained_parameters"] == sum(p.numel() for p in vit.parameters() if p.requires_grad)
+    assert [block["index"] for block in facts["blocks"] if block["wrapped"]] == list(encoder.layers)
+    for block in facts["blocks"]:
+        if block["wrapped"]:
+            slot = vit.get_submodule(f"{block['path']}.{block['mlp']}")
+            assert sum(block["added"]["parameters"].values()) == sum(p.numel() for p in slot.parameters())
+
+
+def test_the_flops_are_those_of_the_wrapped_model():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(model, *inputs):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(*inputs)
+        return counter.get_total_flops()
+
+    vit, images = load_vit("timm:test_vit", pretrained=False), torch.rand(1, 3, 160, 160)
+    before = flops(vit, images)
+    encoder = covft.wrap(vit, 32)
+    assert (
+        gather("timm:test_vit", text_width=32)["net_flops"]
+        == flops(encoder, images, torch.rand(1, 32)) - before
+    )
+
+
+def test_a_model_with_stages_has_no_single_number_of_tokens(run):
+    code, out, _ = run("describe", "timm:test_vit_relpos", "--tokens", "50")
+    assert (code, "per image of 50 tokens" in out) == (0, True)
+    code, out, _ = run("describe", "timm:swin_tiny_patch4_window7_224", "--tokens", "50")
+    assert (code, "the stages have different tokens" in out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("timm:test_vit", "--layers", "0-9"), "LayerIndexError: layers=range(0, 10)"),
+        (("timm:test_vit", "--layers", "all"), "ConfigError: --layers all cannot be read"),
+        (("timm:test_vit", "--experts", "0"), "ConfigError: experts=0"),
+        (("timm:test_vit", "--routing", "soft"), "ConfigError: routing='soft' is not known"),
+        (("timm:test_vit", "--text-width", "30"), "ConfigError: num_heads=4 does not divide"),
+        (("timm:resnet18",), "UnknownViTError"),
+        (("timm:tset_vit",), "Known:    test_vit"),
+        (("hf:nobody/nothing",), "hf download nobody/nothing"),
+        (("vit_base",), "UnknownViTError: 'vit_base' does not say where"),
+    ],
+)
+def test_errors_are_told_without_a_traceback(run, arguments, words):
+    code, out, err = run("describe", *arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("11-13", (11, 12, 13)), ("3,5,-2", (3, 5, -2)), ("0-1, 4", (0, 1, 4)), ("-1", (-1,)), ("7-7", (7,))],
+)
+def test_layers_are_read(text, layers):
+    assert parse_layers(text) == layers
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-", "5-3", "1,,2", "1.5", "--2", "-3--1"])
+def test_layers_that_cannot_be_read_are_refused(text):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        parse_layers(text)
+
+
+def test_version(run):
+    code, out, _ = run("version")
+    found = dict(line.split() for line in out.splitlines())
+    assert code == 0
+    assert found["covft"] == covft.__version__
+    assert torch.__version__.startswith(found["torch"])
+    assert {"timm", "open_clip_torch", "transformers", "sentence-transformers"} <= set(found)
+
+
+def test_python_m_covft_and_version_import_no_torch():
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['covft', 'version']\n"
+        "try:\n    runpy.run_module('covft', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "print(sorted({'torch', 'transformers', 'timm', 'covft.mini'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"covft {covft.__version__}\n")
+    assert done.stdout.endswith("[]\n")
+
+
+def test_mini_hands_its_arguments_on(run, monkeypatch):
+    import covft.mini.cli
+
+    seen = []
+    monkeypatch.setattr(covft.mini.cli, "app", lambda args, prog_name: seen.append((args, prog_name)))
+    run("mini", "--steps", "5", "--output", "folder", "--help")
+    assert seen == [(["--steps", "5", "--output", "folder", "--help"], "covft mini")]
+
+
+def test_help_names_every_command(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert {command.name or command.callback.__name__ for command in app.registered_commands} == {
+        "describe",
+        "mini",
+        "version",
+    }
+    for name in ("describe", "mini", "version"):
+        assert name in out
+
+
+def test_a_missing_library_of_the_command_names_the_extra():
+    code = (
+        "import sys\n"
+        "sys.modules['typer'] = None\n"
+        "try:\n    import covft.cli\n"
+        "except ImportError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 'pip install "covft[cli]"' in done.stdout

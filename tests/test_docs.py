@@ -1,0 +1,207 @@
+"""Every block of Python in README.md, CONTRIBUTING.md and docs/ runs; so do the links between the pages.
+
+The blocks of a page are one program, run from top to bottom in an empty folder. A block that cannot run here
+says why in its title, which readers see, and is compiled instead:
+
+    ```python title="downloads a model"
+"""
+
+import re
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+
+# Why a block is not run, and what has to be in it for that to be true.
+NOT_RUN = {
+    "downloads a model": re.compile(r"from_pretrained\(|SentenceTransformer\(\"|wrap\(\w+, \"[\w./-]+\""),
+    "needs an account on a hub": re.compile(r"push_to_hub\("),
+}
+
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<info>[^`\n]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", flags=re.MULTILINE | re.DOTALL
+)
+
+
+class Block(NamedTuple):
+    line: int
+    info: str
+    code: str
+
+    @property
+    def is_python(self):
+        return self.info.split(" ")[0].lower() in {"python", "py", "python3", "pycon"}
+
+    @property
+    def not_run(self):
+        title = re.fullmatch(r"python title=\"(.*)\"", self.info)
+        return title and title[1]
+
+
+def blocks(page):
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(text.count("\n", 0, m.start()) + 2, m["info"].strip(), textwrap.dedent(m["body"]))
+        for m in FENCE.finditer(text)
+    ]
+
+
+def python_blocks(page):
+    return [block for block in blocks(page) if block.is_python]
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """An empty folder, and what a page may switch is switched back."""
+    from covft.adapters import registry
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    yield
+    torch.set_grad_enabled(grad)
+    torch.set_num_threads(threads)
+
+
+def checked(code):
+    """The code, with `print(x)  # y` made to fail where x is not printed as y."""
+    return re.sub(r"^( *)print\((.*)\)  # (.*)$", r"\1_printed(r'''\3''', \2)", code, flags=re.MULTILINE)
+
+
+def printed(expected, *values):
+    assert " ".join(map(str, values)) == expected
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name_of)
+def test_code_of_the_page_runs(page, reader, capsys):
+    namespace = {"__name__": "__docs__", "_printed": printed}
+    ran = 0
+    for block in python_blocks(page):
+        code = compile("\n" * (block.line - 1) + checked(block.code), name_of(page), "exec")
+        if not block.not_run:
+            exec(code, namespace)
+            ran += 1
+    assert ran, "a page whose code is all left out tests nothing"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_blocks_are_labelled(page):
+    for block in blocks(page):
+        where = f"{name_of(page)}:{block.line}"
+        assert block.info, f"{where}: a block without a language"
+        if not block.is_python or block.info == "python":
+            continue
+        assert block.not_run in NOT_RUN, f"{where}: {block.info!r}"
+        assert NOT_RUN[block.not_run].search(block.code), f"{where}: not true of this block"
+
+
+def test_the_runner_sees_a_wrong_comment():
+    exec(checked("print(1 + 1)  # 2\n"), {"_printed": printed})
+    with pytest.raises(AssertionError):
+        exec(checked("print(1 + 1)  # 3\n"), {"_printed": printed})
+
+
+def test_the_runner_sees_a_broken_block(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("text\n\n```python\nx = 1\n```\n\n- item\n\n    ```python\n    y = x / 0\n    ```\n")
+    first, second = python_blocks(page)
+    assert (first.code, second.code, second.line) == ("x = 1\n", "y = x / 0\n", 10)
+    namespace = {}
+    exec(first.code, namespace)
+    with pytest.raises(ZeroDivisionError):
+        exec(second.code, namespace)
+
+
+# ------------------------------------------------------------------------------------------- links
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_to_files_lead_somewhere(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target or target.startswith("#"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve()
+        assert file.is_file(), f"{name_of(page)}: {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{name_of(page)}: {target}"
+
+
+def anchors(page):
+    """Ids that mkdocs gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), flags=re.M)
+    plain = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
+    return {re.sub(r"[\s-]+", "-", heading) for heading in plain}
+
+
+def test_every_page_is_in_the_navigation():
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
+    config = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader=Loader)
+
+    def leaves(entry):
+        if isinstance(entry, str):
+            return {entry}
+        items = entry.values() if isinstance(entry, dict) else entry
+        return {leaf for item in items for leaf in leaves(item)}
+
+    assert leaves(config["nav"]) == {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+
+
+# ----------------------------------------------------------------------------------------- figures
+
+
+def clip_block(**settings):
+    """One adapted block of CLIP-L with BERT's text features, without memory for its weights."""
+    from torch import nn
+
+    from covft.nn import ContextualMoE
+
+    with torch.device("meta"):
+        ffn = nn.Sequential(nn.Linear(1024, 4096), nn.GELU(), nn.Linear(4096, 1024))
+        moe = ContextualMoE(ffn, embed_dim=1024, context_dim=768, **settings)
+    return sum(p.numel() for p in ffn.parameters()), sum(p.numel() for p in moe.parameters())
+
+
+def test_the_parameter_counts_of_the_faq_are_true():
+    ffn, block = clip_block()
+    faq = (DOCS / "faq.md").read_text(encoding="utf-8")
+    for figure in [ffn, 4 * ffn, block, 12 * block, 12 * (block - ffn)]:
+        assert f"{figure:,}" in faq
+    assert (block, 12 * block, 12 * (block - ffn)) == (43_485_188, 521_822_256, 421_097_520)
+
+
+def test_every_error_that_the_text_names_exists():
+    import covft
+
+    named = {name for page in PAGES for name in re.findall(r"`(\w+Error)`", page.read_text(encoding="utf-8"))}
+    assert len(named) > 4
+    assert named <= set(covft.errors.__all__)
+
+
+def test_every_setting_that_the_text_names_exists():
+    import inspect
+
+    import covft
+
+    known = {*inspect.signature(covft.wrap).parameters, *inspect.signature(covft.load).parameters}
+    known |= {"index", "gradient_checkpointing_kwargs", "use_reentrant", "preserve_rng_state"}
+    known |= {"fullgraph", "title"}
+    pages = [FENCE.sub("", page.read_text(encoding="utf-8")) for page in PAGES]
+    named = {name for text in pages for name in re.findall(r"`(?:[^`]*[ (,])?(\w+)=[^`=]*`", text)}
+    assert len(named) > 8
+    assert named - known == set()

@@ -1,0 +1,307 @@
+"""The package as a whole: what importing it costs, what it promises, and what the repository holds."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import covft
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pytest brings it along where the standard library has none
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+HEAVY = [
+    "accelerate",
+    "datasets",
+    "matplotlib",
+    "onnx",
+    "open_clip",
+    "peft",
+    "rich",
+    "sentence_transformers",
+    "skimage",
+    "sklearn",
+    "timm",
+    "transformers",
+    "typer",
+]
+
+
+def run_python(code, *flags):
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def project_files():
+    """Files that are, or would be, in the repository; all files of the tree where there is no git."""
+    done = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        names = [ROOT / name for name in done.stdout.split("\0") if name]
+    else:
+        left_out = {".venv", ".git", "site", "build", "dist"}
+        names = [path for path in ROOT.rglob("*") if not left_out & set(path.relative_to(ROOT).parts)]
+    files = [path for path in names if path.is_file()]
+    assert len(files) > 20
+    return files
+
+
+# ------------------------------------------------------------------------------------------ import
+
+
+def test_import_is_silent_and_warns_about_nothing():
+    done = run_python("import covft", "-W", "error")
+    assert done.stdout == ""
+    assert done.stderr == ""
+
+
+def test_import_brings_no_optional_library():
+    code = f"import sys, covft; print([name for name in {HEAVY!r} if name in sys.modules])"
+    assert run_python(code).stdout.strip() == "[]"
+
+
+def test_import_changes_no_global_state():
+    code = (
+        "import os, random, sys, logging, torch\n"
+        "def state(): return (dict(os.environ), random.getstate(), torch.random.get_rng_state().tolist(),\n"
+        "    torch.get_num_threads(), torch.get_default_dtype(), logging.root.handlers[:], sys.path[:])\n"
+        "before = state()\n"
+        "import covft\n"
+        "for name in covft.__all__: getattr(covft, name)\n"
+        "print(before == state())"
+    )
+    assert run_python(code).stdout.strip() == "True"
+
+
+def test_import_costs_less_than_half_of_torch_on_top():
+    def seconds(module):
+        code = f"from time import perf_counter as now; t = now(); import {module}; print(now() - t)"
+        return float(run_python(code).stdout)
+
+    seconds("torch")  # the first reads the files from the disk
+    pairs = [(seconds("torch"), seconds("covft")) for _ in range(3)]
+    torch_best, covft_best = (min(times) for times in zip(*pairs, strict=True))
+    assert covft_best < 1.5 * torch_best
+
+
+# ------------------------------------------------------------------------------------- public face
+
+
+def test_all_is_sorted_and_resolves():
+    assert list(covft.__all__) == sorted(covft.__all__)
+    assert len(set(covft.__all__)) == len(covft.__all__)
+    for name in covft.__all__:
+        assert getattr(covft, name) is not None
+    assert set(covft.__all__) <= set(dir(covft))
+
+
+@pytest.mark.parametrize(
+    "name", ["CoVFTConfig", "ContextEncoder", "describe", "errors", "load", "unwrap", "wrap"]
+)
+def test_face_offers(name):
+    assert name in covft.__all__
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        covft.no_such_name  # noqa: B018
+
+
+def test_every_public_name_is_documented():
+    directives = set()
+    for page in (ROOT / "docs" / "api").glob("*.md"):
+        directives |= set(re.findall(r"^::: ([\w.]+)", page.read_text(encoding="utf-8"), flags=re.M))
+    missing = []
+    for name in covft.__all__:
+        if name.startswith("__"):
+            continue
+        thing = getattr(covft, name)
+        # A module stands under its own name, a class or function under that of its module.
+        path = getattr(thing, "__name__", name)
+        path = path if path.startswith("covft.") else f"{thing.__module__}.{path}"
+        if path not in directives and path.rpartition(".")[0] not in directives:
+            missing.append(path)
+    assert missing == []
+
+
+def test_every_error_is_a_covft_error_and_documented():
+    page = (ROOT / "docs" / "api" / "errors.md").read_text(encoding="utf-8")
+    assert "::: covft.errors" in page
+    for name in covft.errors.__all__:
+        assert issubclass(getattr(covft.errors, name), covft.errors.CoVFTError)
+        assert name in covft.errors.__doc__, f"{name} is missing in the tree of errors.py"
+
+
+def test_package_is_marked_as_typed():
+    assert (ROOT / "covft" / "py.typed").is_file()
+
+
+# ------------------------------------------------------------------------------ versions and pins
+
+
+def test_version_is_the_latest_of_the_changelog_and_of_the_citation():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## \[([^\]]+)\]", changelog, flags=re.M)
+    assert headings[0] == "Unreleased"
+    assert headings[1] == covft.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == covft.__version__
+
+
+def test_citation_and_licence_agree_with_the_metadata():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["license"] == PROJECT["project"]["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert citation["references"][0]["title"].startswith("CoVFT:")
+
+
+def test_extras_are_those_that_the_messages_name():
+    extras = PROJECT["project"]["optional-dependencies"]
+    promised = {"timm", "open_clip", "transformers", "sentence-transformers", "train", "analysis", "cli"}
+    assert promised | {"flash", "mini", "docs", "dev", "all"} == set(extras)
+    [everything] = extras["all"]
+    assert set(re.search(r"\[(.*)\]", everything)[1].split(",")) == promised | {"mini"}
+
+
+def test_every_pin_says_why():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    metadata = text[: text.index("[tool.")]
+    pins = [line for line in metadata.splitlines() if re.search(r"\"[\w\-\[\]]+(>=|==|<)", line)]
+    assert len(pins) > 15
+    assert [line for line in pins if "#" not in line] == []
+
+
+def test_ruff_is_the_same_everywhere():
+    [pin] = [item for item in PROJECT["project"]["optional-dependencies"]["dev"] if item.startswith("ruff==")]
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    [revision] = [repo["rev"] for repo in hooks["repos"] if "ruff" in repo["repo"]]
+    assert revision == "v" + pin.removeprefix("ruff==")
+
+
+def test_python_versions_agree():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    tested = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
+    listed = [
+        item.rpartition(" ")[2]
+        for item in PROJECT["project"]["classifiers"]
+        if re.search(r"Python :: 3\.\d", item)
+    ]
+    assert tested == listed
+    assert PROJECT["project"]["requires-python"] == f">={listed[0]}"
+
+
+# ------------------------------------------------------------------------------- README, Makefile
+
+
+def make_targets():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return set(re.search(r"^\.PHONY: (.*)$", makefile, flags=re.M)[1].split())
+
+
+def test_makefile_has_the_promised_targets():
+    assert {"help", "demo", "test", "check", "docs", "clean"} == make_targets()
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", ".ci/run", ".github/workflows/ci.yml", "tests/README.md"]
+)
+def test_make_commands_that_are_named_exist(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    named = re.findall(r"(?:^|`|run: |::: |\|\s*)\s*make ([a-z]+)", text, flags=re.M)
+    assert set(named) <= make_targets()
+
+
+def test_readme_shows_both_commands_and_the_whole_layout():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "make demo" in readme
+    assert "make test" in readme
+    folders = [path.name for path in (ROOT / "covft").iterdir() if path.is_dir() and any(path.glob("*.py"))]
+    assert [name for name in folders if f"{name}/" not in readme] == []
+    files = [path.name for path in (ROOT / "covft").glob("*.py") if not path.name.startswith("_")]
+    assert [name for name in files if name not in readme] == []
+
+
+def test_readme_has_the_marks_of_the_demo_table():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count("<!-- demo:start -->") == readme.count("<!-- demo:end -->") == 1
+
+
+def test_workflow_grants_nothing_but_reading():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    assert workflow["permissions"] == {}
+    for job in workflow["jobs"].values():
+        assert job["permissions"] == {"contents": "read"}
+        for step in job["steps"]:
+            if "uses" in step:
+                assert re.search(r"@[0-9a-f]{40}$", step["uses"]), step["uses"]
+
+
+# -------------------------------------------------------------------------------------- repository
+
+
+def test_no_large_file():
+    large = [str(path.relative_to(ROOT)) for path in project_files() if path.stat().st_size > 5 * 1024**2]
+    assert large == []
+
+
+def lines_that_match(pattern):
+    found = []
+    for path in project_files():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}:{n}" for n, line in enumerate(lines, 1) if pattern.search(line)]
+    return found
+
+
+def test_no_path_of_a_machine():
+    folders = "|".join(["work", "root", "tmp", "farm", "home"])
+    assert lines_that_match(re.compile(rf"(^|[^A-Za-z0-9_.])/({folders})/")) == []
+
+
+def test_no_host_of_a_registry():
+    hosts = "|".join(["py" + "pi", "files.python" + "hosted", "registry.npm" + "js"])
+    assert lines_that_match(re.compile(rf"({hosts})\.(org|com)", re.IGNORECASE)) == []
+
+
+def test_no_module_below_the_face_imports_it():
+    """`covft/__init__.py` looks down at everything, so a module that asks it for a name makes a circle.
+
+    The benchmark and the command line are users of the face.
+    """
+    found = []
+    for path in (ROOT / "covft").rglob("*.py"):
+        if path.relative_to(ROOT / "covft").parts[0] in {"mini", "cli.py"}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "covft":
+                names = {alias.name for alias in node.names}
+                found += [f"{path.relative_to(ROOT)}: {name}" for name in names - modules() - {"__version__"}]
+    assert found == []
+
+
+def modules():
+    return {path.stem for path in (ROOT / "covft").iterdir() if path.suffix == ".py" or path.is_dir()}

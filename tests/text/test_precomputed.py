@@ -1,0 +1,18 @@
+import pytest
+
+from covft.errors import TextEncoderError
+from covft.text import PrecomputedFeatures, TextEncoder
+
+
+def test_it_has_a_width_and_refuses_texts():
+    encoder = PrecomputedFeatures(768)
+    assert isinstance(encoder, TextEncoder)
+    assert (encoder.width, encoder.name) == (768, "features:768")
+    with pytest.raises(TextEncoderError, match=r"features of shape \(S, 768\)"):
+        encoder.encode(["a question"])
+
+
+@pytest.mark.parametrize("width", [0, -1, True])
+def test_a_width_that_is_none_is_refused(width):
+    with pytest.raises(TextEncoderError, match="an int >= 1"):
+        PrecomputedFeatures(width)

@@ -1,0 +1,126 @@
+"""The table of ViTs that the invariants run on: every family, from its real config classes, small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SIZE, PATCH, WIDTH, DEPTH = 32, 8, 32, 4
+CONTEXT_DIM = 16
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One entry: how to build the ViT, and what to feed it."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    kwargs: dict[str, Any] = field(default_factory=dict)  # of the call, beside the images
+    padded: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def images(self, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        if self.padded:
+            return torch.randn(batch, 16, 3 * PATCH * PATCH, dtype=dtype)
+        return torch.randn(batch, 3, SIZE, SIZE, dtype=dtype)
+
+    def inputs(self, batch: int) -> dict[str, Any]:
+        if not self.padded:
+            return dict(self.kwargs)
+        mask = torch.zeros(batch, 16, dtype=torch.int64)
+        shapes = torch.tensor([[2, 3] if i % 2 else [4, 4] for i in range(batch)])
+        for row, (height, width) in enumerate(shapes.tolist()):
+            mask[row, : height * width] = 1
+        return {"pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+
+def features(output: Any) -> Tensor:
+    """The tokens or the pooled vector that a ViT returned."""
+    if isinstance(output, Tensor):
+        return output
+    return output.last_hidden_state
+
+
+def perturb(encoder: nn.Module, scale: float = 0.1) -> None:
+    """Move experts, contexts and routers apart, so that the text matters."""
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn_like(parameter))
+
+
+def _timm(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import timm
+
+        sizes = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": 4, "img_size": SIZE, "num_classes": 0}
+        return timm.create_model(name, pretrained=False, **{**sizes, "patch_size": PATCH, **kwargs})
+
+    return build
+
+
+def _open_clip(**vision: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from open_clip.model import CLIP
+
+        text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+        return CLIP(embed_dim=16, vision_cfg={"image_size": SIZE, **vision}, text_cfg=text).visual
+
+    return build
+
+
+def _hf(model: str, config: str, **kwargs: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import transformers
+
+        sizes = {
+            "hidden_size": WIDTH,
+            "intermediate_size": 2 * WIDTH,
+            "num_hidden_layers": DEPTH,
+            "num_attention_heads": 4,
+            "image_size": SIZE,
+            "patch_size": PATCH,
+        }
+        settings = getattr(transformers, config)(**{**sizes, **kwargs})
+        return getattr(transformers, model)(settings)
+
+    return build
+
+
+TOWERS = [
+    Tower("timm-clip", _timm("vit_base_patch16_clip_quickgelu_224")),
+    Tower("timm-siglip", _timm("vit_base_patch16_siglip_224")),
+    Tower("timm-dinov2", _timm("vit_small_patch14_reg4_dinov2")),
+    Tower("timm-dinov3", _timm("vit_small_patch16_dinov3")),
+    Tower("timm-deit", _timm("deit_tiny_patch16_224")),
+    Tower("timm-eva02", _timm("eva02_tiny_patch14_224")),
+    Tower("timm-beit", _timm("beit_base_patch16_224")),
+    Tower("open_clip-native", _open_clip(layers=DEPTH, width=WIDTH, head_width=8, patch_size=PATCH)),
+    Tower("open_clip-timm", _open_clip(timm_model_name="test_vit", timm_pool="avg", timm_proj="linear")),
+    Tower("hf-clip", _hf("CLIPVisionModel", "CLIPVisionConfig")),
+    Tower("hf-clip-projection", _hf("CLIPVisionModelWithProjection", "CLIPVisionConfig", projection_dim=8)),
+    Tower("hf-siglip", _hf("SiglipVisionModel", "SiglipVisionConfig")),
+    Tower("hf-siglip2", _hf("Siglip2VisionModel", "Siglip2VisionConfig", num_patches=16), padded=True),
+    Tower("hf-dinov2", _hf("Dinov2Model", "Dinov2Config")),
+    Tower("hf-dinov2-swiglu", _hf("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True)),
+    Tower("hf-dinov2-registers", _hf("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig")),
+    Tower("hf-dinov3", _hf("DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=2)),
+    Tower(
+        "hf-internvl",
+        _hf(
+            "InternVLVisionModel",
+            "InternVLVisionConfig",
+            use_qk_norm=True,
+            image_size=[SIZE, SIZE],
+            patch_size=[PATCH, PATCH],
+        ),
+    ),
+    Tower("hf-vit", _hf("ViTModel", "ViTConfig")),
+]
+BY_NAME = {tower.name: tower for tower in TOWERS}
