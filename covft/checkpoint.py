@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from covft.fingerprint import difference, fingerprint
 from covft.folder import CONFIG_NAME, WEIGHTS_NAME, read_folder
 from covft.nn.context import CrossAttentionContext
 from covft.slot import AdaptedFFN
+from covft.text import as_text_encoder
 from covft.wrapping import unwrap, wrap
 
 
@@ -146,7 +149,8 @@ def _build_text(text: dict[str, Any], settings: CoVFTConfig) -> Any:
             expected=f"a text encoder of width {text['width']}, or that width if you bring features",
             fix=f"covft.load(folder, text_encoder={text['width']})",
         )
-    return source
+    revision = None if "revision=" in source else text.get("revision")
+    return as_text_encoder(source, revision=revision)
 
 
 def _check_base(vit: nn.Module, base: dict[str, Any], extra: set[str]) -> None:
@@ -229,6 +233,7 @@ def _released_parts(
 ) -> tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]]:
     by_layer: dict[int, dict[str, Tensor]] = {layer: {} for layer in encoder.layers}
     norms: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}
     foreign: list[str] = []
     marks = ("experts.", "image_resblock.", "text_resblock.", "cross_attn.", "gate.")
     for key, tensor in released.items():
@@ -243,8 +248,10 @@ def _released_parts(
                 foreign.append(key)
         elif layer < encoder.spec.depth:
             name = f"{encoder.spec.blocks[layer].path}.{rest}"
-            if name in encoder.original.values:
+            if name in encoder.norms:
                 norms[name] = tensor
+            elif rest.rpartition(".")[0] in encoder.spec.blocks[layer].norms:
+                frozen[name] = tensor
     if foreign:
         raise CheckpointError(
             "The released checkpoint has adapted layers that this encoder has not.",
@@ -252,7 +259,27 @@ def _released_parts(
             got=", ".join(foreign[:4]) + (" ..." if len(foreign) > 4 else ""),
             fix="covft.wrap(vit, text_encoder, layers=the layers of the checkpoint, config=CoVFTConfig.reference())",
         )
+    _refuse_frozen_norms(encoder, frozen)
     return by_layer, norms
+
+
+def _refuse_frozen_norms(encoder: ContextEncoder, released: dict[str, Tensor]) -> None:
+    """Refuse norms that the checkpoint has trained and the encoder leaves frozen: outputs would differ."""
+    state = encoder.vit.state_dict()
+    trained = [
+        name
+        for name, tensor in released.items()
+        if name in state
+        and tensor.shape == state[name].shape
+        and not torch.allclose(tensor.float(), state[name].detach().cpu().float(), rtol=2**-7, atol=1e-6)
+    ]
+    if trained:
+        raise CheckpointError(
+            "The released checkpoint has trained norms that this encoder leaves frozen.",
+            expected=f"train_norms={encoder.covft_config.train_norms!r} to cover every norm that was trained",
+            got=", ".join(trained[:4]) + (" ..." if len(trained) > 4 else ""),
+            fix="covft.wrap(..., config=CoVFTConfig.reference(train_norms='all'))",
+        )
 
 
 def _reference_shapes(slot: AdaptedFFN) -> dict[str, tuple]:
@@ -298,7 +325,8 @@ def _fill_from_reference(slot: AdaptedFFN, part: dict[str, Tensor]) -> None:
 def _read_any(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         for pattern in ("*.safetensors.index.json", "*.bin.index.json", "*.safetensors", "*.bin", "*.pt"):
-            files = sorted(path.glob(pattern))
+            # Trainer leaves its arguments, which are no tensors, beside the weights.
+            files = sorted(file for file in path.glob(pattern) if file.name != "training_args.bin")
             if files:
                 return {name: tensor for file in files for name, tensor in _read_any(file).items()}
         raise CheckpointError(f"{path} has no weights.", expected=".safetensors, .bin or .pt files")
@@ -310,7 +338,13 @@ def _read_any(path: Path) -> dict[str, Tensor]:
         if absent:
             raise CheckpointError(f"{path.parent} is incomplete.", expected=", ".join(shards), got=f"no {absent}")
         return {name: t for shard in shards for name, t in _read_any(path.parent / shard).items()}
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} cannot be read.", expected="tensors by name", got=reason) from error
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path} holds no weights.", expected="tensors by name", got=type(state).__name__)
     return state.get("state_dict", state)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from covft.adapters.sources import source_of
+from covft import saving
 from covft.adapters.spec import ViTSpec
 from covft.conditioning import Conditioning, Scope
 from covft.config import CoVFTConfig
 from covft.errors import (
-    CheckpointError,
     MergeError,
     MissingContextError,
     ReentrantCheckpointError,
@@ -26,27 +23,9 @@ from covft.errors import (
     TextEncoderError,
     UnsupportedViTError,
 )
-from covft.fingerprint import fingerprint
-from covft.folder import write_folder
-from covft.model_card import model_card
 from covft.nn.losses import load_balance_loss
-from covft.slot import AdaptedFFN
+from covft.slot import AdaptedFFN, Original
 from covft.text import TextEncoder
-
-
-@dataclass
-class Original:
-    """What `unwrap` needs to make the ViT what it was; no part of any state dict.
-
-    Attributes:
-        ffns: The FFNs that were replaced, by dotted path.
-        values: Values of the other parameters that covft changes (norms), by name.
-        requires_grad: Whether each parameter was trainable, by name.
-    """
-
-    ffns: dict[str, nn.Module] = field(default_factory=dict)
-    values: dict[str, Tensor] = field(default_factory=dict)
-    requires_grad: dict[str, bool] = field(default_factory=dict)
 
 
 class ContextEncoder(nn.Module):
@@ -61,6 +40,7 @@ class ContextEncoder(nn.Module):
         covft_config: The settings, with `layers` as non-negative indices.
         spec: What covft knows of the ViT.
         layers: Indices of the adapted blocks, ascending.
+        norms: Names of the ViT's norm parameters that are trained.
         text_encoder: The frozen text encoder; None after unpickling, or where none is needed.
     """
 
@@ -82,6 +62,7 @@ class ContextEncoder(nn.Module):
         self.layers: tuple[int, ...] = tuple(sorted(covft_config.layers or ()))
         self.conditioning = conditioning
         self.original = original
+        self.norms: tuple[str, ...] = tuple(original.values)
         self.text_name = None if text_encoder is None else text_encoder.name
         self.context_dim = None if text_encoder is None else text_encoder.width
         # Past nn.Module's own __setattr__: even a text encoder that is a module must not become a child.
@@ -350,7 +331,7 @@ class ContextEncoder(nn.Module):
             prefix = f"{self.spec.blocks[layer].mlp_path}."
             if name.startswith(prefix):
                 return "experts" if name.removeprefix(prefix).startswith("experts.") else "router"
-        return "norms" if name in self.original.values else "other"
+        return "norms" if name in self.norms else "other"
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute activations of the blocks during backward, by the ViT library's own switch.
@@ -415,22 +396,7 @@ class ContextEncoder(nn.Module):
 
         Parameters of the ViT that the caller made trainable are included.
         """
-        prefixes = tuple(f"{self.spec.blocks[layer].mlp_path}." for layer in self.layers)
-        trained = {name for name, p in self.vit.named_parameters() if p.requires_grad} | set(self.original.values)
-        state = self.vit.state_dict()
-        return {name: t for name, t in state.items() if name.startswith(prefixes) or name in trained}
-
-    def base_state_dict(self) -> dict[str, Tensor]:
-        """The ViT's weights as they were before wrapping, by the names they had.
-
-        Parameters that the caller trained beside covft's are as they are now.
-        """
-        prefixes = tuple(f"{self.spec.blocks[layer].mlp_path}." for layer in self.layers)
-        state = {name: t for name, t in self.vit.state_dict().items() if not name.startswith(prefixes)}
-        state.update({name: value for name, value in self.original.values.items() if name in state})
-        for path, ffn in self.original.ffns.items():
-            state.update({f"{path}.{name}": tensor for name, tensor in ffn.state_dict().items()})
-        return state
+        return saving.adapted_state_dict(self)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save what was added or trained, with what it belongs to; `covft.load` is the inverse.
@@ -444,53 +410,20 @@ class ContextEncoder(nn.Module):
         Raises:
             CheckpointError: If the folder is a file, or weights are on the meta device.
         """
-        tensors = self.adapted_state_dict()
-        if meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
-            raise CheckpointError("Weights on the meta device have no values to save.", got=", ".join(meta[:5]))
-        write_folder(folder, tensors, self._saved_config(set(tensors)), model_card(self))
-
-    def _saved_config(self, saved: set[str]) -> dict[str, Any]:
-        from covft import __version__
-
-        base = self.base_state_dict()
-        extra = sorted(name for name in saved & set(base) if name not in self.original.values)
-        config = getattr(self.vit, "config", None)
-        return {
-            "library_version": __version__,
-            "covft": self.covft_config.to_dict(),
-            "base": {
-                "source": source_of(self.vit),
-                "revision": getattr(config, "_commit_hash", None),
-                "library": self.spec.library,
-                "class_name": self.spec.class_name,
-                "fingerprint": fingerprint((n, t) for n, t in base.items() if n not in extra),
-            },
-            "text": {
-                "source": self.text_name,
-                "width": self.context_dim,
-                "revision": getattr(self.text_encoder, "revision", None),
-            },
-            "extra": extra,
-        }
+        saving.save(self, folder)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save to a repository of the Hugging Face Hub.
 
         Args:
             repo_id: Such as `name/repository`; made if it does not exist.
-            **kwargs: For `huggingface_hub.HfApi.upload_folder`, such as `commit_message` or `token`.
+            **kwargs: `private` and `token`, and the options of `huggingface_hub.HfApi.upload_folder`, such as
+                `commit_message`.
 
         Returns:
             Address of the commit.
         """
-        from huggingface_hub import HfApi
-
-        private = kwargs.pop("private", None)
-        api = HfApi(token=kwargs.pop("token", None))
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
+        return saving.push(self, repo_id, **kwargs)
 
     # Standing where the ViT stood
 
@@ -519,23 +452,3 @@ class ContextEncoder(nn.Module):
         shown = {"layers": list(self.layers)}
         shown.update({name: getattr(config, name) for name in ("experts", "routing", "context")})
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
-
-
-def norm_parameters(vit: nn.Module, spec: ViTSpec, layers: Iterable[int], train_norms: str) -> list[str]:
-    """Names of the norm parameters that are trained, in the order of the blocks.
-
-    Args:
-        vit: The ViT.
-        spec: What is known of it.
-        layers: The adapted layers.
-        train_norms: `"all"` up to the last adapted block, `"adapted"` blocks only, or `"none"`.
-    """
-    adapted = sorted(layers)
-    chosen = {"all": range(adapted[-1] + 1), "adapted": adapted, "none": ()}[train_norms]
-    names: list[str] = []
-    for layer in chosen:
-        block = spec.blocks[layer]
-        for norm in block.norms:
-            module = vit.get_submodule(f"{block.path}.{norm}")
-            names += [f"{block.path}.{norm}.{name}" for name, _ in module.named_parameters(recurse=False)]
-    return names

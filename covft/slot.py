@@ -1,7 +1,8 @@
-"""The module that stands where a block's FFN stood."""
+"""The module that stands where a block's FFN stood, and what stood there before."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,21 @@ from torch import Tensor, nn
 from covft.conditioning import Conditioning
 from covft.nn.moe import ContextualMoE
 from covft.nn.router import Routing
+
+
+@dataclass
+class Original:
+    """What `unwrap` needs to make the ViT what it was; no part of any state dict.
+
+    Attributes:
+        ffns: The FFNs that were replaced, by dotted path.
+        values: Values of the other parameters that covft changes (norms), by name.
+        requires_grad: Whether each parameter was trainable, by name.
+    """
+
+    ffns: dict[str, nn.Module] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    requires_grad: dict[str, bool] = field(default_factory=dict)
 
 
 class RoutingRecord(NamedTuple):

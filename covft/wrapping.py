@@ -13,9 +13,9 @@ from covft.adapters.registry import describe
 from covft.adapters.spec import Adapter, ViTSpec
 from covft.conditioning import Conditioning
 from covft.config import CoVFTConfig
-from covft.encoder import ContextEncoder, Original, norm_parameters
+from covft.encoder import ContextEncoder
 from covft.errors import ConfigError, LayerIndexError, UnsupportedViTError
-from covft.slot import AdaptedFFN
+from covft.slot import AdaptedFFN, Original
 from covft.text import as_text_encoder
 
 
@@ -272,11 +272,31 @@ def _install(vit: nn.Module, spec: ViTSpec, settings: CoVFTConfig, slots: dict[i
         path = spec.blocks[layer].mlp_path
         original.ffns[path] = vit.get_submodule(path)
         _set_submodule(vit, path, slot)
-    for name in norm_parameters(vit, spec, slots, settings.train_norms):
+    for name in _norm_parameters(vit, spec, slots, settings.train_norms):
         parameter = vit.get_parameter(name)
         original.values[name] = parameter.detach().clone()
         parameter.requires_grad_(True)
     return original
+
+
+def _norm_parameters(vit: nn.Module, spec: ViTSpec, layers: Iterable[int], train_norms: str) -> list[str]:
+    """Names of the norm parameters that are trained, in the order of the blocks.
+
+    Args:
+        vit: The ViT.
+        spec: What is known of it.
+        layers: The adapted layers.
+        train_norms: `"all"` up to the last adapted block, `"adapted"` blocks only, or `"none"`.
+    """
+    adapted = sorted(layers)
+    chosen = {"all": range(adapted[-1] + 1), "adapted": adapted, "none": ()}[train_norms]
+    names: list[str] = []
+    for layer in chosen:
+        block = spec.blocks[layer]
+        for norm in block.norms:
+            module = vit.get_submodule(f"{block.path}.{norm}")
+            names += [f"{block.path}.{norm}.{name}" for name, _ in module.named_parameters(recurse=False)]
+    return names
 
 
 def _set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:

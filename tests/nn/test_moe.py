@@ -99,7 +99,7 @@ def assert_same_gradients(moe, ours, theirs, *, inputs=("x", "text")):
 
 
 @pytest.mark.parametrize(("context", "routing"), VARIANTS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(shape=shapes(), activation=st.sampled_from(["gelu", "quick_gelu"]))
 def test_outputs_and_gradients_are_those_of_the_equations(context, routing, shape, activation):
     torch.manual_seed(shape["seed"])
@@ -121,7 +121,7 @@ def test_outputs_and_gradients_are_those_of_the_equations(context, routing, shap
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(shape=shapes(), data=st.data())
 def test_padding_behind_the_mask_is_as_if_it_were_not_there(context, shape, data):
     torch.manual_seed(shape["seed"])
