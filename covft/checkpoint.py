@@ -143,7 +143,9 @@ def _build_text(text: dict[str, Any], settings: CoVFTConfig) -> Any:
     source = text["source"]
     if source is None and not settings.needs_text:
         return None
-    if source is None or re.match(r"(precomputed|callable|features)\b", source):
+    if source is not None and source.startswith("features:"):
+        return text["width"]
+    if source is None or source.startswith("callable:"):
         raise CheckpointError(
             f"The text encoder of this folder ({source}) cannot be built from its name.",
             expected=f"a text encoder of width {text['width']}, or that width if you bring features",
@@ -271,7 +273,7 @@ def _refuse_frozen_norms(encoder: ContextEncoder, released: dict[str, Tensor]) -
         for name, tensor in released.items()
         if name in state
         and tensor.shape == state[name].shape
-        and not torch.allclose(tensor.float(), state[name].detach().cpu().float(), rtol=2**-7, atol=1e-6)
+        and not torch.allclose(tensor.cpu().float(), state[name].detach().cpu().float(), rtol=2**-7, atol=1e-6)
     ]
     if trained:
         raise CheckpointError(

@@ -213,7 +213,7 @@ class Conditioning:
     def enter_tower(self, vit: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the ViT: check the batch before any compute and open the run's scope."""
         parent = self.require()
-        images = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+        images = args[0] if args else kwargs.get(getattr(vit, "main_input_name", "pixel_values"))
         if parent is not None and isinstance(images, Tensor) and images.dim() in (3, 4):
             parent.text_for(images.shape[0])
         scope = Scope(
@@ -299,6 +299,8 @@ def _checkpoint_frames() -> list[Any]:
     autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
     hooks: list[tuple] = []
     frames: list[Any] = []
+    if not autograd._saved_tensors_hooks_is_enabled():
+        return frames  # then there can be no checkpoint around the caller, and nothing could be put back
     try:
         while (top := autograd._top_saved_tensors_default_hooks(False)) is not None:
             hooks.append(top)
@@ -323,7 +325,7 @@ def _inside_autograd_function() -> bool:
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "forward" and frame.f_code.co_varnames[:1] == ("ctx",):
-            if isinstance(frame.f_locals["ctx"], torch.autograd.function.FunctionCtx):
+            if isinstance(frame.f_locals.get("ctx"), torch.autograd.function.FunctionCtx):
                 return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

@@ -25,7 +25,7 @@ from covft.errors import (
 )
 from covft.nn.losses import load_balance_loss
 from covft.slot import AdaptedFFN, Original
-from covft.text import TextEncoder
+from covft.text import CachedTextEncoder, TextEncoder
 
 
 class ContextEncoder(nn.Module):
@@ -153,6 +153,8 @@ class ContextEncoder(nn.Module):
                 got="None" if self.text_name is None else f"{self.text_name} was left behind by pickling",
                 fix="encoder.set_text_encoder(covft.text.as_text_encoder(...))",
             )
+        if isinstance(encoder, CachedTextEncoder):
+            encoder.to(self._device())  # moves what covft itself loaded, nothing else
         if isinstance(text, Mapping):
             encode_tokens = getattr(encoder, "encode_tokens", None)
             if encode_tokens is None:

@@ -153,20 +153,18 @@ def test_norms_inside_the_ffn_of_eva_are_not_found():
 
 
 def test_inner_width_of_gated_ffns_is_that_of_the_last_layer():
+    """The first layer of a packed one is twice as wide: gate and value side by side."""
     (first, *_) = describe(tiny("eva02_base_patch14_224", mlp_ratio=2)).blocks
     assert (first.mlp_class, first.embed_dim, first.ffn_dim) == ("SwiGLU", 32, 64)
-    vit = hf("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True)
-    first = describe(vit).blocks[0]
-    last = [m for m in vit.get_submodule(first.mlp_path).modules() if isinstance(m, nn.Linear)][-1]
-    assert (first.embed_dim, first.ffn_dim) == (32, last.in_features)
+    packed = type("PackedSwiGLU", (nn.Sequential,), {})(nn.Linear(D, 2 * F), nn.GLU(), nn.Linear(F, D))
+    (first,) = find_blocks(model(block(mlp=packed)))
+    assert (first.mlp_class, first.embed_dim, first.ffn_dim) == ("PackedSwiGLU", D, F)
 
 
 def test_a_resnet_is_refused_by_name():
     timm = pytest.importorskip("timm")
     for vit in (timm.create_model("resnet10t"), timm.create_model("test_convnext")):
-        with pytest.raises(
-            UnknownViTError, match=f"{type(vit).__name__} has no transformer blocks with an FFN"
-        ):
+        with pytest.raises(UnknownViTError, match=f"{type(vit).__name__} has no transformer blocks with an FFN"):
             covft.wrap(vit, 8)
 
 
@@ -177,9 +175,7 @@ def test_blocks_that_fuse_attention_and_ffn_are_refused_by_name(class_name, chil
     timm = pytest.importorskip("timm")
     fused = getattr(timm.models.vision_transformer, class_name)
     vit = tiny("vit_base_patch16_224", block_fn=fused)
-    with pytest.raises(
-        UnsupportedViTError, match=r"Block blocks\.0 has no FFN where one was expected"
-    ) as caught:
+    with pytest.raises(UnsupportedViTError, match=r"Block blocks\.0 has no FFN where one was expected") as caught:
         covft.wrap(vit, 8)
     assert child in caught.value.got
 

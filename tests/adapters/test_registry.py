@@ -85,9 +85,7 @@ def entry_points(monkeypatch):
 def assert_home(spec):
     assert (spec.library, spec.class_name, spec.depth, spec.num_prefix_tokens) == ("homelib", "HomeViT", 3, 0)
     assert [block.path for block in spec.blocks] == ["stages.0", "stages.1", "stages.2"]
-    assert {(b.mlp, b.embed_dim, b.ffn_dim, b.norms) for b in spec.blocks} == {
-        ("dense", 8, 24, ("pre", "post"))
-    }
+    assert {(b.mlp, b.embed_dim, b.ffn_dim, b.norms) for b in spec.blocks} == {("dense", 8, 24, ("pre", "post"))}
 
 
 def test_a_model_that_nobody_knows_is_refused_with_the_way_out():
@@ -129,7 +127,12 @@ def test_an_adapter_at_the_call_overrules_the_registry():
 def test_an_installed_package_adds_an_adapter(entry_points, kind):
     class HomeAdapter:
         name = "home/package"
-        matches, describe = HOME.matches, HOME.describe
+
+        def matches(self, vit):
+            return HOME.matches(vit)
+
+        def describe(self, vit):
+            return HOME.describe(vit)
 
     entry_points(HomeAdapter if kind == "class" else HomeAdapter())
     assert_home(describe(HomeViT()))
