@@ -78,15 +78,6 @@ class CoVFTError(Exception):
         lines += [f"  {name + ':':<9} {value}" for name, value in rows if value is not None]
         return "\n".join(lines)
 
-    def __reduce__(self) -> tuple:
-        # Exceptions cross process borders in data loaders and launchers; keyword-only
-        # arguments are not part of `args`, so they are handed over as state.
-        return (_rebuild, (type(self), self.problem, self.expected, self.got, self.known, self.fix))
-
-
-def _rebuild(cls: type, problem: str, expected: object, got: object, known: object, fix: str | None) -> CoVFTError:
-    return cls(problem, expected=expected, got=got, known=known, fix=fix)
-
 
 class ConfigError(CoVFTError, ValueError):
     """A setting that cannot work."""

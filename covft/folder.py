@@ -120,6 +120,33 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def compare_tensors(wanted: dict[str, tuple], found: dict[str, tuple], source: str) -> None:
+    """Refuse tensors that are not exactly the wanted ones, naming every difference.
+
+    Args:
+        wanted: Shapes by name, of the encoder.
+        found: Shapes by name, of the source.
+        source: What to call it in the message.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unexpected or of another shape.
+    """
+    missing, unexpected = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    other = [
+        f"{name} {found[name]} instead of {wanted[name]}"
+        for name in sorted(set(wanted) & set(found))
+        if wanted[name] != found[name]
+    ]
+    parts = {"missing": missing, "unexpected": unexpected, "other shapes": other}
+    if any(parts.values()):
+        raise CheckpointError(
+            f"The tensors of {source} are not those of this encoder.",
+            expected=f"{len(wanted)} tensors",
+            got="; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names),
+            fix="wrap with the settings that it was trained with",
+        )
+
+
 @contextlib.contextmanager
 def _written_aside(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -435,14 +435,25 @@ def test_a_base_without_a_source_has_to_be_given(saved):
         covft.load(saved[2], text_encoder=WIDTH)
 
 
-def test_a_text_encoder_without_a_source_has_to_be_given(saved):
-    _, base, folder = saved
+def test_a_text_encoder_without_a_source_has_to_be_given(tmp_path):
+    base = clip_vit()
+    encoder = covft.wrap(copy.deepcopy(base), Words(), layers=(1, 2), experts=2)
+    encoder.save_pretrained(tmp_path)
     vit = copy.deepcopy(base)
     before = snapshot(vit)
     with pytest.raises(CheckpointError, match="cannot be built from its name") as caught:
-        covft.load(folder, vit)
+        covft.load(tmp_path, vit)
     assert caught.value.fix == f"covft.load(folder, text_encoder={WIDTH})"
     assert_unchanged(vit, before)
+
+
+def test_where_the_caller_brings_features_no_text_encoder_is_needed(saved):
+    encoder, base, folder = saved
+    loaded = covft.load(folder, copy.deepcopy(base))
+    assert loaded.context_dim == WIDTH
+    images, text = inputs()
+    with torch.no_grad():
+        assert torch.equal(tensor_of(loaded(images, text)), tensor_of(encoder(images, text)))
 
 
 def test_where_the_text_is_not_looked_at_no_text_encoder_is_needed(tmp_path):
@@ -793,3 +804,17 @@ def test_an_encoder_of_other_sizes_is_refused():
         with pytest.raises(CheckpointError):
             import_reference(encoder, released_state())
         assert_unchanged(encoder, before)
+
+
+def test_another_text_encoder_of_the_same_width_is_told(tmp_path):
+    class Other(HashTextEncoder):
+        def __init__(self) -> None:
+            super().__init__(WIDTH)
+            self.name = "other"
+
+    base = timm_vit()
+    covft.wrap(copy.deepcopy(base), HashTextEncoder(WIDTH)).save_pretrained(tmp_path)
+    covft.load(tmp_path, copy.deepcopy(base), HashTextEncoder(WIDTH))
+    covft.load(tmp_path, copy.deepcopy(base), WIDTH)
+    with pytest.warns(UserWarning, match=r"trained with the text encoder .* loaded with 'other'"):
+        covft.load(tmp_path, copy.deepcopy(base), Other())

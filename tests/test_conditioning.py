@@ -191,6 +191,14 @@ def test_gradients__equal_with_dropout_and_offload(name):
     assert_same(case.gradients(offloaded, by_library(case)), wanted)
 
 
+def test_gradients__equal_with_every_second_layer_checkpointed_and_offloaded():
+    case = Case("hf-clip")
+    wanted = case.gradients(same_images, plain(case))
+    kwargs = {"activation_checkpointing_kwargs": {"use_reentrant": False}}
+    case.encoder.vit.activation_checkpointing_enable(**kwargs, every_n_layers=2, offload=True)
+    assert_same(case.gradients(same_images, case.output), wanted)
+
+
 @pytest.mark.parametrize("name", ["timm-clip", "hf-clip"])
 def test_gradients__index_says_which_text_an_image_has(name):
     case = Case(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ _TEXT_SIDE = (
     "text_decoder",
     "logit_scale",
 )
+_TEXT_CLASS = re.compile(r"Text(Model|Transformer|Encoder|Tower)|CausalLM")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,12 @@ class ViTFamily:
         Raises:
             UnknownViTError: If the model has a text side, or no transformer blocks.
         """
+        if _TEXT_CLASS.search(type(vit).__name__):
+            raise UnknownViTError(
+                f"{type(vit).__name__} is a text model.",
+                expected="a vision transformer",
+                fix="covft.wrap(vision_tower, text_model): the ViT comes first",
+            )
         sides = [name for name in _TEXT_SIDE if hasattr(vit, name)]
         if sides:
             raise UnknownViTError(

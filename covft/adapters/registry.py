@@ -6,6 +6,7 @@ A package adds an adapter without being imported by users through the entry poin
 
 from __future__ import annotations
 
+import warnings
 from importlib import metadata
 
 from torch import nn
@@ -46,7 +47,8 @@ def register_adapter(adapter: Adapter) -> Adapter:
 
 def list_adapters() -> list[Adapter]:
     """All adapters, in the order in which they are asked."""
-    return [*_registered.values(), *_from_entry_points(), *FAMILIES]
+    known: list[Adapter] = [*_registered.values(), *FAMILIES]
+    return [*_registered.values(), *_from_entry_points({adapter.name for adapter in known}), *FAMILIES]
 
 
 def describe(vit: nn.Module, adapter: Adapter | None = None) -> ViTSpec:
@@ -77,9 +79,18 @@ def describe(vit: nn.Module, adapter: Adapter | None = None) -> ViTSpec:
     return adapter.describe(vit)
 
 
-def _from_entry_points() -> list[Adapter]:
+def _from_entry_points(taken: set[str]) -> list[Adapter]:
+    """Adapters of installed packages; one that is broken or takes a name again is left out, and said so."""
     found: list[Adapter] = []
     for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
-        loaded = point.load()
-        found.append(loaded() if isinstance(loaded, type) else loaded)
+        try:
+            loaded = point.load()
+            adapter: Adapter = loaded() if isinstance(loaded, type) else loaded
+            if adapter.name in taken:
+                raise ConfigError(f"an adapter named {adapter.name!r} is registered already")
+        except Exception as error:  # of foreign code, which must not take every other ViT down with it
+            warnings.warn(f"The adapter {point.value!r} is left out: {error}", UserWarning, stacklevel=2)
+            continue
+        taken.add(adapter.name)
+        found.append(adapter)
     return found

@@ -211,3 +211,36 @@ def test_a_description_that_does_not_fit_is_refused(given, problem):
     family = ViTFamily(name="wrong", classes=HOME.classes, library="homelib", **given)
     with pytest.raises(UnsupportedViTError, match=problem):
         describe(HomeViT(), family)
+
+
+def test_entry_points__a_broken_or_repeated_one_is_left_out_and_named(monkeypatch):
+    class Broken:
+        value = "theirs:broken"
+
+        def load(self):
+            raise ImportError("no module named theirs")
+
+    class Repeated:
+        value = "theirs:repeated"
+
+        def load(self):
+            return ViTFamily(name="timm", classes=("theirs.",), library="theirs")
+
+    points = SimpleNamespace(entry_points=lambda group: [Broken(), Repeated()])
+    monkeypatch.setattr("covft.adapters.registry.metadata", points)
+    with pytest.warns(UserWarning, match="is left out") as caught:
+        adapters = list_adapters()
+    assert [adapter.name for adapter in adapters].count("timm") == 1
+    messages = [str(warning.message) for warning in caught]
+    assert any("theirs:broken" in m and "no module named theirs" in m for m in messages)
+    assert any("theirs:repeated" in m and "registered already" in m for m in messages)
+
+
+def test_describe__a_text_tower_is_refused():
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tower = CLIPTextModel(
+        CLIPTextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(UnknownViTError, match="is a text model"):
+        describe(tower)

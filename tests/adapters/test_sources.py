@@ -42,9 +42,7 @@ def test_the_source_of_a_timm_model_builds_it_again(options):
 
     vit = timm.create_model("test_vit", **options)
     again = load_vit(source_of(vit), pretrained=False)
-    assert {n: p.shape for n, p in vit.named_parameters()} == {
-        n: p.shape for n, p in again.named_parameters()
-    }
+    assert {n: p.shape for n, p in vit.named_parameters()} == {n: p.shape for n, p in again.named_parameters()}
     size = options.get("img_size", 160)
     images = torch.rand(1, 3, size, size)
     assert again(images).shape == vit(images).shape
@@ -194,9 +192,7 @@ def test_nothing_is_loaded_onto_meta():
         load_vit("timm:test_vit", device="meta")
 
 
-@pytest.mark.parametrize(
-    ("kind", "module"), [("timm", "timm"), ("open_clip", "open_clip"), ("hf", "transformers")]
-)
+@pytest.mark.parametrize(("kind", "module"), [("timm", "timm"), ("open_clip", "open_clip"), ("hf", "transformers")])
 def test_a_missing_library_names_the_extra(monkeypatch, kind, module):
     import importlib
 
