@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import covft
-from covft.errors import MergeError, MissingContextError, ShapeError, TextEncoderError, UnsupportedViTError
+from covft.errors import (
+    CheckpointError,
+    MergeError,
+    MissingContextError,
+    ShapeError,
+    TextEncoderError,
+    UnsupportedViTError,
+)
 from covft.nn import load_balance_loss
 from tests.towers import BY_NAME, CONTEXT_DIM, TOWERS, features, perturb
 
@@ -264,27 +272,7 @@ def test_merge__is_refused_with_its_reason():
 
 
 def test_gradient_checkpointing__needs_a_switch():
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attn = nn.Linear(8, 8)
-            self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-
-        def forward(self, x):
-            return x + self.mlp(self.attn(x))
-
-    class Mine(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([Block(), Block()])
-
-        def forward(self, x):
-            for layer in self.layers:
-                x = layer(x)
-            return x
-
-    family = covft.adapters.ViTFamily(name="mine", classes=(), library="mine", blocks="layers", mlp="mlp")
-    encoder = covft.wrap(Mine(), 4, adapter=family)
+    encoder = covft.wrap(covft.adapters.ToyViT(), 4)
     with pytest.raises(UnsupportedViTError, match="no switch for activation checkpointing"):
         encoder.gradient_checkpointing_enable()
 
@@ -305,3 +293,53 @@ def test_gradient_checkpointing__saves_memory_and_can_be_switched_off(name):
     assert kept() < 0.5 * plain
     encoder.gradient_checkpointing_disable()
     assert kept() == plain
+
+
+# Sharing it.
+
+
+def test_push_to_hub__uploads_what_save_pretrained_writes(monkeypatch):
+    import huggingface_hub
+
+    calls: list[tuple] = []
+
+    class FakeApi:
+        def __init__(self, token=None) -> None:
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id, **kwargs):
+            calls.append(("create", repo_id, kwargs))
+
+        def upload_folder(self, repo_id, folder_path, **kwargs):
+            calls.append(("upload", repo_id, sorted(p.name for p in Path(folder_path).iterdir()), kwargs))
+            return "the address of the commit"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
+    encoder = covft.wrap(covft.adapters.ToyViT(), 4)
+    assert (
+        encoder.push_to_hub("me/mine", private=True, token="secret", commit_message="x") == "the address of the commit"
+    )
+    files = ["README.md", "covft_config.json", "model.safetensors"]
+    assert calls == [
+        ("token", "secret"),
+        ("create", "me/mine", {"private": True, "exist_ok": True}),
+        ("upload", "me/mine", files, {"commit_message": "x"}),
+    ]
+
+
+def test_load__from_the_hub(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    encoder = covft.wrap(covft.adapters.ToyViT().eval(), 4)
+    vit = copy.deepcopy(encoder)
+    perturb(encoder)
+    encoder.save_pretrained(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **_: str(tmp_path))
+    loaded = covft.load("me/mine", covft.unwrap(vit), 4)
+    images, text = torch.randn(2, 3, 16, 16), torch.randn(2, 4)
+    assert torch.equal(loaded(images, text), encoder(images, text))
+
+
+def test_load__a_repository_that_cannot_be_reached_says_what_to_do():
+    with pytest.raises(CheckpointError, match="hf download me/nothing"):
+        covft.load("me/nothing", covft.adapters.ToyViT(), 4)

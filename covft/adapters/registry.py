@@ -11,6 +11,7 @@ from importlib import metadata
 
 from torch import nn
 
+from covft.adapters.fake import TOY_FAMILY
 from covft.adapters.families import FAMILIES
 from covft.adapters.spec import Adapter, ViTSpec
 from covft.errors import ConfigError, UnknownViTError
@@ -47,8 +48,9 @@ def register_adapter(adapter: Adapter) -> Adapter:
 
 def list_adapters() -> list[Adapter]:
     """All adapters, in the order in which they are asked."""
-    known: list[Adapter] = [*_registered.values(), *FAMILIES]
-    return [*_registered.values(), *_from_entry_points({adapter.name for adapter in known}), *FAMILIES]
+    ours: list[Adapter] = [*FAMILIES, TOY_FAMILY]
+    taken = {adapter.name for adapter in (*_registered.values(), *ours)}
+    return [*_registered.values(), *_from_entry_points(taken), *ours]
 
 
 def describe(vit: nn.Module, adapter: Adapter | None = None) -> ViTSpec:

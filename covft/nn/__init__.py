@@ -11,6 +11,7 @@ from covft.nn.context import (
     TextContext,
 )
 from covft.nn.experts import Experts
+from covft.nn.fake import FixedRouter
 from covft.nn.losses import load_balance_loss, router_z_loss
 from covft.nn.moe import ContextualMoE
 from covft.nn.router import DenseRouter, RandomRouter, Router, Routing, SparseRouter, UniformRouter
@@ -22,6 +23,7 @@ __all__ = [
     "CrossAttentionContext",
     "DenseRouter",
     "Experts",
+    "FixedRouter",
     "ImageContext",
     "QuickGELU",
     "RandomRouter",

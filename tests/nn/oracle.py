@@ -56,9 +56,7 @@ def multihead_attention_state(attention):
 def attended(image, text, num_heads, state):
     """Eq. 8 for one image: tokens `(N, D)` and text `(C,)`, both refined; returns `(C,)`."""
     width, joint = len(text), image.shape[1] + len(text)
-    module = nn.MultiheadAttention(
-        width, num_heads, kdim=joint, vdim=joint, batch_first=True, dtype=image.dtype
-    )
+    module = nn.MultiheadAttention(width, num_heads, kdim=joint, vdim=joint, batch_first=True, dtype=image.dtype)
     keys = torch.stack([torch.cat([token, text]) for token in image])[None]
     output, _ = torch.func.functional_call(module, state, (text[None, None], keys, keys))
     return output[0, 0]

@@ -92,9 +92,7 @@ def test_dense_and_sparse_agree_where_all_are_chosen():
     experts, x = apart(nn.Linear(4, 6, dtype=torch.float64), 3), torch.randn(2, 5, 4, dtype=torch.float64)
     weights = torch.randn(2, 3, dtype=torch.float64).softmax(-1)
     ids = torch.arange(3).expand(2, 3)
-    torch.testing.assert_close(
-        experts(x, Routing(weights)), experts(x, Routing(weights, ids)), rtol=0, atol=1e-13
-    )
+    torch.testing.assert_close(experts(x, Routing(weights)), experts(x, Routing(weights, ids)), rtol=0, atol=1e-13)
 
 
 def test_tokens_of_any_layout_keep_their_shape():

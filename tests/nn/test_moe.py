@@ -156,9 +156,7 @@ def test_an_experts_gradient_is_its_weight_times_its_gradient_alone(num_images):
         wanted = [torch.zeros_like(parameter) for parameter in ffn.parameters()]
         for b in range(num_images):
             alone = (oracle.expert(x[b].detach(), ffn) * direction[b]).sum()
-            for total, gradient in zip(
-                wanted, torch.autograd.grad(alone, list(ffn.parameters())), strict=True
-            ):
+            for total, gradient in zip(wanted, torch.autograd.grad(alone, list(ffn.parameters())), strict=True):
                 total += weights[b, e] * gradient
         for parameter, gradient in zip(ffn.parameters(), wanted, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, **EXACT)
@@ -192,9 +190,7 @@ def test_submodules_that_a_variant_does_not_use_do_not_exist(context, routing):
 def test_the_text_may_be_left_out_where_nothing_looks_at_it():
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     for context, routing in [("image", "dense"), ("image", "sparse"), ("cve", "uniform"), ("cve", "random")]:
-        moe = ContextualMoE(
-            feed_forward(6, 9), embed_dim=6, context_dim=None, routing=routing, context=context
-        )
+        moe = ContextualMoE(feed_forward(6, 9), embed_dim=6, context_dim=None, routing=routing, context=context)
         assert moe(x).shape == x.shape
 
 

@@ -20,9 +20,7 @@ def test_dense_weights_are_the_softmax_of_the_gate():
         exponentials = torch.exp(router.gate.weight @ vector + router.gate.bias)
         torch.testing.assert_close(row, exponentials / exponentials.sum(), rtol=1e-12, atol=1e-12)
     assert routing.expert_ids_BK is None
-    torch.testing.assert_close(
-        routing.logits_BE.log_softmax(-1), routing.weights_BE.log(), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(routing.logits_BE.log_softmax(-1), routing.weights_BE.log(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("top_k", range(1, E + 1))
@@ -131,3 +129,19 @@ def test_weights_of_a_bfloat16_router_are_float32(make):
     assert weights.dtype == torch.float32
     assert weights.isfinite().all()
     torch.testing.assert_close(weights.sum(-1), torch.ones(7), rtol=0, atol=1e-6)
+
+
+def test_fixed_router__stands_in_for_any_other():
+    from covft.nn import ContextualMoE, FixedRouter
+
+    ffn = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4)).double()
+    moe = ContextualMoE(ffn, embed_dim=4, context_dim=None, num_experts=2, routing="uniform")
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    weights = torch.tensor([[0.25, 0.75], [1.0, 0.0]], dtype=torch.float64)
+    moe.router = FixedRouter(weights)
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    one, two = (expert(x) for expert in moe.experts)
+    expected = torch.stack([0.25 * one[0] + 0.75 * two[0], one[1]])
+    assert torch.allclose(moe(x), expected, rtol=0, atol=1e-12)
