@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from covft import adapters as adapters
     from covft import checkpoint as checkpoint
+    from covft import data as data
     from covft import errors as errors
     from covft import nn as nn
     from covft import text as text
@@ -31,7 +32,7 @@ _HOMES = {
     "unwrap": "covft.wrapping",
     "wrap": "covft.wrapping",
 }
-_SUBMODULES = ("adapters", "checkpoint", "errors", "nn", "text")
+_SUBMODULES = ("adapters", "checkpoint", "data", "errors", "nn", "text")
 
 __all__ = [
     "CoVFTConfig",
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "adapters",
     "checkpoint",
+    "data",
     "describe",
     "errors",
     "load",

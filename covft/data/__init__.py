@@ -1,0 +1,62 @@
+"""Training data as LLaVA and InternVL publish it: rows, images, labels, batches.
+
+A source reads rows (`LlavaRows`, `InternVLRows`, `DatasetsRows`), `ConversationDataset` makes samples of them,
+`Collator` batches, and `ModalityGroupedSampler` the order. Rows that cannot be used are reported with file and row,
+within a limit.
+"""
+
+from covft.data.augment import JpegAugment
+from covft.data.broken import BrokenRow, DataError, Place
+from covft.data.collator import Collator, drop_dummies
+from covft.data.conversation import IGNORE_INDEX, Encoded, encode_conversation, instruction_text, to_messages
+from covft.data.dataset import ConversationDataset
+from covft.data.grouping import ModalityGroupedSampler
+from covft.data.hub import DatasetsRows
+from covft.data.images import ImageFolder, ImageStore, TarImages
+from covft.data.internvl import InternVLRows, MetaEntry, read_meta
+from covft.data.llava import LlavaRows
+from covft.data.placeholders import ImageText
+from covft.data.records import JsonRecords
+from covft.data.rows import IMAGE_TAG, Row, RowSource, parse_row
+from covft.data.spans import answer_spans
+from covft.data.templates import CHAT_TEMPLATES
+from covft.data.tiling import ImageCut, PadToSquare, Tiling, Whole, pad_to_square, tile_grid, tile_image
+
+__all__ = [
+    "CHAT_TEMPLATES",
+    "IGNORE_INDEX",
+    "IMAGE_TAG",
+    "BrokenRow",
+    "Collator",
+    "ConversationDataset",
+    "DataError",
+    "DatasetsRows",
+    "Encoded",
+    "ImageCut",
+    "ImageFolder",
+    "ImageStore",
+    "ImageText",
+    "InternVLRows",
+    "JpegAugment",
+    "JsonRecords",
+    "LlavaRows",
+    "MetaEntry",
+    "ModalityGroupedSampler",
+    "PadToSquare",
+    "Place",
+    "Row",
+    "RowSource",
+    "TarImages",
+    "Tiling",
+    "Whole",
+    "answer_spans",
+    "drop_dummies",
+    "encode_conversation",
+    "instruction_text",
+    "pad_to_square",
+    "parse_row",
+    "read_meta",
+    "tile_grid",
+    "tile_image",
+    "to_messages",
+]

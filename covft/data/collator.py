@@ -1,0 +1,145 @@
+"""Samples as a batch: padded tokens, images with the row that each belongs to, instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from covft.data.conversation import IGNORE_INDEX
+from covft.errors import ConfigError, ShapeError
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Make a batch of samples of `ConversationDataset`.
+
+    A row without images carries a dummy (zeros), so that every rank runs the vision tower on every batch and all ranks
+    build the same graph; `drop_dummies` takes its features out again.
+
+    Attributes:
+        pad_token_id: What `input_ids` are padded with.
+        image_shape: Channels, height and width of a dummy, `dataset.image_shape`. None takes those of the batch's own
+            images, and is an error for a batch that has none.
+        dummies: `"row"` gives every row without images a dummy, `"batch"` only the first row of a batch without any
+            image, `"none"` none: then such a batch has no `pixel_values`.
+        padding_side: `"right"` for training, `"left"` for generation.
+        pad_to_multiple_of: The padded length is a multiple of this.
+
+    Raises:
+        ConfigError: If a setting cannot work.
+    """
+
+    pad_token_id: int
+    image_shape: tuple[int, int, int] | None = None
+    dummies: str = "row"
+    padding_side: str = "right"
+    pad_to_multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pad_token_id, int):
+            raise ConfigError(
+                "The collator needs a padding token.",
+                expected="an id",
+                got=repr(self.pad_token_id),
+                fix="tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token",
+            )
+        for name, known in (("dummies", ("row", "batch", "none")), ("padding_side", ("right", "left"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{name} is not known.", expected=" | ".join(known), got=repr(getattr(self, name)), fix=known[0]
+                )
+        if self.pad_to_multiple_of < 1:
+            raise ConfigError("pad_to_multiple_of must be at least 1.", got=self.pad_to_multiple_of)
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Pad and stack.
+
+        Returns:
+            `input_ids`, `labels`, `attention_mask` (B, L); `pixel_values` (T, 3, H, W) over all tiles of all rows;
+            `image_to_row` (T,), the row of each tile (the `index` of a `ContextEncoder`); `image_flags` (T,), 1 for an
+            image and 0 for a dummy; `num_tiles`, a list per row; `context_text`, B strings.
+
+        Raises:
+            ShapeError: If images differ in size, or a batch without images meets no `image_shape`.
+        """
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        batch: dict[str, Any] = {
+            "input_ids": self._pad([s["input_ids"] for s in samples], length, self.pad_token_id),
+            "labels": self._pad([s["labels"] for s in samples], length, IGNORE_INDEX),
+            "attention_mask": self._pad([torch.ones_like(s["input_ids"]) for s in samples], length, 0),
+            "context_text": [sample["context_text"] for sample in samples],
+            "num_tiles": [list(sample.get("num_tiles", [])) for sample in samples],
+        }
+        return {**batch, **self._images([sample.get("pixel_values") for sample in samples])}
+
+    def _pad(self, rows: Sequence[torch.Tensor], length: int, value: int) -> torch.Tensor:
+        padded = torch.full((len(rows), length), value, dtype=torch.int64)
+        for number, row in enumerate(rows):
+            place = slice(0, len(row)) if self.padding_side == "right" else slice(length - len(row), length)
+            padded[number, place] = row
+        return padded
+
+    def _images(self, images: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        real = [image for image in images if image is not None]
+        if self.dummies == "none" and not real:
+            return {}
+        shape = self._shape(real)
+        blank = torch.zeros(1, *shape, dtype=real[0].dtype if real else torch.float32)
+        stacked, rows, flags = [], [], []
+        for row, image in enumerate(images):
+            if image is None:
+                if self.dummies == "none" or (self.dummies == "batch" and (real or row)):
+                    continue
+                stacked.append(blank)
+            else:
+                stacked.append(image)
+            rows += [row] * len(stacked[-1])
+            flags += [int(image is not None)] * len(stacked[-1])
+        return {
+            "pixel_values": torch.cat(stacked),
+            "image_to_row": torch.tensor(rows, dtype=torch.int64),
+            "image_flags": torch.tensor(flags, dtype=torch.int64),
+        }
+
+    def _shape(self, real: Sequence[torch.Tensor]) -> tuple[int, ...]:
+        shapes = {tuple(image.shape[1:]) for image in real}
+        if len(shapes) > 1:
+            raise ShapeError(
+                "The images of a batch differ in size, so they cannot be stacked.",
+                expected="one size for all",
+                got=" and ".join(map(str, sorted(shapes))),
+                fix="an image processor that resizes to one size, cut=PadToSquare() or cut=Tiling()",
+            )
+        if shapes:
+            return shapes.pop()
+        if self.image_shape is None:
+            raise ShapeError(
+                "No row of the batch has an image, and the size of a dummy is not known.",
+                fix="Collator(pad_token_id, image_shape=dataset.image_shape)",
+            )
+        return self.image_shape
+
+
+def drop_dummies(features: torch.Tensor, image_flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take the features of dummy images out, and keep them in the graph.
+
+    Args:
+        features: Of all tiles, shape `(T, ...)`.
+        image_flags: 1 for an image, 0 for a dummy, shape `(T,)`.
+
+    Returns:
+        The features of the real tiles, and a zero that depends on those of the dummies. Added to the loss or to any
+        embedding, it changes nothing and gives every rank a backward pass through the vision tower.
+
+    Raises:
+        ShapeError: If there is not one flag per tile.
+    """
+    if image_flags.shape != features.shape[:1]:
+        raise ShapeError(
+            "There is not one flag per tile.", expected=tuple(features.shape[:1]), got=tuple(image_flags.shape)
+        )
+    return features[image_flags.bool()], (features[~image_flags.bool()] * 0).sum()

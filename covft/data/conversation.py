@@ -1,0 +1,211 @@
+"""From a conversation to token ids and labels, and to the instruction that the text encoder reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from covft.data.broken import DataError
+from covft.data.rows import IMAGE_TAG, Row, parse_row, parse_turns
+from covft.data.spans import AnswersNotFoundError, Span, answer_spans
+from covft.errors import ConfigError
+
+IGNORE_INDEX = -100
+POLICIES = ("all", "first", "last")
+
+
+class Encoded(NamedTuple):
+    """A conversation in tokens.
+
+    Attributes:
+        input_ids: Shape `(L,)`, int64.
+        labels: `input_ids` where a token belongs to an answer or ends it, -100 elsewhere; shape `(L,)`, int64.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+
+def to_messages(row: Row | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A row as chat messages `{"role": "system" | "user" | "assistant", "content": ...}`.
+
+    Args:
+        row: A `Row`, a record in LLaVA's format, or its list of turns (also as chat messages).
+
+    Raises:
+        DataError: If it is malformed; see `covft.data.parse_row`.
+    """
+    if isinstance(row, Row):
+        return [dict(message) for message in row.messages]
+    if isinstance(row, Mapping):
+        return [dict(message) for message in parse_row(row).messages]
+    return parse_turns(row)
+
+
+def instruction_text(
+    row: Row | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    policy: str = "all",
+    *,
+    placeholders: Sequence[str] = (IMAGE_TAG,),
+) -> str:
+    r"""What the text encoder reads: the user's turns, without image placeholders.
+
+    Args:
+        row: As in `to_messages`.
+        policy: `"all"` joins all turns of the user by a space (what the paper's authors do), `"first"` and `"last"`
+            take one of them.
+        placeholders: What stands for an image; it is removed, with the line break behind it.
+
+    Returns:
+        The text; empty if the user says nothing besides the images.
+
+    Raises:
+        ConfigError: If the policy is not known.
+        DataError: If the row is malformed.
+
+    Example:
+        >>> turns = [{"from": "human", "value": "<image>\nWhat is left?"}, {"from": "gpt", "value": "A cup."}]
+        >>> instruction_text(turns)
+        'What is left?'
+    """
+    if policy not in POLICIES:
+        raise ConfigError(
+            f"policy={policy!r} is not known.", expected=" | ".join(POLICIES), got=repr(policy), fix="policy='all'"
+        )
+    turns = [message["content"] for message in to_messages(row) if message["role"] == "user"]
+    chosen = {"all": turns, "first": turns[:1], "last": turns[-1:]}[policy]
+    return " ".join(filter(None, (_without(turn, placeholders) for turn in chosen)))
+
+
+def encode_conversation(
+    tokenizer: Any,
+    messages: Sequence[dict[str, str]],
+    *,
+    chat_template: str | None = None,
+    end_of_turn: str | None = None,
+) -> Encoded:
+    """Token ids of a conversation, and labels by which only the answers and their ends are learned.
+
+    The template is probed (`covft.data.answer_spans`). Where it writes something else depending on an answer, its own
+    `{% generation %}` marks decide, if it has any.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        messages: Chat messages with at least one answer, image placeholders as the model wants them.
+        chat_template: A template instead of the tokenizer's own.
+        end_of_turn: What ends an answer. None looks for a special token right after it.
+
+    Raises:
+        ConfigError: If the answers cannot be found in this template.
+        DataError: If the template refuses the conversation, or a token would be half question and half answer.
+
+    Example:
+        >>> ids, labels = encode_conversation(tokenizer, to_messages(row))
+        >>> tokenizer.decode(labels[labels != -100])
+        'A spoon.<|im_end|>'
+    """
+    try:
+        text, spans = answer_spans(tokenizer, messages, chat_template=chat_template, end_of_turn=end_of_turn)
+    except AnswersNotFoundError:
+        template = chat_template or getattr(tokenizer, "chat_template", None)
+        if end_of_turn is not None or not isinstance(template, str) or not _GENERATION.search(template):
+            raise
+        return _by_marks(tokenizer, messages, chat_template)
+    return label_spans(tokenizer, text, spans)
+
+
+def label_spans(tokenizer: Any, text: str, spans: Sequence[Span]) -> Encoded:
+    """Tokens of a text, of which those in the spans are learned.
+
+    Args:
+        tokenizer: A tokenizer of transformers; with a slow one, which does not say where a token stands, the tokens
+            before each boundary are counted.
+        text: The whole text, with all special tokens in it.
+        spans: (start, end) in characters, in order.
+
+    Raises:
+        DataError: If a token reaches over the boundary of a span by more than blanks.
+    """
+    offsets = _offsets(tokenizer, text)
+    if offsets is not None:
+        ids, places = offsets
+        learned = [_inside(text, place, spans) for place in places]
+    else:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        learned = [False] * len(ids)
+        for start, end in spans:
+            for number in range(_count(tokenizer, text, start, ids), _count(tokenizer, text, end, ids)):
+                learned[number] = True
+    input_ids = torch.tensor(ids, dtype=torch.int64)
+    return Encoded(input_ids, input_ids.masked_fill(~torch.tensor(learned, dtype=torch.bool), IGNORE_INDEX))
+
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def _without(text: str, placeholders: Sequence[str]) -> str:
+    if not any(mark in text for mark in placeholders):
+        return text.strip()
+    names = "|".join(re.escape(mark) for mark in sorted(placeholders, key=len, reverse=True))
+    return re.sub(" {2,}", " ", re.sub(rf"(?:{names})\n?", "", text)).strip()
+
+
+def _offsets(tokenizer: Any, text: str) -> tuple[list[int], list[Span]] | None:
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoded["input_ids"], [tuple(place) for place in encoded["offset_mapping"]]
+
+
+def _inside(text: str, place: Span, spans: Sequence[Span]) -> bool:
+    """Whether a token belongs to a span; blanks before an answer may be part of its first token."""
+    left, right = place
+    for start, end in spans:
+        if left == right:
+            if start <= left < end:  # a blank that the tokenizer invents belongs to what follows
+                return True
+        elif left < end and start < right:
+            if text[left:start].strip() or text[end:right].strip():
+                raise DataError(
+                    f"The token {text[left:right]!r} is half outside an answer, so it cannot be learned or left out.",
+                    expected="a chat template that puts a blank or a special token around answers",
+                )
+            return True
+    return False
+
+
+def _count(tokenizer: Any, text: str, boundary: int, ids: list[int]) -> int:
+    """How many tokens stand before a boundary; blanks at it may belong to the token behind it."""
+    bare = len(text[:boundary].rstrip())
+    for at in dict.fromkeys((boundary, bare)):
+        before = tokenizer(text[:at], add_special_tokens=False)["input_ids"]
+        if ids[: len(before)] == before:
+            return len(before)
+    raise DataError(
+        f"The tokens before {text[boundary : boundary + 20]!r} change with what follows them.",
+        expected="a tokenizer that says where its tokens stand (a fast one), or a template with special tokens",
+    )
+
+
+def _by_marks(tokenizer: Any, messages: Sequence[dict[str, str]], chat_template: str | None) -> Encoded:
+    encoded = tokenizer.apply_chat_template(
+        list(messages),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        chat_template=chat_template,
+    )
+    input_ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    learned = torch.tensor(encoded["assistant_masks"], dtype=torch.bool)
+    runs = int(learned[:1].sum() + (learned[1:] & ~learned[:-1]).sum())
+    answers = sum(message["role"] == "assistant" for message in messages)
+    if runs != answers:
+        raise ConfigError(
+            "The {% generation %} marks of the chat template do not stand around the answers.",
+            expected=f"{answers} stretches of tokens, one per answer",
+            got=runs,
+        )
+    return Encoded(input_ids, input_ids.masked_fill(~learned, IGNORE_INDEX))

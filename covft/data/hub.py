@@ -1,0 +1,114 @@
+"""Rows of the `datasets` library: a hub data set, Parquet files, or webdataset shards that it has loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from covft.data.broken import DataError, Place
+from covft.data.images import decode_image
+from covft.data.llava import image_first as put_image_first
+from covft.data.rows import Row, parse_row
+from covft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class DatasetsRows:
+    """The rows of a `datasets.Dataset` whose conversations are in LLaVA's form.
+
+    Images are decoded when they are asked for, and by covft, so that a damaged one is a broken row.
+
+    Args:
+        dataset: A data set with a length and numbered rows (not a stream).
+        conversations: Column of the turns (`from`/`value` or `role`/`content`), or of records that hold
+            `conversations`, as webdataset's `json` is.
+        images: Column of one image or of a list of them; None if no row has any. Rows in which it is empty are about
+            none.
+        image_first: As in `LlavaRows`.
+
+    Raises:
+        ConfigError: If a column is missing, or the images are not of the `Image` feature.
+
+    Example:
+        >>> rows = DatasetsRows(datasets.load_dataset("parquet", data_files="train.parquet", split="train"))
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        conversations: str = "conversations",
+        images: str | None = "image",
+        image_first: bool = True,
+    ) -> None:
+        missing = [name for name in (conversations, images) if name is not None and name not in dataset.column_names]
+        if missing:
+            raise ConfigError(
+                f"The data set has no column {' and no column '.join(map(repr, missing))}.",
+                known=", ".join(dataset.column_names),
+                fix="DatasetsRows(dataset, conversations=..., images=...)",
+            )
+        self.name = str(getattr(dataset.info, "dataset_name", None) or "datasets.Dataset")
+        self.conversations = conversations
+        self.image_first = image_first
+        self._texts = dataset.select_columns([conversations])
+        self._images = None if images is None else _undecoded(dataset.select_columns([images]), images)
+        self._column = images
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: int) -> Row:
+        turns = self._texts[index][self.conversations]
+        if isinstance(turns, dict):
+            turns = turns.get("conversations")
+        names = [str(number) for number in range(len(self._files(index)))]
+        try:
+            row = parse_row({"conversations": turns, "image": names, "id": index})
+        except DataError as error:
+            raise error.at(self.place(index)) from error.__cause__
+        return replace(row, messages=tuple(map(put_image_first, row.messages))) if self.image_first else row
+
+    def place(self, index: int) -> Place:
+        """Name of the data set, and the row."""
+        return Place(self.name, index)
+
+    def image(self, index: int, name: str) -> Image.Image:
+        """An image of a row, by its number, as RGB.
+
+        Raises:
+            DataError: If it is missing or damaged.
+        """
+        file = self._files(index)[int(name)]
+        data, path = file.get("bytes"), file.get("path")
+        if data is None:
+            try:
+                data = Path(path or "").read_bytes()
+            except OSError as error:
+                raise DataError(f"The image {path} cannot be read: {error}.") from error
+        return decode_image(data, str(path or f"{name} of the row"))
+
+    def _files(self, index: int) -> list[dict[str, Any]]:
+        if self._images is None:
+            return []
+        found = self._images[index][self._column]
+        return [file for file in (found if isinstance(found, list) else [found]) if file is not None]
+
+
+def _undecoded(dataset: Any, column: str) -> Any:
+    import datasets
+
+    feature = dataset.features[column]
+    if isinstance(feature, datasets.Image):
+        return dataset.cast_column(column, datasets.Image(decode=False))
+    if isinstance(getattr(feature, "feature", None), datasets.Image):
+        return dataset.cast_column(column, type(feature)(datasets.Image(decode=False)))
+    raise ConfigError(
+        f"The column {column!r} does not hold images.",
+        expected="datasets.Image() or a list of them",
+        got=feature,
+        fix=f"dataset.cast_column({column!r}, datasets.Image())",
+    )

@@ -1,0 +1,89 @@
+"""LLaVA's JSON: a list of conversations, each about an image, about several, or about none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from covft.data.broken import DataError, Place
+from covft.data.images import ImageFolder, ImageStore
+from covft.data.records import JsonRecords
+from covft.data.rows import IMAGE_TAG, Row, parse_row
+from covft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class LlavaRows:
+    """The rows of a LLaVA annotation file, read when they are asked for.
+
+    Args:
+        annotation: A JSON list as published, or JSONL with one row per line.
+        images: The folder below which the images are, or a store such as `TarImages`. It may be left out if no row
+            has an image.
+        image_first: Whether the tag of a question about one image is moved before the question, as LLaVA does in
+            training: half of the published rows have it at the end.
+
+    Raises:
+        DataError: If the file or the folder cannot be read.
+
+    Example:
+        >>> rows = LlavaRows("llava_v1_5_mix665k.json", images="playground/data")
+        >>> rows[0].messages[0]["role"]
+        'user'
+    """
+
+    def __init__(
+        self,
+        annotation: str | os.PathLike[str],
+        images: str | os.PathLike[str] | ImageStore | None = None,
+        *,
+        image_first: bool = True,
+    ) -> None:
+        self.records = JsonRecords(annotation)
+        self.images = ImageFolder(images) if isinstance(images, (str, os.PathLike)) else images
+        self.image_first = image_first
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Row:
+        record = self.records[index]
+        try:
+            row = parse_row(record)
+        except DataError as error:
+            raise error.at(self.place(index)) from error.__cause__
+        return replace(row, messages=tuple(map(image_first, row.messages))) if self.image_first else row
+
+    def place(self, index: int) -> Place:
+        """File, row and line of a row."""
+        return self.records.place(index)
+
+    def image(self, index: int, name: str) -> Image.Image:
+        """An image of a row, as RGB.
+
+        Raises:
+            DataError: If it is missing or damaged.
+            ConfigError: If no place for images was given.
+        """
+        if self.images is None:
+            raise ConfigError(
+                f"{self.place(index)} has the image {name}, and no folder of images was given.",
+                fix='LlavaRows(annotation, images="folder")',
+            )
+        return self.images.open(name)
+
+    def scan(self) -> Iterator[tuple[int, Any]]:
+        """Numbers and raw records, in order; what is not JSON is left out."""
+        return self.records.scan()
+
+
+def image_first(message: dict[str, str]) -> dict[str, str]:
+    """The message, with the tag of its one image before the text; other messages as they are."""
+    text = message["content"]
+    if message["role"] != "user" or text.count(IMAGE_TAG) != 1:
+        return message
+    return {"role": "user", "content": f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}"}

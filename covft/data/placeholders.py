@@ -1,0 +1,80 @@
+"""What stands for an image in the text that the language model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from covft.data.broken import DataError
+from covft.data.rows import IMAGE_TAG
+from covft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ImageText:
+    """The text that takes the place of an `<image>` tag.
+
+    Attributes:
+        token: The token that the model replaces by image features.
+        per_tile: How many of them a tile (or an image that is not cut) takes.
+        before: What stands before them.
+        after: What stands behind them.
+
+    Example:
+        >>> ImageText("<image>", per_tile=576)  # LLaVA-1.5 with CLIP-L/14 at 336 px
+        >>> ImageText("<IMG_CONTEXT>", per_tile=256, before="<img>", after="</img>")  # InternVL at 448 px
+    """
+
+    token: str = IMAGE_TAG
+    per_tile: int = 576
+    before: str = ""
+    after: str = ""
+
+    def __post_init__(self) -> None:
+        if self.per_tile < 1:
+            raise ConfigError(f"per_tile={self.per_tile} cannot be used.", expected="at least 1 token per tile")
+
+    def __call__(self, tiles: int) -> str:
+        """The text for an image of so many tiles."""
+        return f"{self.before}{self.token * (self.per_tile * tiles)}{self.after}"
+
+    def token_id(self, tokenizer: Any) -> int:
+        """The id of the token.
+
+        Raises:
+            ConfigError: If the tokenizer does not read it as one token.
+        """
+        ids = tokenizer(self.token, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or ids[0] == getattr(tokenizer, "unk_token_id", None):
+            raise ConfigError(
+                f"The tokenizer does not know {self.token!r}.",
+                expected="a single token",
+                got=f"ids {ids}",
+                fix=f'tokenizer.add_special_tokens({{"additional_special_tokens": [{self.token!r}]}})',
+            )
+        return ids[0]
+
+    def expand(self, messages: Sequence[dict[str, str]], tiles: Sequence[int]) -> list[dict[str, str]]:
+        """Put the text for each image where its tag is.
+
+        Args:
+            messages: Chat messages with an `<image>` tag in the user's text per image.
+            tiles: Number of tiles of each image, in the order of the tags.
+
+        Raises:
+            DataError: If tags and images do not match.
+        """
+        remaining, expanded = list(tiles), []
+        for message in messages:
+            if message["role"] == "user":
+                first, *others = message["content"].split(IMAGE_TAG)
+                if len(others) > len(remaining):
+                    raise DataError(f"Too many {IMAGE_TAG} tags for {len(tiles)} images.")
+                texts, remaining = remaining[: len(others)], remaining[len(others) :]
+                content = first + "".join(self(count) + rest for count, rest in zip(texts, others, strict=True))
+                message = {"role": "user", "content": content}
+            expanded.append(message)
+        if remaining:
+            raise DataError(f"Too few {IMAGE_TAG} tags for {len(tiles)} images.")
+        return expanded
