@@ -71,10 +71,11 @@ def show_backbone(settings: MiniSettings) -> BackboneResult:
     schedule = Schedule(
         settings.tower_steps,
         settings.tower_batch,
-        settings.stage1_lr,  # its projector is new, as in stage 1
-        settings.tower_lr,
-        settings.tower_lr,
-        settings.seed,
+        projector_lr=settings.stage1_lr,  # its projector is new, as in stage 1
+        lr=settings.tower_lr,
+        vision_lr=settings.tower_lr,
+        router_lr=settings.router_lr,
+        seed=settings.seed,
     )
     with upper_blocks(vit, first):
         losses = fit(

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -52,7 +52,8 @@ def packaged_backbone(cache: Path | None = None) -> Dinov2Model:
     if not folder.is_dir():
         _convert(folder)
     _check("the converted backbone", tensors_sha256(folder), TENSORS_SHA256, f"delete {folder.name} in the cache")
-    model, found = Dinov2Model.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    loaded: Any = Dinov2Model.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    model, found = loaded
     wrong = {key: sorted(found[key]) for key in ("missing_keys", "unexpected_keys") if found[key]}
     if wrong:
         # a name that is not recognised would leave a random weight behind without a word

@@ -30,7 +30,8 @@ class MiniSettings:
         stage1_lr: Its learning rate.
         projector_lr: Learning rate of the projector in stage 2.
         lr: Learning rate of the language model in stage 2.
-        vision_lr: Learning rate of what CoVFT trains.
+        vision_lr: Learning rate of the experts and norms that CoVFT trains.
+        router_lr: Learning rate of its routers and contexts.
         layers: Blocks that CoVFT adapts, of six.
         experts: Experts per adapted block.
         routing: How experts are mixed.
@@ -58,6 +59,7 @@ class MiniSettings:
     projector_lr: float = 3e-3
     lr: float = 7e-4
     vision_lr: float = 2e-3
+    router_lr: float = 2e-4
     layers: tuple[int, ...] = (2, 3, 4)
     experts: int = 4
     routing: str = "dense"

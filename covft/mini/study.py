@@ -146,7 +146,13 @@ def second_stage(study: Study, projector: dict[str, torch.Tensor], method: str) 
                 routing=settings.routing, train_norms="adapted",
             )  # fmt: skip
     schedule = Schedule(
-        settings.steps, settings.batch, settings.projector_lr, settings.lr, settings.vision_lr, settings.seed
+        settings.steps,
+        settings.batch,
+        projector_lr=settings.projector_lr,
+        lr=settings.lr,
+        vision_lr=settings.vision_lr,
+        router_lr=settings.router_lr,
+        seed=settings.seed,
     )
     with timed(study.seconds, f"stage 2, {method}"), upper_blocks(vit, start):
         if encoder is not None:

@@ -27,7 +27,8 @@ class Schedule:
         batch: Questions per step.
         projector_lr: Highest learning rate of the projector.
         lr: Highest learning rate of the language model; None leaves it frozen, which is stage 1.
-        vision_lr: Highest learning rate of what is trained in the tower.
+        vision_lr: Highest learning rate of the experts and norms of the tower.
+        router_lr: Highest learning rate of its routers and contexts.
         seed: Seed of the order of the data.
     """
 
@@ -36,6 +37,7 @@ class Schedule:
     projector_lr: float
     lr: float | None = None
     vision_lr: float = 0.0
+    router_lr: float = 0.0
     seed: int = 0
 
 
@@ -70,7 +72,7 @@ def fit(
         groups.append({"params": list(language.parameters()), "lr": schedule.lr})
     if encoder is not None:
         # asked before everything is frozen: what is trained is what is marked
-        groups.append({"params": list(encoder.trainable_parameters()), "lr": schedule.vision_lr})
+        groups += encoder.param_groups(schedule.vision_lr, router_lr=schedule.router_lr, weight_decay=0.01)
     model.requires_grad_(False)
     for group in groups:
         for parameter in group["params"]:

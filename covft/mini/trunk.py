@@ -23,7 +23,9 @@ class _PassThrough(nn.Module):
 def _blocks(tower: nn.Module) -> nn.ModuleList:
     """The blocks of a Hugging Face CLIPVisionModel or Dinov2Model."""
     encoder = tower.get_submodule("encoder")
-    return encoder.get_submodule("layers" if hasattr(encoder, "layers") else "layer")
+    blocks = encoder.get_submodule("layers" if hasattr(encoder, "layers") else "layer")
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
 
 
 def depth(tower: nn.Module) -> int:
