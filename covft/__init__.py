@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from covft import checkpoint as checkpoint
     from covft import data as data
     from covft import errors as errors
+    from covft import integrations as integrations
     from covft import nn as nn
     from covft import text as text
     from covft.adapters.registry import describe as describe
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from covft.checkpoint import load as load
     from covft.config import CoVFTConfig as CoVFTConfig
     from covft.encoder import ContextEncoder as ContextEncoder
+    from covft.integrations.attaching import attach as attach
+    from covft.integrations.attaching import detach as detach
+    from covft.integrations.attaching import get_encoder as get_encoder
     from covft.wrapping import unwrap as unwrap
     from covft.wrapping import wrap as wrap
 
@@ -27,12 +31,15 @@ _HOMES = {
     "CoVFTConfig": "covft.config",
     "ContextEncoder": "covft.encoder",
     "ViTSpec": "covft.adapters.spec",
+    "attach": "covft.integrations.attaching",
     "describe": "covft.adapters.registry",
+    "detach": "covft.integrations.attaching",
+    "get_encoder": "covft.integrations.attaching",
     "load": "covft.checkpoint",
     "unwrap": "covft.wrapping",
     "wrap": "covft.wrapping",
 }
-_SUBMODULES = ("adapters", "checkpoint", "data", "errors", "nn", "text")
+_SUBMODULES = ("adapters", "checkpoint", "data", "errors", "integrations", "nn", "text")
 
 __all__ = [
     "CoVFTConfig",
@@ -40,10 +47,14 @@ __all__ = [
     "ViTSpec",
     "__version__",
     "adapters",
+    "attach",
     "checkpoint",
     "data",
     "describe",
+    "detach",
     "errors",
+    "get_encoder",
+    "integrations",
     "load",
     "nn",
     "text",

@@ -19,7 +19,7 @@ from covft.slot import AdaptedFFN, Original
 from covft.text import as_text_encoder
 
 
-class _Unset:
+class Unset:
     """A keyword that was not given, so that the one of `config` holds."""
 
     def __init__(self, default: Any) -> None:
@@ -29,21 +29,21 @@ class _Unset:
         return repr(self.default)
 
 
-_DEFAULTS: dict[str, Any] = {field.name: _Unset(field.default) for field in dataclasses.fields(CoVFTConfig)}
+DEFAULTS: dict[str, Any] = {field.name: Unset(field.default) for field in dataclasses.fields(CoVFTConfig)}
 
 
 def wrap(
     vit: nn.Module,
     text_encoder: Any = None,
     *,
-    layers: Iterable[int] | None = _DEFAULTS["layers"],
-    experts: int = _DEFAULTS["experts"],
-    routing: str = _DEFAULTS["routing"],
-    top_k: int = _DEFAULTS["top_k"],
-    context: str = _DEFAULTS["context"],
-    train_norms: str = _DEFAULTS["train_norms"],
-    activation: str = _DEFAULTS["activation"],
-    num_heads: int = _DEFAULTS["num_heads"],
+    layers: Iterable[int] | None = DEFAULTS["layers"],
+    experts: int = DEFAULTS["experts"],
+    routing: str = DEFAULTS["routing"],
+    top_k: int = DEFAULTS["top_k"],
+    context: str = DEFAULTS["context"],
+    train_norms: str = DEFAULTS["train_norms"],
+    activation: str = DEFAULTS["activation"],
+    num_heads: int = DEFAULTS["num_heads"],
     config: CoVFTConfig | None = None,
     adapter: Adapter | None = None,
 ) -> ContextEncoder:
@@ -85,8 +85,8 @@ def wrap(
         >>> encoder(torch.rand(1, 3, 160, 160), torch.rand(1, 32)).shape
         torch.Size([1, 1000])
     """
-    given = {name: value for name, value in locals().items() if name in _DEFAULTS}
-    given = {name: value for name, value in given.items() if not isinstance(value, _Unset)}
+    given = {name: value for name, value in locals().items() if name in DEFAULTS}
+    given = {name: value for name, value in given.items() if not isinstance(value, Unset)}
     _refuse_containers(vit)
     settings = dataclasses.replace(config or CoVFTConfig(), **given)
     spec = describe(vit, adapter)

@@ -1,0 +1,149 @@
+"""What attach() leaves on a model, and how a call of the model gets its text."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from covft.encoder import ContextEncoder
+from covft.errors import MissingContextError, ShapeError
+from covft.integrations.images import map_images
+from covft.integrations.models import MLLMFamily
+from covft.integrations.prompt import PromptReader
+
+
+@dataclass(eq=False)
+class Attachment:
+    """Joins a multimodal LLM, its context-aware tower and the reader of its prompts.
+
+    Attributes:
+        model: The multimodal LLM.
+        encoder: Its tower, wrapped.
+        reader: Reads the instruction out of `input_ids`.
+        family: How images reach the tower.
+    """
+
+    model: nn.Module
+    encoder: ContextEncoder
+    reader: PromptReader
+    family: MLLMFamily
+
+    def conditioned(self, given: Mapping[str, Any], context_text: Any) -> AbstractContextManager[Any]:
+        """A context in which the tower has the text of this call.
+
+        Nothing is read where the tower will not run, where it needs no text, and inside an open
+        `encoder.condition(...)`.
+
+        Args:
+            given: Arguments of the call, by name.
+            context_text: What the caller gave: None, a text for all, or one text (or row of features) per
+                row of `input_ids`, per image, or per tile.
+
+        Raises:
+            MissingContextError: If there is no text, and none can be read.
+            ShapeError: If texts and images do not fit together.
+        """
+        images, videos = given.get("pixel_values"), given.get("pixel_values_videos")
+        if (images is None and videos is None) or not self.encoder.conditioning.needs_text:
+            return contextlib.nullcontext()
+        if context_text is None and self.encoder.conditioning.scope() is not None:
+            return contextlib.nullcontext()
+        if isinstance(context_text, str):
+            return self.encoder.condition(context_text)
+        if videos is not None:
+            return self.encoder.condition(self._one_text(given, context_text))
+        return self._per_image(given, context_text)
+
+    def _per_image(self, given: Mapping[str, Any], context_text: Any) -> AbstractContextManager[Any]:
+        base: Any = getattr(self.model, "base_model", self.model)
+        placement = map_images(self.family.layout, base, given, image_id(self.model))
+        input_ids = given.get("input_ids")
+        if context_text is None:
+            if input_ids is None:
+                raise MissingContextError(
+                    "There is no prompt to read the instruction from.",
+                    expected="input_ids, or context_text",
+                    got="neither",
+                    fix="context_text=['the question', ...]",
+                )
+            _refuse_packed(input_ids, given)
+            rows = [0] * len(placement.tiles) if len(input_ids) == 1 else placement.require_rows()
+            asked = sorted(set(rows))
+            texts = self.reader.read(
+                input_ids, asked, attention_mask=given.get("attention_mask"), labels=given.get("labels")
+            )
+            return self.encoder.condition(texts, placement.spread([asked.index(row) for row in rows]))
+        texts = context_text if isinstance(context_text, Tensor) else list(context_text)
+        num_texts, num_images, num_tiles = len(texts), len(placement.tiles), sum(placement.tiles)
+        num_rows = None if input_ids is None else len(input_ids)
+        if num_texts == 1 and num_rows in (1, None):
+            index = placement.spread([0] * num_images)
+        elif num_texts == num_rows:
+            index = placement.spread(placement.require_rows())
+        elif num_texts == num_images:
+            index = placement.spread(list(range(num_images)))
+        elif num_texts == num_tiles:
+            index = None
+        else:
+            raise ShapeError(
+                "context_text does not fit the batch.",
+                expected=f"one text for all, or {num_images} for the images"
+                + ("" if num_rows is None else f", or {num_rows} for the rows of input_ids"),
+                got=num_texts,
+            )
+        return self.encoder.condition(texts, index)
+
+    def _one_text(self, given: Mapping[str, Any], context_text: Any) -> str:
+        """The text of a batch with videos, whose frames can only be told to have one and the same."""
+        input_ids = given.get("input_ids")
+        if context_text is not None and not isinstance(context_text, Tensor):
+            texts = list(context_text)
+        elif context_text is None and input_ids is not None:
+            texts = self.reader.read(
+                input_ids,
+                range(len(input_ids)),
+                attention_mask=given.get("attention_mask"),
+                labels=given.get("labels"),
+            )
+        else:
+            texts = []
+        if len(set(texts)) != 1:
+            raise ShapeError(
+                "A batch with videos can have one text only.",
+                expected="one row, or the same text in all",
+                got=f"{len(set(texts))} texts",
+                fix="one video per batch, or `with encoder.condition(texts, index):` with a text per frame",
+            )
+        return texts[0]
+
+
+def _refuse_packed(input_ids: Tensor, given: Mapping[str, Any]) -> None:
+    """Refuse rows that hold several samples, whose questions would become one."""
+    positions, mask = given.get("position_ids"), given.get("attention_mask")
+    packed = given.get("cu_seq_lens_q") is not None
+    if isinstance(positions, Tensor) and positions.shape == input_ids.shape:
+        starts = positions == 0
+        if isinstance(mask, Tensor) and mask.shape == starts.shape:
+            starts = starts & mask.bool()
+        packed = packed or bool((starts.sum(dim=1) > 1).any())
+    if packed:
+        raise ShapeError(
+            "The rows of input_ids are packed from several samples, so the prompt has several instructions.",
+            expected="one sample per row",
+            got="position_ids that start again within a row",
+            fix="context_text=[one text per image]",
+        )
+
+
+def image_id(model: Any) -> int | None:
+    """The id of a model's image placeholder."""
+    for name in ("image_token_id", "image_token_index"):
+        value = getattr(model.config, name, None)
+        if isinstance(value, int):
+            return value
+    return None

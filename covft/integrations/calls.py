@@ -1,0 +1,146 @@
+"""The callables that stand for a model's methods on the instance, while it is attached.
+
+They are objects and not functions: a copy or a pickle of the model takes them along, and they then
+call the copy's own method. They have no `__func__`, which accelerate would tear off its owner.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import nn
+
+from covft.integrations.attachment import Attachment
+from covft.integrations.saving import save
+
+
+class Call(ABC):
+    """Stands for one method of an attached model.
+
+    Args:
+        attachment: What attach() left on the model.
+        name: The method.
+    """
+
+    def __init__(self, attachment: Attachment, name: str) -> None:
+        self.attachment, self.name = attachment, name
+        self.replaced = attachment.model.__dict__.get(name)  # by another library, on the instance
+
+    @property
+    def inner(self) -> Any:
+        """The model's own method."""
+        if self.replaced is not None:
+            return self.replaced
+        model = self.attachment.model
+        return getattr(type(model), self.name).__get__(model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.inner)
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model's own method, prepared."""
+
+    def _own(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # accelerate's unwrapping binds what it finds at `forward` to the model.
+        return args[1:] if args and args[0] is self.attachment.model else args
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name, those in **kwargs among them."""
+        signature = inspect.signature(self.inner)
+        values = dict(signature.bind_partial(*args, **kwargs).arguments)
+        for parameter in signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                values.update(values.pop(parameter.name, {}))
+        return values
+
+
+class TextCall(Call):
+    """A method that takes `context_text` besides its own arguments."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = super().__signature__
+        parameters = list(signature.parameters.values())
+        added = inspect.Parameter("context_text", inspect.Parameter.KEYWORD_ONLY, default=None)
+        end = len(parameters)
+        if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+            end -= 1
+        return signature.replace(parameters=[*parameters[:end], added, *parameters[end:]])
+
+    def __call__(self, *args: Any, context_text: Any = None, **kwargs: Any) -> Any:
+        """Call it with the text held for the tower."""
+        args = self._own(args)
+        if not args and kwargs.get("pixel_values") is None and kwargs.get("pixel_values_videos") is None:
+            return self.inner(**kwargs)  # the short way for every token that is generated
+        with self.attachment.conditioned(self._named(args, kwargs), context_text):
+            return self.inner(*args, **kwargs)
+
+
+class FeaturesCall(TextCall):
+    """`get_image_features`, which sees no prompt: the text is given, or a `condition(...)` is open."""
+
+    def __call__(self, *args: Any, context_text: Any = None, **kwargs: Any) -> Any:
+        """Call it, with the text held for the tower if one is given."""
+        if context_text is None:
+            return self.inner(*self._own(args), **kwargs)
+        return super().__call__(*args, context_text=context_text, **kwargs)
+
+
+class GenerateCall(TextCall):
+    """`generate`, which calls the tower before any forward: the text holds for all of it."""
+
+    def __call__(self, *args: Any, context_text: Any = None, **kwargs: Any) -> Any:
+        """Call it with the text held for the tower."""
+        args = self._own(args)
+        given = self._named(args, kwargs)
+        if given.get("inputs") is not None:
+            given["input_ids"] = given["inputs"]
+        # Without gradients, as generate itself is: a text given with gradients on says that they are expected.
+        with torch.no_grad(), self.attachment.conditioned(given, context_text):
+            return self.inner(*args, **kwargs)
+
+
+class SaveCall(Call):
+    """`save_pretrained`, which writes the original weights, and the adapted ones beside them."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model as `save` says."""
+        args = self._own(args)
+        return save(self.attachment, self.inner, self._named(args, kwargs))
+
+
+CALLS: dict[str, type[Call]] = {
+    "forward": TextCall,
+    "generate": GenerateCall,
+    "get_image_features": FeaturesCall,
+    "save_pretrained": SaveCall,
+}
+
+
+def stand_in(attachment: Attachment) -> None:
+    """Put the callables on the model."""
+    model = attachment.model
+    calls = {name: kind(attachment, name) for name, kind in CALLS.items() if hasattr(type(model), name)}
+    model.__dict__.update(calls)
+
+
+def step_back(model: nn.Module) -> None:
+    """Take them away again."""
+    for name in CALLS:
+        call = owned(model, name)
+        if call is not None:
+            del model.__dict__[name]
+            if call.replaced is not None:
+                model.__dict__[name] = call.replaced
+
+
+def owned(model: nn.Module, name: str) -> Call | None:
+    """The callable that stands for a method; None if something else does."""
+    call = model.__dict__.get(name)
+    call = getattr(call, "__func__", call)
+    return call if isinstance(call, Call) else None
