@@ -49,9 +49,7 @@ def test_describe_clip_l(run, clip_l):
     lines = [" ".join(line.split()) for line in out.splitlines()]
     # The default blocks of this model are the same, so they must show here as well.
     assert "Wrapped: blocks 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22" in lines
-    assert any(
-        line.startswith("Parameters per adapted block: 43,485,188 (experts 33,574,912") for line in lines
-    )
+    assert any(line.startswith("Parameters per adapted block: 43,485,188 (experts 33,574,912") for line in lines)
     assert "Parameters in all: 521,822,256" in lines
     assert "Net of the FFNs replaced: 421,097,520" in lines
     assert any(line.endswith("(per image of 577 tokens, forward)") for line in lines)
@@ -121,10 +119,7 @@ def test_the_flops_are_those_of_the_wrapped_model():
     vit, images = load_vit("timm:test_vit", pretrained=False), torch.rand(1, 3, 160, 160)
     before = flops(vit, images)
     encoder = covft.wrap(vit, 32)
-    assert (
-        gather("timm:test_vit", text_width=32)["net_flops"]
-        == flops(encoder, images, torch.rand(1, 32)) - before
-    )
+    assert gather("timm:test_vit", text_width=32)["net_flops"] == flops(encoder, images, torch.rand(1, 32)) - before
 
 
 def test_a_model_with_stages_has_no_single_number_of_tokens(run):

@@ -202,9 +202,7 @@ def test_a_file_that_is_no_safetensors_is_refused_even_with_its_digest(tmp_path)
         read_folder(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "problem"), [(WEIGHTS, "has no weights"), (CONFIG, "is not a saved covft encoder")]
-)
+@pytest.mark.parametrize(("name", "problem"), [(WEIGHTS, "has no weights"), (CONFIG, "is not a saved covft encoder")])
 def test_a_missing_file_is_named_and_what_is_there_listed(tmp_path, name, problem):
     save(tmp_path)
     (tmp_path / name).unlink()

@@ -117,9 +117,7 @@ def test_all_is_sorted_and_resolves():
     assert set(covft.__all__) <= set(dir(covft))
 
 
-@pytest.mark.parametrize(
-    "name", ["CoVFTConfig", "ContextEncoder", "describe", "errors", "load", "unwrap", "wrap"]
-)
+@pytest.mark.parametrize("name", ["CoVFTConfig", "ContextEncoder", "describe", "errors", "load", "unwrap", "wrap"])
 def test_face_offers(name):
     assert name in covft.__all__
 
@@ -204,9 +202,7 @@ def test_python_versions_agree():
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
     tested = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
     listed = [
-        item.rpartition(" ")[2]
-        for item in PROJECT["project"]["classifiers"]
-        if re.search(r"Python :: 3\.\d", item)
+        item.rpartition(" ")[2] for item in PROJECT["project"]["classifiers"] if re.search(r"Python :: 3\.\d", item)
     ]
     assert tested == listed
     assert PROJECT["project"]["requires-python"] == f">={listed[0]}"

@@ -53,9 +53,7 @@ def test_the_model_is_frozen_and_eval_comes_back_at_every_call(make_bert, bert_t
     model.train()
     assert torch.equal(encoder.encode(TEXTS), before)
     model.train()
-    assert not torch.equal(
-        model(torch.tensor([[1, 2]]))[0], model(torch.tensor([[1, 2]]))[0]
-    )  # dropout is real
+    assert not torch.equal(model(torch.tensor([[1, 2]]))[0], model(torch.tensor([[1, 2]]))[0])  # dropout is real
 
 
 def test_a_loaded_model_stays_where_it_is_and_a_fetched_one_moves(make_bert, bert_tokenizer, minilm_folder):
@@ -177,9 +175,7 @@ def clip_tokenizer(folder, length):
 
     letters = "abcdefghijklmnopqrstuvwxyz?"
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    return CLIPTokenizer(
-        vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=length
-    )
+    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=length)
 
 
 def two_tower_config(cls, **text):
@@ -320,9 +316,7 @@ def test_a_model_that_reads_no_text_is_refused(bert_tokenizer):
     from transformers import ViTConfig, ViTModel
 
     vit = ViTModel(
-        ViTConfig(
-            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32
-        )
+        ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32)
     )
     with pytest.raises(TextEncoderError, match="cannot encode a text"):
         HFTextEncoder(vit, tokenizer=bert_tokenizer)

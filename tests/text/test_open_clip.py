@@ -51,9 +51,7 @@ def model(request):
 def expected(model, text):
     import open_clip
 
-    tokenizer = open_clip.get_tokenizer(
-        "ViT-B-32", context_length=getattr(model, "text", model).context_length
-    )
+    tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=getattr(model, "text", model).context_length)
     model.eval()
     with torch.no_grad():
         return model.encode_text(tokenizer([text]), normalize=False)
