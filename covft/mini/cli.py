@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="LLaVA in miniature, from real parts, in minutes on two cores.", no_args_is_help=False)
+app = typer.Typer(
+    add_completion=False, help="LLaVA in miniature, from real parts, in minutes on two cores.", no_args_is_help=False
+)
 
 
 def _fail(error: Exception) -> typer.Exit:
