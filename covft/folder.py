@@ -48,7 +48,7 @@ def write_folder(folder: str | Path, tensors: dict[str, Tensor], config: dict[st
     folder.mkdir(parents=True, exist_ok=True)
     with _written_aside(folder / WEIGHTS_NAME) as aside:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, aside, {"format": "pt"})
-        digest, size = _digest(aside), aside.stat().st_size
+        digest, size = file_sha256(aside), aside.stat().st_size
     if not (folder / CARD_NAME).exists():
         with _written_aside(folder / CARD_NAME) as aside:
             aside.write_text(card, encoding="utf-8")
@@ -71,11 +71,11 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path, stated = folder / WEIGHTS_NAME, config["weights"]
     if not path.is_file():
         raise CheckpointError(f"{folder} has no weights.", expected=WEIGHTS_NAME, got=_listing(folder))
-    if path.stat().st_size != stated["bytes"] or _digest(path) != stated["sha256"]:
+    if path.stat().st_size != stated["bytes"] or file_sha256(path) != stated["sha256"]:
         raise CheckpointError(
             f"{path} is not the file that {CONFIG_NAME} was written for: cut short, damaged, or of another save.",
             expected=f"{stated['bytes']} bytes, sha256 {stated['sha256'][:12]}...",
-            got=f"{path.stat().st_size} bytes, sha256 {_digest(path)[:12]}...",
+            got=f"{path.stat().st_size} bytes, sha256 {file_sha256(path)[:12]}...",
             fix="save again, or copy the whole folder again",
         )
     try:
@@ -120,6 +120,19 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def file_sha256(path: Path) -> str:
+    """The digest of a file, in hex.
+
+    Args:
+        path: The file; read in pieces.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def compare_tensors(wanted: dict[str, tuple], found: dict[str, tuple], source: str) -> None:
     """Refuse tensors that are not exactly the wanted ones, naming every difference.
 
@@ -157,14 +170,6 @@ def _written_aside(path: Path) -> Iterator[Path]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _listing(folder: Path) -> str:

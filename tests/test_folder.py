@@ -196,7 +196,7 @@ def test_a_file_that_is_no_safetensors_is_refused_even_with_its_digest(tmp_path)
     save(tmp_path)
     (tmp_path / WEIGHTS).write_bytes(b"not tensors")
     config = json.loads((tmp_path / CONFIG).read_text())
-    config["weights"].update(bytes=11, sha256=folder_module._digest(tmp_path / WEIGHTS))
+    config["weights"].update(bytes=11, sha256=folder_module.file_sha256(tmp_path / WEIGHTS))
     (tmp_path / CONFIG).write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_folder(tmp_path)

@@ -170,8 +170,7 @@ def test_training__experts_come_apart_from_the_real_start(optimizer_class):
         assert slot.router.gate.weight.grad.abs().max() > 0
 
 
-def test_clip_l_336__parameters_and_identity():
-    """The paper's tower, full size, random weights: 24 blocks, blocks 11 to 22, 4 experts."""
+def clip_l_336() -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(
@@ -182,8 +181,13 @@ def test_clip_l_336__parameters_and_identity():
         image_size=336,
         patch_size=14,
     )
+    return CLIPVisionModel(config)
+
+
+def test_clip_l_336__parameters():
+    """The paper's tower, full size, random weights: 24 blocks, blocks 11 to 22, 4 experts."""
     with torch.device("meta"):
-        tower = CLIPVisionModel(config)
+        tower = clip_l_336()
         encoder = covft.wrap(tower, 768, layers=range(11, 23), experts=4)
     slots = encoder.slots()
     assert list(slots) == list(range(11, 23))
@@ -198,17 +202,7 @@ def test_clip_l_336__parameters_and_identity():
 @pytest.mark.slow
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_clip_l_336__identity_at_full_size(routing):
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    config = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
-    vit = CLIPVisionModel(config).eval()
+    vit = clip_l_336().eval()
     images = torch.randn(1, 3, 336, 336)
     with torch.no_grad():
         plain = vit(images, output_hidden_states=True)

@@ -15,7 +15,8 @@ from urllib.parse import parse_qsl, urlencode
 import torch
 from torch import nn
 
-from covft.errors import MissingDependencyError, UnknownViTError, UnsupportedViTError
+from covft.errors import UnknownViTError, UnsupportedViTError
+from covft.extras import import_library
 
 # Left on models that load_vit built and that do not say themselves where they came from.
 _SOURCE_ATTRIBUTE = "_covft_source"
@@ -84,7 +85,7 @@ def source_of(vit: nn.Module) -> str | None:
 
 
 def _load_timm(name: str, pretrained: bool, device: torch.device, options: dict[str, Any]) -> nn.Module:
-    timm = _library("timm", "timm")
+    timm = import_library("timm", "timm", needed_by="This ViT")
     architecture = name.partition(".")[0]
     # A name with a hub prefix ("hf-hub:...") is the hub's to know.
     if ":" not in name and not timm.is_model(architecture):
@@ -119,7 +120,7 @@ def _differences(ours: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_open_clip(name: str, pretrained: bool, device: torch.device, options: dict[str, Any]) -> nn.Module:
-    library = _library("open_clip", "open_clip")
+    library = import_library("open_clip", "open_clip", needed_by="This ViT")
     remote = name.startswith(("hf-hub:", "local-dir:"))
     architecture, tag = (name, "") if remote else name.partition("/")[::2]
     if not remote and architecture not in library.list_models():
@@ -152,7 +153,7 @@ def _load_open_clip(name: str, pretrained: bool, device: torch.device, options: 
 
 
 def _load_hf(name: str, pretrained: bool, device: torch.device, options: dict[str, Any]) -> nn.Module:
-    transformers = _library("transformers", "transformers")
+    transformers = import_library("transformers", "transformers", needed_by="This ViT")
     class_name = options.pop("class_name", None)
     hub = {key: options.pop(key) for key in ("revision", "cache_dir", "token", "subfolder") if key in options}
     with _reported("transformers", name):
@@ -206,17 +207,6 @@ _LOADERS: dict[str, Callable[[str, bool, torch.device, dict[str, Any]], nn.Modul
     "open_clip": _load_open_clip,
     "timm": _load_timm,
 }
-
-
-def _library(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise MissingDependencyError(
-            f"This ViT needs {module}, which is not installed.", fix=f'pip install "covft[{extra}]"'
-        ) from error
 
 
 def _unknown_name(library: str, name: str, names: list[str]) -> UnknownViTError:

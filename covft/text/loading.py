@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from covft.errors import MissingDependencyError, TextEncoderError
-
-
-def import_library(module: str, extra: str) -> Any:
-    """Import an optional library.
-
-    Args:
-        module: What to import.
-        extra: The pip extra of covft that brings it.
-
-    Raises:
-        MissingDependencyError: If it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise MissingDependencyError(
-            f"This text encoder needs {module}, which is not installed.", fix=f'pip install "covft[{extra}]"'
-        ) from error
+from covft.errors import TextEncoderError
+from covft.extras import import_library
 
 
 def load_pretrained(auto_class: str, source: str, **kwargs: Any) -> Any:
@@ -44,7 +24,7 @@ def load_pretrained(auto_class: str, source: str, **kwargs: Any) -> Any:
         TextEncoderError: If it cannot be loaded.
         MissingDependencyError: If transformers is not installed.
     """
-    transformers = import_library("transformers", "transformers")
+    transformers = import_library("transformers", "transformers", needed_by="This text encoder")
     try:
         return getattr(transformers, auto_class).from_pretrained(source, **kwargs)
     except (OSError, ValueError, KeyError) as error:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from covft.errors import TextEncoderError
+from covft.extras import import_library
 from covft.text.base import CachedTextEncoder, freeze
 from covft.text.cache import DEFAULT_CACHE_BYTES
-from covft.text.loading import import_library
 
 # The vocabulary of CLIP's own byte-pair tokenizer; a tower of this size was trained with it.
 _CLIP_VOCABULARY = 49408
@@ -85,7 +85,9 @@ class OpenCLIPTextEncoder(CachedTextEncoder):
                 got=f"a vocabulary of {vocabulary}" if vocabulary else type(self.model).__name__,
                 fix="covft.text.OpenCLIPTextEncoder(model, open_clip.get_tokenizer(NAME))",
             )
-        return import_library("open_clip", "open_clip").SimpleTokenizer(context_length=self.max_length or 77)
+        return import_library("open_clip", "open_clip", needed_by="This text encoder").SimpleTokenizer(
+            context_length=self.max_length or 77
+        )
 
     def _encode_one(self, text: str) -> Tensor:
         num_tokens = _num_tokens(self.tokenizer, text)
@@ -119,7 +121,7 @@ def _num_tokens(tokenizer: Any, text: str) -> int | None:
 
 def _load(source: str, tokenizer: Any) -> tuple[Any, Any]:
     """A model and its tokenizer by `NAME` or `NAME/TAG`."""
-    library = import_library("open_clip", "open_clip")
+    library = import_library("open_clip", "open_clip", needed_by="This text encoder")
     name, _, tag = source.partition("/")
     try:
         model = library.create_model(name, pretrained=tag or None)

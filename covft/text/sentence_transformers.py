@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from covft.errors import TextEncoderError
+from covft.extras import import_library
 from covft.text.base import CachedTextEncoder, freeze
 from covft.text.cache import DEFAULT_CACHE_BYTES
-from covft.text.loading import import_library, not_loaded
+from covft.text.loading import not_loaded
 
 
 class SentenceTransformersEncoder(CachedTextEncoder):
@@ -33,7 +34,7 @@ class SentenceTransformersEncoder(CachedTextEncoder):
         self._owned = isinstance(model, str)
         loaded: Any = model
         if isinstance(model, str):
-            library = import_library("sentence_transformers", "sentence-transformers")
+            library = import_library("sentence_transformers", "sentence-transformers", needed_by="This text encoder")
             try:
                 # On the CPU, like every other encoder that covft loads; the library itself would take a GPU.
                 loaded = library.SentenceTransformer(model, revision=revision, device="cpu")
