@@ -121,16 +121,16 @@ def _check_base(vit: nn.Module, base: dict[str, Any], extra: set[str]) -> None:
 
 
 def _fill(encoder: ContextEncoder, tensors: dict[str, Tensor], extra: set[str]) -> None:
-    state = encoder.vit.state_dict()
-    unknown = sorted(extra - set(state))
+    state, parameters = encoder.vit.state_dict(), dict(encoder.vit.named_parameters())
+    extra = extra & set(state)
     wanted = {name: tuple(t.shape) for name, t in encoder.adapted_state_dict().items()}
-    wanted.update({name: tuple(state[name].shape) for name in extra - set(unknown)})
+    wanted.update({name: tuple(state[name].shape) for name in extra})
     compare_tensors(wanted, {name: tuple(t.shape) for name, t in tensors.items()}, "the folder")
     with torch.no_grad():
-        for name in extra - set(unknown):
+        for name in extra:
             encoder.original.values[name] = state[name].clone()
-            if name in dict(encoder.vit.named_parameters()):
-                encoder.vit.get_parameter(name).requires_grad_(True)
+            if name in parameters:
+                parameters[name].requires_grad_(True)
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
 

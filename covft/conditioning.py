@@ -196,7 +196,6 @@ class Conditioning:
 
         Raises:
             MissingContextError: If the routing needs text and there is none.
-            ReentrantCheckpointError: If gradients would be lost in silence.
         """
         scope = self.scope()
         if self.needs_text and (scope is None or scope.text_features is None):

@@ -137,9 +137,8 @@ def unwrap(encoder: ContextEncoder) -> nn.Module:
                 table.pop(key, None)
     for path, ffn in original.ffns.items():
         slot = vit.get_submodule(path)
-        like = next((p for p in slot.parameters() if p.is_floating_point()), None)
-        if like is not None:
-            ffn.to(device=like.device, dtype=like.dtype)
+        assert isinstance(slot, AdaptedFFN)
+        _follow(ffn, slot.experts[0])
         ffn.train(slot.training)
         _set_submodule(vit, path, ffn)
     with torch.no_grad():
@@ -297,6 +296,14 @@ def _norm_parameters(vit: nn.Module, spec: ViTSpec, layers: Iterable[int], train
             module = vit.get_submodule(f"{block.path}.{norm}")
             names += [f"{block.path}.{norm}.{name}" for name, _ in module.named_parameters(recurse=False)]
     return names
+
+
+def _follow(ffn: nn.Module, expert: nn.Module) -> None:
+    """Put an FFN's tensors where an expert's are, each in the type of its counterpart, which may differ within."""
+    expert_tensors = {**dict(expert.named_parameters()), **dict(expert.named_buffers())}
+    for name, tensor in (*ffn.named_parameters(), *ffn.named_buffers()):
+        if name in expert_tensors:
+            tensor.data = tensor.data.to(expert_tensors[name])
 
 
 def _set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:

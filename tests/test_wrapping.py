@@ -312,6 +312,15 @@ def test_unwrap__follows_a_cast():
         assert torch.equal(tensor, plain.state_dict()[name]), name
 
 
+def test_unwrap__keeps_types_that_differ_within_an_ffn():
+    vit = BY_NAME["timm-clip"].build().to(torch.bfloat16)
+    vit.blocks[1].mlp.fc2.float()
+    before = snapshot(vit)
+    covft.unwrap(covft.wrap(vit, CONTEXT_DIM))
+    assert_unchanged(vit, before)
+    assert vit.blocks[1].mlp.fc2.weight.dtype == torch.float32
+
+
 # Settings.
 
 

