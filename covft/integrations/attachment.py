@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from covft.encoder import ContextEncoder
@@ -33,7 +34,9 @@ class Attachment:
     reader: PromptReader
     family: MLLMFamily
 
-    def conditioned(self, given: Mapping[str, Any], context_text: Any) -> AbstractContextManager[Any]:
+    def conditioned(
+        self, given: Mapping[str, Any], context_text: Any, image_to_row: Any = None
+    ) -> AbstractContextManager[Any]:
         """A context in which the tower has the text of this call.
 
         Nothing is read where the tower will not run, where it needs no text, and inside an open
@@ -43,6 +46,7 @@ class Attachment:
             given: Arguments of the call, by name.
             context_text: What the caller gave: None, a text for all, or one text (or row of features) per
                 row of `input_ids`, per image, or per tile.
+            image_to_row: The row of `input_ids` that each tile belongs to, shape `(T,)`, where the batch says so.
 
         Raises:
             MissingContextError: If there is no text, and none can be read.
@@ -57,27 +61,44 @@ class Attachment:
             return self.encoder.condition(context_text)
         if videos is not None:
             return self.encoder.condition(self._one_text(given, context_text))
+        if image_to_row is not None:
+            return self._by_row(given, context_text, torch.as_tensor(image_to_row).tolist())
         return self._per_image(given, context_text)
+
+    def _by_row(
+        self, given: Mapping[str, Any], context_text: Any, row_of_tile: list[int]
+    ) -> AbstractContextManager[Any]:
+        """The text of each tile's row; dummies, which have no placeholder, have their row's as well."""
+        if context_text is not None:
+            texts = context_text if isinstance(context_text, Tensor) else list(context_text)
+            return self.encoder.condition(texts, row_of_tile)
+        asked = sorted(set(row_of_tile))
+        return self.encoder.condition(self._read(given, asked), [asked.index(row) for row in row_of_tile])
+
+    def _read(self, given: Mapping[str, Any], rows: list[int]) -> list[str]:
+        """The instructions of some rows, out of the prompt."""
+        input_ids = given.get("input_ids")
+        if input_ids is None:
+            raise MissingContextError(
+                "There is no prompt to read the instruction from.",
+                expected="input_ids, or context_text",
+                got="neither",
+                fix="context_text=['the question', ...]",
+            )
+        _refuse_packed(input_ids, given)
+        return self.reader.read(input_ids, rows, attention_mask=given.get("attention_mask"), labels=given.get("labels"))
 
     def _per_image(self, given: Mapping[str, Any], context_text: Any) -> AbstractContextManager[Any]:
         base: Any = getattr(self.model, "base_model", self.model)
         placement = map_images(self.family.layout, base, given, image_id(self.model))
         input_ids = given.get("input_ids")
         if context_text is None:
-            if input_ids is None:
-                raise MissingContextError(
-                    "There is no prompt to read the instruction from.",
-                    expected="input_ids, or context_text",
-                    got="neither",
-                    fix="context_text=['the question', ...]",
-                )
-            _refuse_packed(input_ids, given)
-            rows = [0] * len(placement.tiles) if len(input_ids) == 1 else placement.require_rows()
+            one_row = input_ids is None or len(input_ids) == 1
+            rows = [0] * len(placement.tiles) if one_row else placement.require_rows()
             asked = sorted(set(rows))
-            texts = self.reader.read(
-                input_ids, asked, attention_mask=given.get("attention_mask"), labels=given.get("labels")
+            return self.encoder.condition(
+                self._read(given, asked), placement.spread([asked.index(row) for row in rows])
             )
-            return self.encoder.condition(texts, placement.spread([asked.index(row) for row in rows]))
         texts = context_text if isinstance(context_text, Tensor) else list(context_text)
         num_texts, num_images, num_tiles = len(texts), len(placement.tiles), sum(placement.tiles)
         num_rows = None if input_ids is None else len(input_ids)

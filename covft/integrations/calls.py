@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from covft.integrations.attachment import Attachment
+from covft.integrations.dummies import without_dummies
 from covft.integrations.saving import save
 
 
@@ -62,22 +63,46 @@ class Call(ABC):
 class TextCall(Call):
     """A method that takes `context_text` besides its own arguments."""
 
+    added: tuple[str, ...] = ("context_text",)
+
     @property
     def __signature__(self) -> inspect.Signature:
         signature = super().__signature__
         parameters = list(signature.parameters.values())
-        added = inspect.Parameter("context_text", inspect.Parameter.KEYWORD_ONLY, default=None)
+        added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in self.added]
         end = len(parameters)
         if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
             end -= 1
-        return signature.replace(parameters=[*parameters[:end], added, *parameters[end:]])
+        return signature.replace(parameters=[*parameters[:end], *added, *parameters[end:]])
 
     def __call__(self, *args: Any, context_text: Any = None, **kwargs: Any) -> Any:
         """Call it with the text held for the tower."""
         args = self._own(args)
+        with self.attachment.conditioned(self._named(args, kwargs), context_text):
+            return self.inner(*args, **kwargs)
+
+
+class BatchCall(TextCall):
+    """`forward`, which takes a batch of `covft.data.Collator` as it is."""
+
+    added = ("context_text", "image_to_row", "image_flags", "num_tiles")
+
+    def __call__(
+        self,
+        *args: Any,
+        context_text: Any = None,
+        image_to_row: Any = None,
+        image_flags: Any = None,
+        num_tiles: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Call it with the text held for the tower, and without what the tower makes of dummies."""
+        args = self._own(args)
         if not args and kwargs.get("pixel_values") is None and kwargs.get("pixel_values_videos") is None:
             return self.inner(**kwargs)  # the short way for every token that is generated
-        with self.attachment.conditioned(self._named(args, kwargs), context_text):
+        given = self._named(args, kwargs)
+        base = getattr(self.attachment.model, "base_model", self.attachment.model)
+        with self.attachment.conditioned(given, context_text, image_to_row), without_dummies(base, image_flags):
             return self.inner(*args, **kwargs)
 
 
@@ -115,7 +140,7 @@ class SaveCall(Call):
 
 
 CALLS: dict[str, type[Call]] = {
-    "forward": TextCall,
+    "forward": BatchCall,
     "generate": GenerateCall,
     "get_image_features": FeaturesCall,
     "save_pretrained": SaveCall,
