@@ -142,7 +142,9 @@ def test_signature__is_the_models_own_and_context_text():
     own = inspect.signature(model.forward)
     attach(model, TEXTS, tokenizer=None)
     names = list(inspect.signature(model.forward).parameters)
-    assert names == [*list(own.parameters)[:-1], "context_text", "kwargs"]
+    added = ["context_text", "image_to_row", "image_flags", "num_tiles"]
+    assert names == [*list(own.parameters)[:-1], *added, "kwargs"]
+    assert "image_flags" not in inspect.signature(model.generate).parameters
     assert inspect.signature(model.forward).parameters["context_text"].default is None
     assert (
         list(inspect.signature(model.base_model.get_image_features).parameters)

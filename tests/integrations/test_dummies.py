@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 
@@ -91,10 +89,3 @@ def test_dummies__flags_that_do_not_fit_are_refused():
     assert "get_image_features" not in vars(model.model)
     with pytest.raises(ShapeError, match="points at texts that are not there"):
         model(**batch, context_text=[DOG])
-
-
-def test_signature__names_what_the_collator_makes():
-    model, _ = attached(BY_NAME["llava"], [Row(1, DOG)])
-    parameters = inspect.signature(model.forward).parameters
-    assert {"context_text", "image_to_row", "image_flags", "num_tiles"} <= set(parameters)
-    assert "image_flags" not in inspect.signature(model.generate).parameters
