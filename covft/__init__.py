@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from covft.integrations.attaching import attach as attach
     from covft.integrations.attaching import detach as detach
     from covft.integrations.attaching import get_encoder as get_encoder
+    from covft.integrations.callback import CoVFTCallback as CoVFTCallback
     from covft.wrapping import unwrap as unwrap
     from covft.wrapping import wrap as wrap
 
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives; it is imported when it is first asked for (PEP 562).
 _HOMES = {
+    "CoVFTCallback": "covft.integrations.callback",
     "CoVFTConfig": "covft.config",
     "ContextEncoder": "covft.encoder",
     "ViTSpec": "covft.adapters.spec",
@@ -42,6 +44,7 @@ _HOMES = {
 _SUBMODULES = ("adapters", "checkpoint", "data", "errors", "integrations", "nn", "text")
 
 __all__ = [
+    "CoVFTCallback",
     "CoVFTConfig",
     "ContextEncoder",
     "ViTSpec",

@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from covft.adapters.sources import load_vit
@@ -17,6 +16,8 @@ from covft.errors import CheckpointError
 from covft.fingerprint import difference, fingerprint
 from covft.folder import CONFIG_NAME, WEIGHTS_NAME, compare_tensors, read_folder
 from covft.reference import import_reference
+from covft.saving import adapted_tensors, base_state_dict
+from covft.sharding import assign, full, in_engine, shape_of, unpartitioned
 from covft.slot import AdaptedFFN
 from covft.text import as_text_encoder
 from covft.wrapping import unwrap, wrap
@@ -58,6 +59,32 @@ def load(folder_or_repo_id: str | Path, vit: nn.Module | None = None, text_encod
         raise
     _warn_other_text(saved["text"]["source"], encoder.text_name)
     return encoder
+
+
+def load_into(encoder: ContextEncoder, folder: str | Path) -> None:
+    """Put saved weights into an encoder that is wrapped already.
+
+    Args:
+        encoder: Wrapped with the settings, and around the base weights, of the one that was saved.
+        folder: What `save_pretrained` wrote.
+
+    Raises:
+        CheckpointError: If the folder is incomplete or damaged, if it was made with other settings or for other base
+            weights, or if tensors are missing, unexpected or of another shape; the encoder is then as it was.
+    """
+    tensors, saved = read_folder(folder)
+    settings, extra = CoVFTConfig.from_dict(saved["covft"]), set(saved.get("extra", ()))
+    if settings != encoder.covft_config:
+        raise CheckpointError(
+            f"{folder} was saved with other settings than those of this encoder.",
+            expected=encoder.covft_config,
+            got=settings,
+        )
+    base = {name: tensor for name, tensor in base_state_dict(encoder).items() if name not in extra}
+    apart = difference(saved["base"]["fingerprint"], fingerprint(base.items()))
+    if apart is not None:
+        raise CheckpointError(f"{folder} was made for other base weights than those of this encoder.", got=apart)
+    _fill(encoder, tensors, extra)
 
 
 def _local(folder_or_repo_id: str | Path) -> Path:
@@ -103,13 +130,14 @@ def _build_text(text: dict[str, Any], settings: CoVFTConfig) -> Any:
             fix=f"covft.load(folder, text_encoder={text['width']})",
         )
     revision = None if "revision=" in source else text.get("revision")
-    return as_text_encoder(source, revision=revision)
+    with unpartitioned():
+        return as_text_encoder(source, revision=revision)
 
 
 def _check_base(vit: nn.Module, base: dict[str, Any], extra: set[str]) -> None:
     if any(isinstance(module, AdaptedFFN) for module in vit.modules()):
         return  # wrap() says what is wrong with that
-    found = fingerprint((n, t) for n, t in vit.state_dict().items() if n not in extra)
+    found = fingerprint((n, t) for n, t in vit.state_dict(keep_vars=True).items() if n not in extra)
     apart = difference(base["fingerprint"], found)
     if apart is not None:
         raise CheckpointError(
@@ -121,18 +149,24 @@ def _check_base(vit: nn.Module, base: dict[str, Any], extra: set[str]) -> None:
 
 
 def _fill(encoder: ContextEncoder, tensors: dict[str, Tensor], extra: set[str]) -> None:
-    state, parameters = encoder.vit.state_dict(), dict(encoder.vit.named_parameters())
+    if in_engine(encoder.vit):
+        raise CheckpointError(
+            "The encoder is inside a DeepSpeed engine, whose optimizer would put its own values back.",
+            expected="an encoder that no engine was made for yet",
+            got=type(encoder.vit).__name__,
+            fix="load first, then deepspeed.initialize(...); or engine.load_checkpoint(folder) of a training",
+        )
+    state = encoder.vit.state_dict(keep_vars=True)
     extra = extra & set(state)
-    wanted = {name: tuple(t.shape) for name, t in encoder.adapted_state_dict().items()}
-    wanted.update({name: tuple(state[name].shape) for name in extra})
+    wanted = {name: shape_of(t) for name, t in adapted_tensors(encoder).items()}
+    wanted.update({name: shape_of(state[name]) for name in extra})
     compare_tensors(wanted, {name: tuple(t.shape) for name, t in tensors.items()}, "the folder")
-    with torch.no_grad():
-        for name in extra:
-            encoder.original.values[name] = state[name].clone()
-            if name in parameters:
-                parameters[name].requires_grad_(True)
-        for name, tensor in tensors.items():
-            state[name].copy_(tensor)
+    for name in sorted(extra):
+        encoder.original.values[name] = full(state[name]).clone()
+        if isinstance(state[name], nn.Parameter):
+            state[name].requires_grad_(True)
+    for name, tensor in tensors.items():
+        assign(state[name], tensor)
 
 
 def _warn_other_text(saved: str | None, found: str | None) -> None:

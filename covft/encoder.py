@@ -315,7 +315,7 @@ class ContextEncoder(nn.Module):
         for name, parameter in self.vit.named_parameters():
             if not parameter.requires_grad:
                 continue
-            role, decays = self._role(name), parameter.dim() > 1
+            role, decays = self.role_of(name), parameter.dim() > 1
             rate = rates[role]
             group = groups.setdefault(
                 f"{role}/{'decay' if decays else 'no_decay'}",
@@ -328,7 +328,12 @@ class ContextEncoder(nn.Module):
             group["params"].append(parameter)
         return [{**group, "name": name} for name, group in groups.items()]
 
-    def _role(self, name: str) -> str:
+    def role_of(self, name: str) -> str:
+        """What a parameter of the ViT is for: `"experts"`, `"router"` (with the context), `"norms"` or `"other"`.
+
+        Args:
+            name: Its name in the ViT.
+        """
         for layer in self.layers:
             prefix = f"{self.spec.blocks[layer].mlp_path}."
             if name.startswith(prefix):

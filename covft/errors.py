@@ -8,6 +8,7 @@
     ├── ShapeError(ValueError)                images, texts, features or indices that do not fit
     ├── MissingContextError(RuntimeError)     a wrapped ViT was called without text
     ├── ReentrantCheckpointError(RuntimeError)  activation checkpointing that would lose gradients
+    ├── MissingGradientError(RuntimeError)    a parameter that should train got no gradient
     ├── TextEncoderError(ValueError)          a text or a text encoder that cannot be used
     ├── CheckpointError(RuntimeError)         a saved folder that is incomplete, damaged or of other weights
     ├── MergeError(TypeError)                 asking to fold experts that depend on the input
@@ -31,6 +32,7 @@ __all__ = [
     "MergeError",
     "MissingContextError",
     "MissingDependencyError",
+    "MissingGradientError",
     "ReentrantCheckpointError",
     "ShapeError",
     "TextEncoderError",
@@ -105,6 +107,10 @@ class MissingContextError(CoVFTError, RuntimeError):
 
 class ReentrantCheckpointError(CoVFTError, RuntimeError):
     """Activation checkpointing of the reentrant kind, which would give the experts no gradient."""
+
+
+class MissingGradientError(CoVFTError, RuntimeError):
+    """A parameter that should train got no gradient."""
 
 
 class TextEncoderError(CoVFTError, ValueError):

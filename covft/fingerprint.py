@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from covft.errors import CheckpointError
+from covft.sharding import full
 
 _SAMPLES_PER_TENSOR = 4
 
@@ -24,7 +25,8 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
     """Sum up named weights.
 
     Args:
-        tensors: Names and tensors, in any order.
+        tensors: Names and tensors, in any order. Sharded ones are made whole, one after another, which every process
+            has to take part in.
 
     Returns:
         A JSON object of a few kilobytes: digests of names, types and values, and sampled values.
@@ -44,8 +46,9 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
             raise CheckpointError(
                 f"{name} is on the meta device, so its values are not known.", fix="load the weights first"
             )
-        flat = tensor.detach().cpu().contiguous().flatten()
-        names.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        whole = full(tensor)
+        flat = whole.cpu().contiguous().flatten()
+        names.update(f"{name} {tuple(whole.shape)}\n".encode())
         types.update(f"{name} {tensor.dtype}\n".encode())
         values.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
         if flat.is_floating_point() and flat.numel():

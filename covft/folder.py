@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from covft.errors import CheckpointError
+from covft.sharding import is_sharded
 
 CONFIG_NAME = "covft_config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -40,20 +41,21 @@ def write_folder(folder: str | Path, tensors: dict[str, Tensor], config: dict[st
         card: Text of the model card; a card that is there already is kept.
 
     Raises:
-        CheckpointError: If `folder` is a file.
+        CheckpointError: If `folder` is a file, or a tensor is empty or a part of one.
     """
     folder = Path(folder)
+    _refuse_parts(tensors)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file.", expected="a folder, or a path that does not exist yet")
     folder.mkdir(parents=True, exist_ok=True)
-    with _written_aside(folder / WEIGHTS_NAME) as aside:
+    with written_aside(folder / WEIGHTS_NAME) as aside:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, aside, {"format": "pt"})
         digest, size = file_sha256(aside), aside.stat().st_size
     if not (folder / CARD_NAME).exists():
-        with _written_aside(folder / CARD_NAME) as aside:
+        with written_aside(folder / CARD_NAME) as aside:
             aside.write_text(card, encoding="utf-8")
     whole = {"format": FORMAT, **config, "weights": {"file": WEIGHTS_NAME, "bytes": size, "sha256": digest}}
-    with _written_aside(folder / CONFIG_NAME) as aside:
+    with written_aside(folder / CONFIG_NAME) as aside:
         aside.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
@@ -160,8 +162,27 @@ def compare_tensors(wanted: dict[str, tuple], found: dict[str, tuple], source: s
         )
 
 
+def _refuse_parts(tensors: dict[str, Tensor]) -> None:
+    parts = [name for name, tensor in tensors.items() if is_sharded(tensor) or not tensor.numel()]
+    if parts:
+        raise CheckpointError(
+            "Weights that are spread over processes would be saved empty or in part.",
+            expected="whole tensors",
+            got=f"{len(parts)} of {len(tensors)}: {', '.join(parts[:5])}",
+            fix="encoder.save_pretrained(folder) on every process",
+        )
+
+
 @contextlib.contextmanager
-def _written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path) -> Iterator[Path]:
+    """Write a file beside its place, and put it there only when it is whole and on the disk.
+
+    Args:
+        path: Where the file goes.
+
+    Yields:
+        Where to write it.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield aside

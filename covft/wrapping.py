@@ -14,7 +14,18 @@ from covft.adapters.spec import Adapter, ViTSpec
 from covft.conditioning import Conditioning
 from covft.config import CoVFTConfig
 from covft.encoder import ContextEncoder
-from covft.errors import ConfigError, LayerIndexError, UnsupportedViTError
+from covft.errors import ConfigError, LayerIndexError, TextEncoderError, UnsupportedViTError
+from covft.sharding import (
+    assign,
+    full,
+    gathered,
+    in_engine,
+    is_partitioned,
+    is_sharded,
+    partition_like,
+    unpartitioned,
+    whole_copy,
+)
 from covft.slot import AdaptedFFN, Original
 from covft.text import as_text_encoder
 
@@ -92,13 +103,17 @@ def wrap(
     spec = describe(vit, adapter)
     settings = dataclasses.replace(settings, layers=_resolve_layers(settings.layers, spec))
     _refuse_unloaded(vit, spec, settings)
-    texts = None if text_encoder is None else as_text_encoder(text_encoder)
+    with unpartitioned():
+        texts = None if text_encoder is None else as_text_encoder(text_encoder)
+    _refuse_partitioned(texts)
     _check_text(settings, None if texts is None else texts.width)
 
     conditioning = Conditioning(
         needs_text=settings.needs_text,
         draws_seeds=settings.routing == "random",
         mask_argument=spec.mask_argument,
+        sizes_argument=spec.sizes_argument,
+        sizes_unit=spec.sizes_unit,
     )
     slots = _build_slots(vit, spec, settings, conditioning, None if texts is None else texts.width)
     # From here on nothing can fail that has not been checked.
@@ -131,6 +146,9 @@ def unwrap(encoder: ContextEncoder) -> nn.Module:
     vit, original, slots = encoder.vit, encoder.original, encoder.slots()
     if not all(isinstance(slot, AdaptedFFN) for slot in slots.values()):
         raise UnsupportedViTError("This encoder is unwrapped already.", fix="covft.wrap(vit, text_encoder)")
+    engine = in_engine(vit) and any(is_partitioned(parameter) for parameter in vit.parameters())
+    _refuse_distributed(vit, engine, "take the ViT anew from where it came")
+    _refuse_lost(encoder)
     for hooks in (vit._forward_pre_hooks, vit._forward_hooks):
         for key in [key for key, hook in hooks.items() if _belongs_to(hook, encoder.conditioning)]:
             for table in (hooks, vit._forward_pre_hooks_with_kwargs, vit._forward_hooks_always_called):
@@ -144,7 +162,7 @@ def unwrap(encoder: ContextEncoder) -> nn.Module:
     with torch.no_grad():
         for name, value in original.values.items():
             parameter = vit.get_parameter(name)
-            parameter.copy_(value)
+            assign(parameter, value)
             parameter.grad = None
     for name, parameter in vit.named_parameters():
         parameter.requires_grad_(original.requires_grad[name])
@@ -166,6 +184,7 @@ def _refuse_containers(vit: nn.Module) -> None:
         "DataParallel": "module",
         "FullyShardedDataParallel": "module",
         "OptimizedModule": "_orig_mod",
+        "DeepSpeedEngine": "module",
     }
     name = next((cls.__name__ for cls in type(vit).__mro__ if cls.__name__ in outer), None)
     sharded = any(cls.__name__ == "FSDPModule" for module in vit.modules() for cls in type(module).__mro__)
@@ -175,6 +194,42 @@ def _refuse_containers(vit: nn.Module) -> None:
             expected="the ViT itself; wrap first, then distribute or compile",
             got=type(vit).__name__,
             fix=f"covft.wrap(vit.{outer[name]}, ...)" if name else "covft.wrap(vit, ...) before fully_shard(...)",
+        )
+    _refuse_distributed(vit, in_engine(vit), "covft.wrap(vit, ...), then distribute")
+
+
+def _refuse_distributed(vit: nn.Module, engine: bool, fix: str) -> None:
+    """Refuse a ViT whose weights are in other hands; ZeRO-3's, before there is an engine, can be gathered."""
+    dtensors = [name for name, p in vit.named_parameters() if is_sharded(p) and not is_partitioned(p)]
+    if dtensors or engine:
+        raise UnsupportedViTError(
+            "The weights of this ViT are managed by " + ("a DeepSpeed engine." if engine else "FSDP or a device mesh."),
+            expected="a ViT that is not distributed yet",
+            got=type(vit).__name__ + (f" with DTensors: {', '.join(dtensors[:3])}" if dtensors else ""),
+            fix=fix,
+        )
+
+
+def _refuse_lost(encoder: ContextEncoder) -> None:
+    """Refuse to put back what was never in memory."""
+    kept = [*encoder.original.values.values(), *(p for ffn in encoder.original.ffns.values() for p in ffn.parameters())]
+    if any(tensor.is_meta for tensor in kept) and not all(p.is_meta for p in encoder.vit.parameters()):
+        raise UnsupportedViTError(
+            "The ViT was wrapped on the meta device, so what its FFNs and norms were is not known.",
+            expected="a ViT that had its weights when it was wrapped",
+            got="weights that came later, for the experts alone",
+            fix="build the ViT anew",
+        )
+
+
+def _refuse_partitioned(texts: Any) -> None:
+    modules = [value for value in getattr(texts, "__dict__", {}).values() if isinstance(value, nn.Module)]
+    if any(is_partitioned(parameter) for module in modules for parameter in module.parameters()):
+        raise TextEncoderError(
+            "The text encoder was partitioned by ZeRO-3, but no engine will ever gather it.",
+            expected="a text encoder with its weights in memory",
+            got=texts.name,
+            fix="pass its id or folder, or load it before TrainingArguments or HfDeepSpeedConfig are made",
         )
 
 
@@ -213,7 +268,15 @@ def _refuse_unloaded(vit: nn.Module, spec: ViTSpec, settings: CoVFTConfig) -> No
         path = spec.blocks[layer].mlp_path
         ffn = vit.get_submodule(path)
         offloaded = any(hasattr(module, "_hf_hook") for module in ffn.modules())
-        if offloaded and any(parameter.is_meta for parameter in ffn.parameters()):
+        meta = any(parameter.is_meta for parameter in ffn.parameters())
+        if meta and not offloaded and not all(parameter.is_meta for parameter in vit.parameters()):
+            raise UnsupportedViTError(
+                f"The weights of {path} are on the meta device, so there is nothing to copy experts from.",
+                expected="a ViT with all its weights, or one that is on the meta device as a whole",
+                got="parameters on the meta device among others that are not",
+                fix="load all weights, then wrap",
+            )
+        if offloaded and meta:
             raise UnsupportedViTError(
                 f"The weights of {path} are offloaded, so there is nothing to copy experts from.",
                 expected="weights in memory",
@@ -245,19 +308,22 @@ def _build_slots(
     slots: dict[int, AdaptedFFN] = {}
     for layer in settings.layers or ():
         block = spec.blocks[layer]
-        slots[layer] = AdaptedFFN(
-            vit.get_submodule(block.mlp_path),
-            conditioning,
-            embed_dim=block.embed_dim,
-            context_dim=width,
-            num_experts=settings.experts,
-            routing=settings.routing,
-            top_k=settings.top_k,
-            context=settings.context,
-            activation=settings.activation,
-            num_heads=settings.num_heads,
-            eval_seed=layer,
-        )
+        ffn = vit.get_submodule(block.mlp_path)
+        with gathered(ffn.parameters()):
+            slots[layer] = AdaptedFFN(
+                ffn,
+                conditioning,
+                embed_dim=block.embed_dim,
+                context_dim=width,
+                num_experts=settings.experts,
+                routing=settings.routing,
+                top_k=settings.top_k,
+                context=settings.context,
+                activation=settings.activation,
+                num_heads=settings.num_heads,
+                eval_seed=layer,
+            )
+        partition_like(ffn.parameters(), slots[layer])
         for module in slots[layer].modules():
             # transformers initialises modules without this mark again when the model around them is.
             module._is_hf_initialized = True  # type: ignore[assignment]
@@ -269,11 +335,12 @@ def _install(vit: nn.Module, spec: ViTSpec, settings: CoVFTConfig, slots: dict[i
     vit.requires_grad_(False)
     for layer, slot in slots.items():
         path = spec.blocks[layer].mlp_path
-        original.ffns[path] = vit.get_submodule(path)
+        # Whole on every process: Trainer saves on one alone, where nothing can be gathered.
+        original.ffns[path] = whole_copy(vit.get_submodule(path))
         _set_submodule(vit, path, slot)
     for name in _norm_parameters(vit, spec, slots, settings.train_norms):
         parameter = vit.get_parameter(name)
-        original.values[name] = parameter.detach().clone()
+        original.values[name] = full(parameter).clone()
         parameter.requires_grad_(True)
     return original
 

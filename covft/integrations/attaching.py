@@ -84,7 +84,7 @@ def attach(
     """
     given = {name: value for name, value in locals().items() if name in DEFAULTS}
     given = {name: value for name, value in given.items() if not isinstance(value, Unset)}
-    target = _without_peft(model)
+    target = without_peft(model)
     if _KEY in target.__dict__:
         raise UnsupportedViTError(
             "This model is attached already.",
@@ -123,7 +123,7 @@ def detach(model: Model) -> Model:
     Raises:
         UnsupportedViTError: If the model is not attached, or another library has wrapped one of its methods since.
     """
-    target = _without_peft(model)
+    target = without_peft(model)
     encoder = get_encoder(target)
     covered = [name for name in CALLS if hasattr(type(target), name) and owned(target, name) is None]
     if covered:
@@ -151,7 +151,7 @@ def get_encoder(model: nn.Module) -> ContextEncoder:
     Raises:
         UnsupportedViTError: If the model is not attached.
     """
-    attachment = _without_peft(model).__dict__.get(_KEY)
+    attachment = attachment_of(model)
     if attachment is None:
         raise UnsupportedViTError(
             f"This {type(model).__name__} is not attached.",
@@ -160,7 +160,20 @@ def get_encoder(model: nn.Module) -> ContextEncoder:
     return attachment.encoder
 
 
-def _without_peft(model: nn.Module) -> Any:
-    """The model inside a PeftModel, whose methods call those of the one inside."""
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """What attach() left on a model; None if it is not attached.
+
+    Args:
+        model: A multimodal LLM, also inside a PeftModel.
+    """
+    return without_peft(model).__dict__.get(_KEY)
+
+
+def without_peft(model: nn.Module) -> Any:
+    """The model inside a PeftModel, whose methods call those of the one inside.
+
+    Args:
+        model: Any model.
+    """
     inner = getattr(model, "get_base_model", None)
     return inner() if callable(inner) else model

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +28,14 @@ class Attachment:
         encoder: Its tower, wrapped.
         reader: Reads the instruction out of `input_ids`.
         family: How images reach the tower.
+        saved_in: The folder that the tower as it is now was last saved in, if a trainer may rely on it.
     """
 
     model: nn.Module
     encoder: ContextEncoder
     reader: PromptReader
     family: MLLMFamily
+    saved_in: Path | None = None
 
     def conditioned(
         self, given: Mapping[str, Any], context_text: Any, image_to_row: Any = None
@@ -59,7 +62,7 @@ class Attachment:
             return contextlib.nullcontext()
         if isinstance(context_text, str):
             return self.encoder.condition(context_text)
-        if videos is not None:
+        if videos is not None and (images is not None or not self.family.videos):
             return self.encoder.condition(self._one_text(given, context_text))
         if image_to_row is not None:
             return self._by_row(given, context_text, torch.as_tensor(image_to_row).tolist())
@@ -90,7 +93,9 @@ class Attachment:
 
     def _per_image(self, given: Mapping[str, Any], context_text: Any) -> AbstractContextManager[Any]:
         base: Any = getattr(self.model, "base_model", self.model)
-        placement = map_images(self.family.layout, base, given, image_id(self.model))
+        videos = given.get("pixel_values") is None
+        placeholder = getattr(base.config, "video_token_id", None) if videos else image_id(self.model)
+        placement = map_images(self.family.layout, base, given, placeholder, videos=videos)
         input_ids = given.get("input_ids")
         if context_text is None:
             one_row = input_ids is None or len(input_ids) == 1
@@ -138,7 +143,8 @@ class Attachment:
                 "A batch with videos can have one text only.",
                 expected="one row, or the same text in all",
                 got=f"{len(set(texts))} texts",
-                fix="one video per batch, or `with encoder.condition(texts, index):` with a text per frame",
+                fix="images and videos in calls of their own, with one video per call where frames are images, or "
+                "`with encoder.condition(texts, index):` with a text per frame",
             )
         return texts[0]
 
@@ -147,6 +153,8 @@ def _refuse_packed(input_ids: Tensor, given: Mapping[str, Any]) -> None:
     """Refuse rows that hold several samples, whose questions would become one."""
     positions, mask = given.get("position_ids"), given.get("attention_mask")
     packed = given.get("cu_seq_lens_q") is not None
+    if isinstance(positions, Tensor) and positions.dim() == 3 and len(positions) == 4:
+        positions = positions[0]  # of the text, above those of time, height and width
     if isinstance(positions, Tensor) and positions.shape == input_ids.shape:
         starts = positions == 0
         if isinstance(mask, Tensor) and mask.shape == starts.shape:

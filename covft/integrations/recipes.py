@@ -1,0 +1,77 @@
+"""Training recipes as they are published: what is trained, how fast, and in which batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One stage of training.
+
+    Attributes:
+        name: Such as `llava-finetune`.
+        parts: What is trained, for `train_only`.
+        arguments: Fields of `MLLMTrainingArguments`.
+        source: Where the figures come from.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+
+_COSINE: dict[str, Any] = {
+    "num_train_epochs": 1.0,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,  # below 1: a fraction of all steps
+    "bf16": True,
+    "remove_unused_columns": False,
+    "seed": 42,
+}
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "llava-pretrain",
+            ("projector",),
+            {**_COSINE, "learning_rate": 1e-3, "global_batch_size": 256, "weight_decay": 0.0},
+            "CoVFT paper, section 4.1, and LLaVA-1.5: 558K captions, the projector alone",
+        ),
+        Recipe(
+            "llava-finetune",
+            ("projector", "llm", "covft"),
+            {
+                **_COSINE,
+                "learning_rate": 2e-5,
+                "global_batch_size": 128,
+                "weight_decay": 0.0,
+                "group_by_modality_length": True,
+                "activation_checkpointing": True,
+            },
+            "CoVFT paper, section 4.1, and LLaVA-1.5: 665K instructions",
+        ),
+        Recipe(
+            "internvl-pretrain",
+            ("projector",),
+            {**_COSINE, "learning_rate": 2e-4, "global_batch_size": 512, "weight_decay": 0.05},
+            "InternVL 2.5, the MLP warm-up",
+        ),
+        Recipe(
+            "internvl-finetune",
+            ("projector", "llm", "covft"),
+            {
+                **_COSINE,
+                "learning_rate": 4e-5,
+                "global_batch_size": 128,
+                "weight_decay": 0.05,
+                "group_by_modality_length": True,
+                "activation_checkpointing": True,
+            },
+            "the fine-tuning scripts that InternVL publishes",
+        ),
+    )
+}

@@ -1,0 +1,117 @@
+"""A tiny LLaVA with its data, for trainers; also run as a script, by tests that kill it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import covft
+from covft.data import ConversationDataset, ImageText, LlavaRows
+from tests.integrations.mllms import BY_NAME, PATCH, SIZE
+
+QUESTIONS = ("what is left of the cup?", "how many people are there?", "where is the dog?", "is the ball red?")
+WORDS = ("a dog", "two people stand there", "a red ball", "yes", "to the left of a cup and a ball", "no")
+
+
+def write_folder(folder: Path, rows: int = 12, text_only: tuple[int, ...] = (2, 7)) -> Path:
+    """A LLaVA folder: `train.json` and `images/`; answers differ in length, and some rows have no image."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    records: list[dict[str, Any]] = []
+    for row in range(rows):
+        question, answer = QUESTIONS[row % 4], " and ".join(WORDS[(row + i) % 6] for i in range(1 + row % 3))
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        record: dict[str, Any] = {"id": str(row), "conversations": turns}
+        if row not in text_only:
+            pixels = random.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / f"{row}.png")
+            turns[0]["value"], record["image"] = f"<image>\n{question}", f"{row}.png"
+        records.append(record)
+    (folder / "train.json").write_text(json.dumps(records))
+    return folder
+
+
+def dataset(folder: Path) -> ConversationDataset:
+    from transformers import CLIPImageProcessor
+
+    side = {"height": SIZE, "width": SIZE}
+    return ConversationDataset(
+        LlavaRows(folder / "train.json", folder / "images"),
+        BY_NAME["llava"].tokenizer,
+        CLIPImageProcessor(size=side, crop_size=side),
+        image_text=ImageText("<image>", per_tile=(SIZE // PATCH) ** 2),
+    )
+
+
+def build(seed: int = 0, *, attached: bool = True, **settings: Any) -> Any:
+    """LLaVA with seeded weights; attached, its experts still equal."""
+    torch.manual_seed(seed)
+    model = BY_NAME["llava"].build()
+    if attached:
+        covft.attach(model, covft.text.HashTextEncoder(16), tokenizer=BY_NAME["llava"].tokenizer, **settings)
+    return model
+
+
+def arguments(output: Path, **changes: Any) -> Any:
+    from covft.integrations import MLLMTrainingArguments
+
+    options: dict[str, Any] = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 3e-3,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "seed": 7,
+        "dataloader_pin_memory": False,
+    }
+    return MLLMTrainingArguments(str(output), **{**options, **changes})
+
+
+def main(folder: str, output: str, kill_at: str, resume: str) -> None:
+    """Train eight steps with a checkpoint every two; `kill_at` is where the process kills itself."""
+    import os
+    import signal
+
+    from transformers import TrainerCallback
+
+    from covft.integrations import MLLMTrainer, train_only
+
+    class Killer(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if kill_at == f"step {state.global_step}":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    class Trainer(MLLMTrainer):
+        def _save_optimizer_and_scheduler(self, output_dir):
+            if kill_at == f"saving {self.state.global_step}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    torch.set_num_threads(1)
+    model = build(routing="sparse")
+    model.model.language_model.config.attention_dropout = 0.1  # so that random states matter
+    train_only(model, ("projector", "llm", "covft"))
+    args = arguments(
+        Path(output),
+        max_steps=8,
+        save_strategy="steps",
+        save_steps=2,
+        group_by_modality_length=True,
+        global_batch_size=4,
+    )
+    trainer = Trainer(model, args, train_dataset=dataset(Path(folder)), callbacks=[Killer()])
+    trainer.train(resume_from_checkpoint=resume == "resume")
+    torch.save(model.state_dict(), Path(output) / "final.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
