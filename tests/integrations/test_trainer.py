@@ -110,7 +110,6 @@ def test_train_only__trains_these_parts_and_no_other():
 covft_parts = ("experts", "router", "norms")
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
 def test_train_only__inside_peft_the_language_model_is_what_peft_added():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=r".*language_model.*\.q_proj")
@@ -268,7 +267,6 @@ def test_trainer__needs_a_collator_for_other_data(tmp_path):
         MLLMTrainer(build(), arguments(tmp_path), train_dataset=[1, 2])
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
 @pytest.mark.parametrize("first", ["peft", "covft"])
 def test_trainer__lora_on_the_language_model_in_either_order(first, rows, tmp_path):
     peft = pytest.importorskip("peft")

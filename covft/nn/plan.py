@@ -1,0 +1,193 @@
+"""How an FFN computes, found by its form and tried on random tokens.
+
+An FFN is taken apart only where that was tried: `FFNPlan.of` finds its linear layers and its activation by their
+shapes, and then compares the plan with the FFN itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+_HALVES = "_halves"
+_OTHER_FORM = "another form than linear, activation, linear"
+
+
+@dataclass(frozen=True)
+class FFNPlan:
+    """How an FFN computes: linear layers that see the tokens, something without weights, one more linear layer.
+
+    Attributes:
+        first: Names of the linear layers that see the tokens, one or two.
+        last: Name of the linear layer that makes the output.
+        activation: Name of the activation.
+        kind: What comes between: `"plain"`, act(p); `"gate_first"`, act(p) q; `"gate_last"`, p act(q). With
+            `"_halves"` behind it, p and q are the halves of one layer's output.
+    """
+
+    first: tuple[str, ...]
+    last: str
+    activation: str
+    kind: str
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, ffn: nn.Module) -> tuple[FFNPlan | None, str]:
+        """Find the plan of an FFN.
+
+        Args:
+            ffn: The FFN. A copy of it, with random weights, is run on a few tokens.
+
+        Returns:
+            The plan and an empty string, or None and the reason why there is none.
+        """
+        reason = _why_not(ffn, _linears(ffn))
+        if reason:
+            return None, reason
+        # Other weights than its own, which may be zero or so small that any plan would fit.
+        trial, generator = copy.deepcopy(ffn).cpu().float(), torch.Generator().manual_seed(0)
+        for parameter in trial.parameters():
+            parameter.uniform_(-1, 1, generator=generator).mul_(parameter.shape[-1] ** -0.5)
+        linears = _linears(trial)
+        tokens = torch.randn(1, 3, next(iter(linears.values())).in_features, generator=generator)
+        try:
+            wanted = trial(tokens)
+        except Exception as error:  # of a foreign FFN that wants more than tokens
+            return None, f"it does not run on tokens alone ({type(error).__name__})"
+        for plan in _candidates(trial, linears):
+            found = plan.run(trial, tokens)
+            if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-4, atol=1e-5):
+                return plan, ""
+        return None, _OTHER_FORM
+
+    def weights(self, ffn: nn.Module) -> list[Tensor | None]:
+        """Weight and bias of each linear layer of an FFN, the last layer's at the end."""
+        layers: list[Any] = [ffn.get_submodule(name) for name in (*self.first, self.last)]
+        return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+
+    def between(self, ffn: nn.Module) -> Callable[..., Tensor]:
+        """What an FFN computes between its linear layers, as a function of the first layers' outputs."""
+        owner, _, name = self.activation.rpartition(".")
+        return _Between(getattr(ffn.get_submodule(owner), name), self.kind)
+
+    def run(self, ffn: nn.Module, tokens: Tensor) -> Tensor:
+        """What the FFN makes of tokens, computed by the plan."""
+        return run_ffn(tokens, self.weights(ffn), self.between(ffn))
+
+    def applies_to(self, ffn: nn.Module) -> bool:
+        """Whether an FFN of this plan can be run by its weights alone now.
+
+        It cannot where a hook wants to see its modules run, where another library has put something else in the place
+        of a linear layer, and where weights are shards, which the modules' own hooks make whole.
+        """
+        if any(_is_watched(module) for module in ffn.modules()):
+            return False
+        layers = [ffn.get_submodule(name) for name in (*self.first, self.last)]
+        if any(type(layer) is not nn.Linear for layer in layers):
+            return False
+        return all(type(w) is nn.Parameter and not hasattr(w, "ds_id") for w in self.weights(ffn) if w is not None)
+
+
+class _Between:
+    """What comes between the linear layers; see `FFNPlan.kind`."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor], kind: str) -> None:
+        self.activation, self.kind = activation, kind
+
+    def __call__(self, *pre: Tensor) -> Tensor:
+        if self.kind.endswith(_HALVES):
+            pre = pre[0].chunk(2, dim=-1)
+        if self.kind.startswith("gate_first"):
+            return self.activation(pre[0]) * pre[1]
+        if self.kind.startswith("gate_last"):
+            return pre[0] * self.activation(pre[1])
+        return self.activation(pre[0])
+
+
+def run_ffn(tokens: Tensor, weights: Sequence[Tensor | None], between: Callable[..., Tensor]) -> Tensor:
+    """An FFN by its weights.
+
+    Args:
+        tokens: Shape `(..., D)`.
+        weights: As `FFNPlan.weights` gives them.
+        between: As `FFNPlan.between` gives it.
+    """
+    *first, last, bias = weights
+    assert last is not None
+    return linear(between(*(linear(tokens, w, b) for w, b in pairs(first))), last, bias)
+
+
+def pairs(tensors: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Weights with their biases.
+
+    Args:
+        tensors: Weight, bias, weight, bias, ...
+    """
+    return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+
+def _linears(ffn: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in ffn.named_modules() if type(module) is nn.Linear}
+
+
+def _why_not(ffn: nn.Module, linears: dict[str, nn.Linear]) -> str:
+    parameters = list(ffn.parameters())
+    if any(parameter.is_meta for parameter in parameters):
+        return "its weights are on the meta device"
+    if not 2 <= len(linears) <= 3:
+        return _OTHER_FORM
+    if {id(p) for p in parameters} != {id(p) for module in linears.values() for p in module.parameters()}:
+        return "it has weights besides those of its linear layers"
+    if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in ffn.modules()):
+        return "it has dropout"
+    if any(_is_watched(module) for module in ffn.modules()):
+        return "hooks watch its modules"
+    return ""
+
+
+def _candidates(ffn: nn.Module, linears: dict[str, nn.Linear]) -> Iterator[FFNPlan]:
+    """Plans that the shapes allow."""
+    width = next(iter(linears.values())).in_features
+    activations = [
+        name
+        for name, module in ffn.named_modules()
+        if name
+        and not isinstance(module, nn.Linear | nn.Identity | nn.modules.dropout._DropoutNd)
+        and not _inside(module)
+    ]
+    activations += [
+        name
+        for name, value in vars(ffn).items()
+        if callable(value) and not isinstance(value, nn.Module | type) and not name.startswith("_")
+    ]
+    for names in itertools.permutations(linears):
+        *first, last = names
+        into, out = [linears[name] for name in first], linears[last]
+        if {layer.in_features for layer in into} != {width} or out.out_features != width:
+            continue
+        widths = {layer.out_features for layer in into}
+        kinds: tuple[str, ...] = ()
+        if len(into) == 1 and widths == {out.in_features}:
+            kinds = ("plain",)
+        elif len(into) == 1 and widths == {2 * out.in_features}:
+            kinds = ("gate_first" + _HALVES, "gate_last" + _HALVES)
+        elif len(into) == 2 and widths == {out.in_features}:
+            kinds = ("gate_first", "gate_last")
+        for kind, activation in itertools.product(kinds, activations):
+            yield FFNPlan(tuple(first), last, activation, kind)
+
+
+def _inside(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+def _is_watched(module: nn.Module) -> bool:
+    tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(tables) or "forward" in module.__dict__ or hasattr(module, "parametrizations")
