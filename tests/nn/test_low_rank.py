@@ -1,0 +1,97 @@
+"""Experts of low rank: the numbers of whole experts whose weights are W + B A."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from covft.errors import UnsupportedViTError
+from covft.nn.low_rank import LowRankExperts
+from covft.nn.router import Routing
+from tests.nn.test_fused import FFNS, D, E, one_by_one
+
+NAMES = ("mlp", "mlp without biases", "one bias", "gate first", "gate last", "halves last")
+
+
+def written_out(experts):
+    """Whole FFNs with the weights that the low-rank experts stand for."""
+    whole = []
+    for expert in range(len(experts)):
+        ffn = copy.deepcopy(experts.shared)
+        with torch.no_grad():
+            for name, difference in zip((*experts.plan.first, experts.plan.last), experts.differences, strict=True):
+                layer = ffn.get_submodule(name)
+                layer.weight += difference.up[expert] @ difference.down[expert]
+                if layer.bias is not None:
+                    layer.bias += difference.bias[expert]
+        whole.append(ffn)
+    return whole
+
+
+def routing(images, dtype=torch.float64):
+    return Routing(torch.rand(images, E, dtype=dtype).softmax(-1))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, D), (3, D), (2, 2, 3, D)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_forward__is_that_of_the_weights_written_out(name, shape):
+    experts = LowRankExperts(FFNS[name](), E, rank=2).double()
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    x, decided = torch.randn(shape, dtype=torch.float64), routing(shape[0])
+    wanted = one_by_one(x, decided.weights_BE, written_out(experts))
+    assert torch.allclose(experts(x, decided), wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_start__the_experts_are_the_ffn_and_only_the_differences_train(name):
+    ffn = FFNS[name]().double()
+    experts = LowRankExperts(ffn, E, rank=2)
+    x, decided = torch.randn(2, 5, D, dtype=torch.float64), routing(2)
+    output = experts(x, decided)
+    assert torch.allclose(output, ffn(x), rtol=1e-10, atol=1e-12)
+    output.square().sum().backward()
+    for parameter_name, parameter in experts.named_parameters():
+        assert parameter.requires_grad == (not parameter_name.startswith("shared."))
+        assert (parameter.grad is None) == parameter_name.startswith("shared.")
+    # Both factors learn: B at once, A as soon as B is no longer zero.
+    with torch.no_grad():
+        for difference in experts.differences:
+            difference.up.normal_()
+            difference.up.grad = difference.down.grad = None
+    experts(x, decided).square().sum().backward()
+    for difference in experts.differences:
+        assert all(difference.down.grad[expert].abs().max() > 0 for expert in range(E))
+        assert all(difference.up.grad[expert].abs().max() > 0 for expert in range(E))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_of__full_rank_is_exact_and_less_is_the_best_there_is(name):
+    ffn = FFNS[name]()
+    whole = [copy.deepcopy(ffn).double() for _ in range(E)]
+    for expert in whole:
+        for parameter in expert.parameters():
+            nn.init.normal_(parameter)
+    x, decided = torch.randn(2, 5, D, dtype=torch.float64), routing(2)
+    wanted = one_by_one(x, decided.weights_BE, whole)
+    exact = LowRankExperts.of(whole, rank=min(D, 10))
+    assert torch.allclose(exact(x, decided), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+    thin = LowRankExperts.of(whole, rank=2)
+    name_of = (*thin.plan.first, thin.plan.last)
+    for layer, difference in zip(name_of, thin.differences, strict=True):
+        theirs = torch.stack([expert.get_submodule(layer).weight for expert in whole])
+        for expert in range(E):
+            left = theirs[expert] - theirs.mean(0) - difference.up[expert] @ difference.down[expert]
+            values = torch.linalg.svdvals(theirs[expert] - theirs.mean(0))
+            assert torch.linalg.matrix_norm(left).item() == pytest.approx(
+                values[2:].square().sum().sqrt().item(), rel=1e-4
+            )
+
+
+def test_refused__another_form():
+    ffn = nn.Sequential(nn.Linear(D, 10), nn.GELU(), nn.LayerNorm(10), nn.Linear(10, D))
+    with pytest.raises(UnsupportedViTError, match="cannot be made from Sequential"):
+        LowRankExperts(ffn, E, rank=2)
