@@ -5,7 +5,8 @@ things make that hard, and this module owns both.
 
 **Scopes.** `Conditioning.open(...)` puts a `Scope` (text features, an index from images to texts) on a
 stack that belongs to one encoder and one thread; each run of the tower adds a scope of its own with
-what only that run knows (the padding mask, the seed of random routing). An FFN reads the top one.
+what only that run knows (the padding mask, where each image of a packed batch begins, the seed of random
+routing). An FFN reads the top one.
 
 **Recomputation.** Activation checkpointing runs an FFN again during backward: after the scope was
 closed, after a second forward with other texts, with yet another scope open, or on another thread.
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import sys
 import threading
 import weakref
@@ -35,6 +37,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
 
 from covft.errors import MissingContextError, ReentrantCheckpointError, ShapeError
+from covft.nn.segments import Segments
 
 
 class Scope:
@@ -45,7 +48,10 @@ class Scope:
         index: Which text each image belongs to, shape `(B,)`; None where image i has text i.
         shared: Whether the one text is for all images, however many.
         mask_BN: True where a token counts, shape `(B, N)`; None where all do.
+        segments: Which tokens belong to which image, in a run of a packed tower; None elsewhere.
         seed: Of random routing in training mode.
+        per_row: Images per row of a batch whose rows may all be repeated before the ViT runs, as `generate` does for
+            beams; None where nothing is repeated.
         grad_enabled: Whether gradients were on where the text was given.
         is_run: Whether this is one run of the tower, rather than a text that was given.
     """
@@ -58,7 +64,9 @@ class Scope:
         "index",
         "is_run",
         "mask_BN",
+        "per_row",
         "seed",
+        "segments",
         "shared",
         "text_features",
     )
@@ -70,12 +78,15 @@ class Scope:
         mask_BN: Tensor | None = None,
         seed: int | None = None,
         *,
+        segments: Segments | None = None,
         shared: bool = False,
     ) -> None:
         self.text_features = text_features
         self.index = index
         self.shared = shared
         self.mask_BN = mask_BN
+        self.segments = segments
+        self.per_row: int | None = None
         self.seed = seed
         self.grad_enabled = torch.is_grad_enabled()
         self.is_run = False
@@ -107,8 +118,11 @@ class Scope:
             return None
         if self.shared:
             return self.text_features.expand(num_images, -1)
-        expected = len(self.text_features) if self.index is None else len(self.index)
-        if expected != num_images:
+        index, expected = self.index, len(self.text_features) if self.index is None else len(self.index)
+        if self.per_row and expected and num_images > expected and num_images % expected == 0:
+            each = torch.arange(expected, device=self.text_features.device) if index is None else index
+            index = each.view(-1, self.per_row).repeat_interleave(num_images // expected, dim=0).flatten()
+        elif expected != num_images:
             raise ShapeError(
                 f"The ViT sees {num_images} images, but the text is for {expected}.",
                 expected=f"one text per image, or index= of shape ({num_images},) that says which text each has",
@@ -116,7 +130,7 @@ class Scope:
                 + ("no index" if self.index is None else f"index of shape {tuple(self.index.shape)}"),
                 fix="encoder(images, texts, index=torch.tensor([...]))",
             )
-        return self.text_features if self.index is None else self.text_features[self.index]
+        return self.text_features if index is None else self.text_features[index]
 
 
 class Conditioning:
@@ -129,18 +143,37 @@ class Conditioning:
         needs_text: Whether a call without text is an error.
         draws_seeds: Whether runs of the tower get a seed (random routing).
         mask_argument: Name of the ViT's argument that marks real tokens, shape `(B, N)`, or None.
+        mask_unit: Where an entry of the mask stands for a tile: how many of its tokens are real, those behind them
+            being padding. None where it stands for a token.
+        image_axes: How many leading axes of the ViT's input, and of the mask, count images.
+        sizes_argument: Name of the argument of a packed ViT that has the sides of each image, or None.
+        sizes_unit: The length of a side that makes one token.
     """
 
-    def __init__(self, *, needs_text: bool = True, draws_seeds: bool = False, mask_argument: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        needs_text: bool = True,
+        draws_seeds: bool = False,
+        mask_argument: str | None = None,
+        mask_unit: int | None = None,
+        image_axes: int = 1,
+        sizes_argument: str | None = None,
+        sizes_unit: int = 1,
+    ) -> None:
         self.needs_text = needs_text
         self.draws_seeds = draws_seeds
         self.mask_argument = mask_argument
+        self.mask_unit = mask_unit
+        self.image_axes = image_axes
+        self.sizes_argument = sizes_argument
+        self.sizes_unit = sizes_unit
         self._local = _Local()
         self._noted: weakref.WeakKeyDictionary[Any, Scope] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
-        return (_rebuild, (self.needs_text, self.draws_seeds, self.mask_argument))
+        return (_rebuild, ({name: getattr(self, name) for name in _SETTINGS},))
 
     @contextlib.contextmanager
     def open(
@@ -212,19 +245,24 @@ class Conditioning:
     def enter_tower(self, vit: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the ViT: check the batch before any compute and open the run's scope."""
         parent = self.require()
-        images = args[0] if args else kwargs.get(getattr(vit, "main_input_name", "pixel_values"))
-        if parent is not None and isinstance(images, Tensor) and images.dim() in (3, 4):
-            parent.text_for(images.shape[0])
+        images = _images(vit, args, kwargs)
+        segments = self._segments(vit, args, kwargs, images)
+        if parent is not None and segments is not None:
+            parent.text_for(len(segments))
+        elif parent is not None and isinstance(images, Tensor) and (images.dim() in (3, 4) or self.image_axes > 1):
+            parent.text_for(math.prod(images.shape[: self.image_axes]))
         scope = Scope(
             None if parent is None else parent.text_features,
             None if parent is None else parent.index,
             self._mask(vit, args, kwargs),
             self._new_seed(),
+            segments=segments,
             shared=parent is not None and parent.shared,
         )
         scope.is_run = True
         if parent is not None:
             scope.grad_enabled = parent.grad_enabled
+            scope.per_row = parent.per_row
         self._local.stack.append(scope)
 
     def leave_tower(self, vit: nn.Module, args: tuple, output: Any) -> None:
@@ -232,6 +270,40 @@ class Conditioning:
         stack = self._local.stack
         if stack and stack[-1].is_run:
             stack.pop()
+
+    def mask_of(self, scope: Scope | None, num_tokens: int) -> Tensor | None:
+        """Which of an FFN's tokens count, shape `(B, num_tokens)`; None where all do.
+
+        Args:
+            scope: The scope of the FFN that runs.
+            num_tokens: Tokens of each image N.
+        """
+        mask = None if scope is None else scope.mask_BN
+        if mask is None or self.mask_unit is None:
+            return mask
+        in_tile = torch.arange(num_tokens // mask.shape[1], device=mask.device) < self.mask_unit
+        mask = mask | ~mask.any(dim=1, keepdim=True)  # an image that is all padding has to have some context
+        return (mask[..., None] & in_tile).flatten(1)
+
+    def segments_of(self, scope: Scope | None, device: torch.device) -> Segments | None:
+        """Which tokens of a packed tower's FFN belong to which image; None for other towers.
+
+        Args:
+            scope: The scope of the FFN that runs.
+            device: Of its tokens.
+
+        Raises:
+            ShapeError: If the tower is packed and this is no run of it.
+        """
+        if self.sizes_argument is None:
+            return None
+        if scope is None or scope.segments is None:
+            raise ShapeError(
+                "A block of a packed tower runs by itself, so where each image begins is not known.",
+                expected=f"a call of the tower, with {self.sizes_argument}=",
+                got="a call of the block",
+            )
+        return scope.segments.to(device)
 
     def check_gradients(self, scope: Scope | None, *, training: bool) -> None:
         """Refuse a run without gradients whose results a backward pass would be missing.
@@ -270,11 +342,18 @@ class Conditioning:
     def _mask(self, vit: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
         if self.mask_argument is None:
             return None
-        mask = kwargs.get(self.mask_argument)
-        if mask is None:
-            position = list(inspect.signature(vit.forward).parameters).index(self.mask_argument)
-            mask = args[position] if position < len(args) else None
-        return None if mask is None else mask.flatten(1).bool()
+        mask = _argument(vit, args, kwargs, self.mask_argument)
+        return None if mask is None else mask.flatten(0, self.image_axes - 1).flatten(1).bool()
+
+    def _segments(self, vit: nn.Module, args: tuple, kwargs: dict[str, Any], images: Any) -> Segments | None:
+        if self.sizes_argument is None or not isinstance(images, Tensor):
+            return None
+        sizes = _argument(vit, args, kwargs, self.sizes_argument)
+        if sizes is None:
+            if images.dim() != 4:
+                return None  # the ViT itself says what is missing
+            sizes = [images.shape[-2:]] * len(images)
+        return Segments.of_sizes(sizes, self.sizes_unit, images.device)
 
 
 class _Local(threading.local):
@@ -284,8 +363,35 @@ class _Local(threading.local):
         self.stack: list[Scope] = []
 
 
-def _rebuild(needs_text: bool, draws_seeds: bool, mask_argument: str | None) -> Conditioning:
-    return Conditioning(needs_text=needs_text, draws_seeds=draws_seeds, mask_argument=mask_argument)
+_SETTINGS = (
+    "needs_text",
+    "draws_seeds",
+    "mask_argument",
+    "mask_unit",
+    "image_axes",
+    "sizes_argument",
+    "sizes_unit",
+)
+
+
+def _rebuild(settings: dict[str, Any]) -> Conditioning:
+    return Conditioning(**settings)
+
+
+def _images(vit: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The images of a call of the ViT, wherever they stand; None if they are not found."""
+    if args:
+        return args[0]
+    name = getattr(vit, "main_input_name", "pixel_values")
+    return kwargs[name] if name in kwargs else kwargs.get(next(iter(inspect.signature(vit.forward).parameters), ""))
+
+
+def _argument(vit: nn.Module, args: tuple, kwargs: dict[str, Any], name: str) -> Any:
+    """An argument of a call of the ViT, wherever it stands; None if it was not given."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    position = list(inspect.signature(vit.forward).parameters).index(name)
+    return args[position] if position < len(args) else None
 
 
 def _checkpoint_frames() -> list[Any]:

@@ -93,7 +93,8 @@ def save(
             "Weights are spread over processes, and the state dict does not have them.",
             expected="the state dict of the whole model",
             got=f"without {_first(sharded)}",
-            fix="model.save_pretrained(folder, state_dict=accelerator.get_state_dict(model))",
+            fix="model.save_pretrained(folder, state_dict=accelerator.get_state_dict(model)), with ZeRO-3 under "
+            "stage3_gather_16bit_weights_on_model_save",
         )
     meta = [name for name, tensor in tensors if tensor.is_meta]
     if meta or not writes:

@@ -58,24 +58,28 @@ class AdaptedFFN(ContextualMoE):
         self.record: RoutingRecord | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """Route and mix; tokens `(B, N, D)` in and out, further arguments go to every expert.
+        """Route and mix; tokens `(B, N, D)` or packed in and out, further arguments go to every expert.
 
         Raises:
             MissingContextError: If no text was given.
-            ShapeError: If the text is for another number of images.
+            ShapeError: If the text is for another number of images, or a packed tower's tokens are not those of
+                its images.
             ReentrantCheckpointError: If the experts' gradients would be lost in silence.
         """
         scope = self.conditioning.require()
         self.conditioning.check_gradients(scope, training=self.training)
-        text_BC = scope.text_for(x.shape[0]) if scope is not None and self.needs_text else None
+        segments = self.conditioning.segments_of(scope, x.device)
+        num_images = x.shape[0] if segments is None else len(segments)
+        text_BC = scope.text_for(num_images) if scope is not None and self.needs_text else None
         routing, context_BW = self.route(
             x,
             text_BC,
-            mask_BN=None if scope is None else scope.mask_BN,
+            mask_BN=self.conditioning.mask_of(scope, x.shape[1]) if x.dim() > 2 else None,
+            segments=segments,
             seed=None if scope is None else scope.seed,
         )
         self._remember(routing, context_BW)
-        return self.experts(x, routing, *args, **kwargs)
+        return self.mix(x, routing, segments, *args, **kwargs)
 
     def _remember(self, routing: Routing, context_BW: Tensor | None) -> None:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:

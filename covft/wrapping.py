@@ -103,15 +103,17 @@ def wrap(
     spec = describe(vit, adapter)
     settings = dataclasses.replace(settings, layers=_resolve_layers(settings.layers, spec))
     _refuse_unloaded(vit, spec, settings)
+    _refuse_partitioned(text_encoder)
     with unpartitioned():
         texts = None if text_encoder is None else as_text_encoder(text_encoder)
-    _refuse_partitioned(texts)
     _check_text(settings, None if texts is None else texts.width)
 
     conditioning = Conditioning(
         needs_text=settings.needs_text,
         draws_seeds=settings.routing == "random",
         mask_argument=spec.mask_argument,
+        mask_unit=spec.mask_unit,
+        image_axes=spec.image_axes,
         sizes_argument=spec.sizes_argument,
         sizes_unit=spec.sizes_unit,
     )
@@ -222,13 +224,15 @@ def _refuse_lost(encoder: ContextEncoder) -> None:
         )
 
 
-def _refuse_partitioned(texts: Any) -> None:
-    modules = [value for value in getattr(texts, "__dict__", {}).values() if isinstance(value, nn.Module)]
+def _refuse_partitioned(text_encoder: Any) -> None:
+    parts = text_encoder if isinstance(text_encoder, tuple) else (text_encoder,)
+    held = [value for part in parts for value in getattr(part, "__dict__", {}).values()]
+    modules = [value for value in (*parts, *held) if isinstance(value, nn.Module)]
     if any(is_partitioned(parameter) for module in modules for parameter in module.parameters()):
         raise TextEncoderError(
             "The text encoder was partitioned by ZeRO-3, but no engine will ever gather it.",
             expected="a text encoder with its weights in memory",
-            got=texts.name,
+            got=type(text_encoder).__name__,
             fix="pass its id or folder, or load it before TrainingArguments or HfDeepSpeedConfig are made",
         )
 

@@ -34,6 +34,12 @@ CHECKPOINTED = [
     "hf-dinov3",
     "hf-internvl",
     "hf-vit",
+    "hf-qwen2-vl",
+    "hf-qwen2.5-vl",
+    "hf-qwen3-vl",
+    "hf-glm4v",
+    "hf-pixtral",
+    "hf-mllama",
 ]
 
 Call = Callable[[Tensor, Tensor], Tensor]
@@ -167,7 +173,7 @@ def test_gradients__equal_with_and_without_checkpointing(name, way):
 
 @pytest.mark.parametrize("way", [by_library, nested], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("settings", [{"routing": "sparse"}, {"routing": "random"}, {"context": "text"}], ids=str)
-@pytest.mark.parametrize("name", ["timm-clip", "hf-clip"])
+@pytest.mark.parametrize("name", ["timm-clip", "hf-clip", "hf-qwen2.5-vl"])
 def test_gradients__equal_for_other_routings(name, settings, way):
     case = Case(name, **settings)
 
@@ -199,13 +205,13 @@ def test_gradients__equal_with_every_second_layer_checkpointed_and_offloaded():
     assert_same(case.gradients(same_images, case.output), wanted)
 
 
-@pytest.mark.parametrize("name", ["timm-clip", "hf-clip"])
+@pytest.mark.parametrize("name", ["timm-clip", "hf-clip", "hf-qwen2.5-vl"])
 def test_gradients__index_says_which_text_an_image_has(name):
     case = Case(name)
     index = torch.tensor([1, 1, 0])
 
     def call(images: Tensor, text: Tensor) -> Tensor:
-        output = case.encoder(images, text[:2], index=index)
+        output = case.encoder(images, text[:2], index=index, **case.inputs)
         return features(output)
 
     def spread(images: Tensor, text: Tensor) -> Tensor:
@@ -310,11 +316,25 @@ def test_no_grad__refused_in_training_inside_a_condition_with_gradients():
 # A call without text, or with text that does not fit, fails before any compute.
 
 
-@pytest.mark.parametrize("name", ["timm-clip", "open_clip-native", "hf-clip", "hf-siglip2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm-clip",
+        "open_clip-native",
+        "hf-clip",
+        "hf-siglip2",
+        "hf-qwen2-vl",
+        "hf-qwen2.5-vl",
+        "hf-qwen3-vl",
+        "hf-pixtral",
+        "hf-mllama",
+    ],
+)
 def test_missing_and_misfit_text__fail_before_compute(name, monkeypatch):
     case = Case(name)
     calls: list[str] = []
-    first = next(module for module in case.encoder.vit.modules() if isinstance(module, nn.Conv2d | nn.Linear))
+    kinds = (nn.Conv2d, nn.Conv3d, nn.Linear)
+    first = next(module for module in case.encoder.vit.modules() if isinstance(module, kinds))
     first.register_forward_pre_hook(lambda *_: calls.append("ran"))
     with pytest.raises(MissingContextError, match="without text"):
         case.encoder(case.images, **case.inputs)
@@ -365,11 +385,13 @@ def test_scopes__the_innermost_holds_and_the_outer_comes_back():
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["copy", "pickle"])
 def test_conditioning__copies_are_empty_and_keep_the_settings(twin_of):
-    conditioning = Conditioning(needs_text=False, draws_seeds=True, mask_argument="mask")
+    settings = {"needs_text": False, "draws_seeds": True, "mask_argument": "mask"}
+    settings.update(sizes_argument="sizes", sizes_unit=14)
+    conditioning = Conditioning(**settings)
     with conditioning.open(torch.randn(1, 4)):
         twin = twin_of(conditioning)
         assert twin.scope() is None
-    assert (twin.needs_text, twin.draws_seeds, twin.mask_argument) == (False, True, "mask")
+    assert {name: getattr(twin, name) for name in settings} == settings
 
 
 def test_one_text_for_all_images():

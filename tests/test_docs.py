@@ -6,6 +6,7 @@ says why in its title, which readers see, and is compiled instead:
     ```python title="downloads a model"
 """
 
+import dataclasses
 import re
 import textwrap
 from pathlib import Path
@@ -199,8 +200,9 @@ def test_every_setting_that_the_text_names_exists():
     import covft
 
     known = {*inspect.signature(covft.wrap).parameters, *inspect.signature(covft.load).parameters}
-    known |= {"index", "gradient_checkpointing_kwargs", "use_reentrant", "preserve_rng_state"}
-    known |= {"fullgraph", "title"}
+    known |= {*inspect.signature(covft.attach).parameters, *inspect.signature(covft.CoVFTCallback).parameters}
+    known |= {field.name for field in dataclasses.fields(covft.integrations.MLLMTrainingArguments)}
+    known |= {"index", "use_reentrant", "preserve_rng_state", "attn_implementation", "fullgraph", "title"}
     pages = [FENCE.sub("", page.read_text(encoding="utf-8")) for page in PAGES]
     named = {name for text in pages for name in re.findall(r"`(?:[^`]*[ (,])?(\w+)=[^`=]*`", text)}
     assert len(named) > 8

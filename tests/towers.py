@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 SIZE, PATCH, WIDTH, DEPTH = 32, 8, 32, 4
 CONTEXT_DIM = 16
+# Sides in patches of the images of packed towers, one after another.
+GRIDS = [(4, 6), (2, 2), (4, 2)]
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Tower:
     build: Callable[[], nn.Module]
     kwargs: dict[str, Any] = field(default_factory=dict)  # of the call, beside the images
     padded: bool = False
+    tiled: bool = False  # (rows, images, tiles, 3, H, W)
+    sizes: str | None = None  # of packed towers: the argument that has the sides of each image
 
     def __str__(self) -> str:
         return self.name
@@ -28,9 +32,30 @@ class Tower:
     def images(self, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.padded:
             return torch.randn(batch, 16, 3 * PATCH * PATCH, dtype=dtype)
+        if self.tiled:
+            return torch.randn(batch, 1, 4, 3, SIZE, SIZE, dtype=dtype)
+        if self.sizes == "grid_thw":
+            return torch.randn(sum(self.lengths(batch)), 3 * 2 * PATCH * PATCH, dtype=dtype)
+        if self.sizes == "image_sizes":
+            return torch.randn(batch, 3, 4 * PATCH, 6 * PATCH, dtype=dtype)
         return torch.randn(batch, 3, SIZE, SIZE, dtype=dtype)
 
+    def lengths(self, batch: int) -> list[int]:
+        """Tokens of each image of a packed tower."""
+        return [height * width for height, width in self.grids(batch)]
+
+    def grids(self, batch: int) -> list[tuple[int, int]]:
+        return [GRIDS[i % len(GRIDS)] for i in range(batch)]
+
     def inputs(self, batch: int) -> dict[str, Any]:
+        if self.tiled:
+            tiles = torch.tensor([(2, 1, 4)[i % 3] for i in range(batch)])
+            mask = (torch.arange(4) < tiles[:, None]).long()
+            return {"aspect_ratio_ids": tiles[:, None], "aspect_ratio_mask": mask[:, None]}
+        if self.sizes == "grid_thw":
+            return {"grid_thw": torch.tensor([(1, *grid) for grid in self.grids(batch)])}
+        if self.sizes == "image_sizes":
+            return {"image_sizes": torch.tensor(self.grids(batch)) * PATCH}
         if not self.padded:
             return dict(self.kwargs)
         mask = torch.zeros(batch, 16, dtype=torch.int64)
@@ -93,6 +118,22 @@ def _hf(model: str, config: str, **kwargs: Any) -> Callable[[], nn.Module]:
     return build
 
 
+def _packed(model: str, name: str, **sizes: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import importlib
+
+        module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+        tower = getattr(module, name)
+        return tower(tower.config_class(patch_size=PATCH, num_heads=4, depth=DEPTH, **sizes))
+
+    return build
+
+
+def _qwen3(model: str, name: str) -> Callable[[], nn.Module]:
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "out_hidden_size": WIDTH}
+    return _packed(model, name, **sizes, deepstack_visual_indexes=[1, 2], num_position_embeddings=16)
+
+
 TOWERS = [
     Tower("timm-clip", _timm("vit_base_patch16_clip_quickgelu_224")),
     Tower("timm-siglip", _timm("vit_base_patch16_siglip_224")),
@@ -122,5 +163,52 @@ TOWERS = [
         ),
     ),
     Tower("hf-vit", _hf("ViTModel", "ViTConfig")),
+    Tower(
+        "hf-qwen2-vl",
+        _packed("qwen2_vl", "Qwen2VisionTransformerPretrainedModel", embed_dim=WIDTH, hidden_size=WIDTH, mlp_ratio=2),
+        sizes="grid_thw",
+    ),
+    Tower(
+        "hf-qwen2.5-vl",  # two blocks look at windows of 4 x 4 patches, out of reading order
+        _packed(
+            "qwen2_5_vl",
+            "Qwen2_5_VisionTransformerPretrainedModel",
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            out_hidden_size=WIDTH,
+            window_size=4 * PATCH,
+            fullatt_block_indexes=[1, 3],
+        ),
+        sizes="grid_thw",
+    ),
+    Tower("hf-qwen3-vl", _qwen3("qwen3_vl", "Qwen3VLVisionModel"), sizes="grid_thw"),
+    Tower("hf-qwen3-vl-moe", _qwen3("qwen3_vl_moe", "Qwen3VLMoeVisionModel"), sizes="grid_thw"),
+    Tower(
+        "hf-glm4v",
+        _packed(
+            "glm4v",
+            "Glm4vVisionModel",
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            out_hidden_size=WIDTH,
+            image_size=SIZE,
+        ),
+        sizes="grid_thw",
+    ),
+    Tower("hf-pixtral", _hf("PixtralVisionModel", "PixtralVisionConfig", image_size=6 * PATCH), sizes="image_sizes"),
 ]
-BY_NAME = {tower.name: tower for tower in TOWERS}
+# Not in the table: it returns no hidden states.
+MLLAMA = Tower(
+    "hf-mllama",
+    _hf(
+        "MllamaVisionModel",
+        "MllamaVisionConfig",
+        num_hidden_layers=3,
+        num_global_layers=1,
+        intermediate_layers_indices=[0, 2],
+        vision_output_dim=3 * WIDTH,
+    ),
+    tiled=True,
+)
+PACKED = [tower for tower in TOWERS if tower.sizes]
+BY_NAME = {tower.name: tower for tower in (*TOWERS, MLLAMA)}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from covft.adapters.discovery import find_blocks
 from covft.adapters.spec import ViTSpec, class_names
-from covft.errors import UnknownViTError
+from covft.errors import UnknownViTError, UnsupportedViTError
 
 # What a model with a language side has and a vision tower has not.
 _TEXT_SIDE = (
@@ -23,6 +24,8 @@ _TEXT_SIDE = (
     "text_decoder",
     "logit_scale",
 )
+# Arguments of towers that take all images of a batch as one sequence of patches.
+_PACKED_ARGUMENTS = ("grid_thw", "image_grid_thw", "cu_seqlens", "image_sizes")
 _TEXT_CLASS = re.compile(r"Text(Model|Transformer|Encoder|Tower)|CausalLM")
 
 
@@ -39,6 +42,13 @@ class ViTFamily:
         mlp: Attribute of a block that holds its FFN; None finds it by structure.
         prefix_tokens: Tokens before the patches, added up: numbers, and dotted attributes of the model.
         mask_argument: Argument of the model's forward that marks real tokens, shape `(B, N)`.
+        mask_unit: Where an entry of the mask stands for a tile, how many of its tokens are real: a dotted attribute
+            of the model.
+        image_axes: How many leading axes of the model's input, and of the mask, count images.
+        layout: Shape of the tokens at the FFNs: `"BND"`, or `"TD"` or `"1TD"` where those of all images of a batch
+            are one sequence; see `ViTSpec`.
+        sizes_argument: Argument of a packed model's forward that has the sides of each image.
+        sizes_unit: The length of a side that makes one token: a number, or a dotted attribute of the model.
 
     Example:
         >>> ViTFamily(name="mine", classes=("mylib.vit.ViT",), library="mylib", blocks="layers").name
@@ -52,6 +62,11 @@ class ViTFamily:
     mlp: str | None = None
     prefix_tokens: tuple[int | str, ...] = ()
     mask_argument: str | None = None
+    mask_unit: str | None = None
+    image_axes: int = 1
+    layout: str = "BND"
+    sizes_argument: str | None = None
+    sizes_unit: int | str = 1
 
     def matches(self, vit: nn.Module) -> bool:
         """Whether the model's class is one of `classes`, or derives from one."""
@@ -64,6 +79,7 @@ class ViTFamily:
 
         Raises:
             UnknownViTError: If the model has a text side, or no transformer blocks.
+            UnsupportedViTError: If it packs images into one sequence, and nothing says where each begins.
         """
         if _TEXT_CLASS.search(type(vit).__name__):
             raise UnknownViTError(
@@ -87,16 +103,36 @@ class ViTFamily:
                 got=", ".join(name for name, _ in vit.named_children()) or "no child modules",
                 fix="adapter=ViTFamily(blocks='path.of.the.blocks', mlp='name_of_the_ffn', ...)",
             )
-        prefix = self._prefix(vit)
+        prefix, packed = self._prefix(vit), self.sizes_argument is not None
+        self._check_packing(vit)
         return ViTSpec(
             library=self.library,
             class_name=type(vit).__name__,
             blocks=blocks,
+            layout=self.layout,
             num_prefix_tokens=prefix,
             mask_argument=self.mask_argument,
-            image_size=_image_size(vit),
-            num_tokens=_num_tokens(vit, prefix),
+            mask_unit=None if self.mask_unit is None else int(_lookup(vit, self.mask_unit)),
+            image_axes=self.image_axes,
+            sizes_argument=self.sizes_argument,
+            sizes_unit=self.sizes_unit if isinstance(self.sizes_unit, int) else int(_lookup(vit, self.sizes_unit)),
+            image_size=None if packed else _image_size(vit),
+            num_tokens=None if packed else _num_tokens(vit, prefix),
         )
+
+    def _check_packing(self, vit: nn.Module) -> None:
+        arguments = inspect.signature(vit.forward).parameters
+        found = [name for name in _PACKED_ARGUMENTS if name in arguments]
+        known = self.sizes_argument in arguments and self.layout != "BND"
+        plain = self.sizes_argument is None and self.layout == "BND" and not found
+        if not (known or plain):
+            raise UnsupportedViTError(
+                f"{type(vit).__name__} sees all images of a batch as one sequence, in a way that covft does not know.",
+                expected="an argument that has the sides of each image, whose product is its number of tokens",
+                got=f"{', '.join(found) or 'none'}; layout={self.layout!r}, sizes_argument={self.sizes_argument!r}",
+                fix="adapter=ViTFamily(..., layout='TD', sizes_argument='grid_thw'), if each image's tokens are "
+                "together at the FFNs",
+            )
 
     def _prefix(self, vit: nn.Module) -> int | None:
         parts = [p if isinstance(p, int) else _lookup(vit, p) for p in self.prefix_tokens]
@@ -147,6 +183,11 @@ def _hf(model: str, *classes: str, prefix: tuple[int | str, ...], mask: str | No
     )
 
 
+def _packed(model: str, *classes: str, layout: str, sizes: str, unit: int | str = 1) -> ViTFamily:
+    family = _hf(model, *classes, prefix=(0,))
+    return replace(family, layout=layout, sizes_argument=sizes, sizes_unit=unit)
+
+
 FAMILIES: tuple[ViTFamily, ...] = (
     ViTFamily(
         name="timm/vision_transformer",
@@ -182,6 +223,19 @@ FAMILIES: tuple[ViTFamily, ...] = (
     _hf("dinov3_vit", "DINOv3ViTModel", prefix=(1, "config.num_register_tokens")),
     _hf("internvl", "InternVLVisionModel", prefix=(1,)),
     _hf("vit", "ViTModel", prefix=(1,)),
+    replace(
+        _hf("mllama", "MllamaVisionModel", prefix=(), mask="aspect_ratio_mask"), mask_unit="num_patches", image_axes=2
+    ),
+    _packed("exaone4_5", "Exaone4_5_VisionModel", layout="TD", sizes="grid_thw"),
+    _packed("glm4v", "Glm4vVisionModel", layout="TD", sizes="grid_thw"),
+    _packed("glm4v_moe", "Glm4vMoeVisionModel", layout="TD", sizes="grid_thw"),
+    _packed("pixtral", "PixtralVisionModel", layout="1TD", sizes="image_sizes", unit="config.patch_size"),
+    _packed("qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel", layout="TD", sizes="grid_thw"),
+    _packed("qwen2_vl", "Qwen2VisionTransformerPretrainedModel", layout="TD", sizes="grid_thw"),
+    _packed("qwen3_5", "Qwen3_5VisionModel", layout="TD", sizes="grid_thw"),
+    _packed("qwen3_5_moe", "Qwen3_5MoeVisionModel", layout="TD", sizes="grid_thw"),
+    _packed("qwen3_vl", "Qwen3VLVisionModel", layout="TD", sizes="grid_thw"),
+    _packed("qwen3_vl_moe", "Qwen3VLMoeVisionModel", layout="TD", sizes="grid_thw"),
     # Everything else of these libraries: by structure, prefix tokens unknown.
     ViTFamily(name="timm", classes=("timm.models.",), library="timm", prefix_tokens=("num_prefix_tokens",)),
     ViTFamily(name="open_clip", classes=("open_clip.",), library="open_clip"),

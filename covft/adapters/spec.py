@@ -47,9 +47,16 @@ class ViTSpec:
         library: Where the model comes from: `timm`, `open_clip`, `transformers`, or a third party's name.
         class_name: Class of the model.
         blocks: Its transformer blocks, in the order in which they run.
-        layout: Shape of the tokens at the FFNs; `"BND"` is (images, tokens, width).
+        layout: Shape of the tokens at the FFNs. `"BND"`: (images, tokens, width). `"TD"`: (tokens, width), those of
+            all images one after another; `"1TD"`: the same below an axis of one.
         num_prefix_tokens: Tokens before the patches (class token, registers); None if unknown.
         mask_argument: Argument of the model that marks real tokens, shape `(B, N)`; None if there is none.
+        mask_unit: Where an entry of that mask stands for a tile: how many of its tokens are real, those behind them
+            being padding. None where it stands for a token.
+        image_axes: How many leading axes of the model's input count images; one text belongs to each.
+        sizes_argument: Argument of a packed model (`"TD"`, `"1TD"`) that has the sides of each image, shape
+            `(images, sides)`; None for others. An image has as many tokens as its sides, multiplied.
+        sizes_unit: The length of a side that makes one token.
         image_size: Height (= width) of the images in pixels; None if it may vary or is unknown.
         num_tokens: Tokens per image at that size, prefix included; None if unknown.
     """
@@ -60,6 +67,10 @@ class ViTSpec:
     layout: str = "BND"
     num_prefix_tokens: int | None = None
     mask_argument: str | None = None
+    mask_unit: int | None = None
+    image_axes: int = 1
+    sizes_argument: str | None = None
+    sizes_unit: int = 1
     image_size: int | None = None
     num_tokens: int | None = None
 
@@ -67,6 +78,11 @@ class ViTSpec:
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the FFNs see all images of a batch as one sequence of tokens."""
+        return self.sizes_argument is not None
 
     @property
     def default_layers(self) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from covft.integrations.prompt import PromptReader
 from covft.wrapping import DEFAULTS, Unset, unwrap, wrap
 
 Model = TypeVar("Model", bound=nn.Module)
-_KEY = "_covft_attachment"
+KEY = "_covft_attachment"
 
 
 def attach(
@@ -50,8 +50,9 @@ def attach(
     row of `input_ids`, or one per image. Nothing is read, or needed, where no image is encoded.
 
     Args:
-        model: A multimodal LLM of transformers: LLaVA, LLaVA-NeXT, LLaVA-OneVision, InternVL, PaliGemma,
-            Gemma 3, Idefics3, SmolVLM, or one that is built like them.
+        model: A multimodal LLM of transformers: LLaVA (Pixtral too), LLaVA-NeXT, LLaVA-OneVision, InternVL,
+            PaliGemma, Gemma 3, Idefics3, SmolVLM, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, GLM-4V, Mistral 3,
+            Mllama, or one that is built like them.
         text_encoder: As for `covft.wrap`.
         tokenizer: The model's tokenizer or processor, with its chat template; None if `context_text` is always
             given.
@@ -85,7 +86,7 @@ def attach(
     given = {name: value for name, value in locals().items() if name in DEFAULTS}
     given = {name: value for name, value in given.items() if not isinstance(value, Unset)}
     target = without_peft(model)
-    if _KEY in target.__dict__:
+    if KEY in target.__dict__:
         raise UnsupportedViTError(
             "This model is attached already.",
             expected=f"a {type(target).__name__} as it was",
@@ -106,7 +107,7 @@ def attach(
         encoder = load(pretrained, tower, text_encoder)
     # From here on nothing can fail.
     attachment = Attachment(target, encoder, reader, family)
-    target.__dict__[_KEY] = attachment
+    target.__dict__[KEY] = attachment
     stand_in(attachment)
     return model
 
@@ -134,7 +135,7 @@ def detach(model: Model) -> Model:
             fix="accelerator.unwrap_model(model, keep_fp32_wrapper=False) first, if accelerate prepared it",
         )
     step_back(target)
-    del target.__dict__[_KEY]
+    del target.__dict__[KEY]
     unwrap(encoder)
     return model
 
@@ -166,7 +167,7 @@ def attachment_of(model: nn.Module) -> Attachment | None:
     Args:
         model: A multimodal LLM, also inside a PeftModel.
     """
-    return without_peft(model).__dict__.get(_KEY)
+    return without_peft(model).__dict__.get(KEY)
 
 
 def without_peft(model: nn.Module) -> Any:

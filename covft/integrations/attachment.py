@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +66,16 @@ class Attachment:
             return self.encoder.condition(self._one_text(given, context_text))
         if image_to_row is not None:
             return self._by_row(given, context_text, torch.as_tensor(image_to_row).tolist())
-        return self._per_image(given, context_text)
+        return self._repeatable(self._per_image(given, context_text), images)
+
+    @contextlib.contextmanager
+    def _repeatable(self, condition: AbstractContextManager[Any], images: Any) -> Iterator[None]:
+        """A condition that holds for repeated rows where the tower runs after `generate` has repeated them."""
+        with condition:
+            scope = self.encoder.conditioning.scope()
+            if self.family.layout == "rows" and scope is not None:
+                scope.per_row = images.shape[1]
+            yield
 
     def _by_row(
         self, given: Mapping[str, Any], context_text: Any, row_of_tile: list[int]

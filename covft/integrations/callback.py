@@ -147,6 +147,8 @@ class CoVFTCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forget which folder was saved last: its tensors are older than the model's now."""
         _attachment(kwargs["model"]).saved_in = None
+        if self._reached is not None:  # Trainers of old have no on_pre_optimizer_step
+            self._check_gradients(kwargs["model"])
 
     def figures(self) -> dict[str, float]:
         """What is logged: the figures of `RoutingMonitor` since the last call."""

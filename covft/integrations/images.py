@@ -49,30 +49,44 @@ class ImageMap:
         return torch.tensor(text_of_image, dtype=torch.long).repeat_interleave(torch.tensor(self.tiles))
 
 
-def map_images(layout: Layout, model: nn.Module, given: Mapping[str, Any], image_id: int | None) -> ImageMap:
+def map_images(
+    layout: Layout, model: nn.Module, given: Mapping[str, Any], image_id: int | None, *, videos: bool = False
+) -> ImageMap:
     """Find out where the images of a batch are.
 
     Args:
         layout: How the model's images become rows of the tower's batch.
         model: The base model.
         given: Arguments of the call, by name: `pixel_values` and what belongs to it, `input_ids`.
-        image_id: The image placeholder.
+        image_id: The placeholder of images, or of videos.
+        videos: Whether to find the videos of a `"grid"` model instead, each of which is one image of its tower.
 
     Raises:
         ShapeError: If `pixel_values` is not what the layout says.
     """
-    pixel_values, input_ids = given["pixel_values"], given.get("input_ids")
+    pixel_values: Any = given.get("pixel_values")
+    input_ids = given.get("input_ids")
+    lengths: list[int] = []
     if layout == "padded":
         return _padded(pixel_values, getattr(model, "dtype", pixel_values.dtype), model)
-    tiles = _tiles(model, given) if layout == "anyres" else _plain(pixel_values)
+    if layout == "rows":
+        return _rows(pixel_values, given.get("aspect_ratio_ids"))
+    if layout == "grid":
+        lengths = _grid_lengths(model, given, "video_grid_thw" if videos else "image_grid_thw")
+    elif layout == "sizes":
+        lengths = _sizes_lengths(model, given)
+    if layout in ("grid", "sizes"):
+        tiles = [1] * len(lengths)
+    else:
+        tiles = _tiles(model, given) if layout == "anyres" else _plain(pixel_values)
     if input_ids is None or image_id is None:
         return ImageMap(tiles, None, "no input_ids" if input_ids is None else "no image placeholder")
     placeholders = (input_ids == image_id).sum(dim=1).tolist()
     if layout == "anyres":
         lengths = _anyres_lengths(model, given, tiles)
-    elif tiles and sum(placeholders) % len(tiles) == 0:
+    elif layout == "plain" and tiles and sum(placeholders) % len(tiles) == 0:
         lengths = [sum(placeholders) // len(tiles)] * len(tiles)
-    else:
+    elif layout == "plain":
         return ImageMap(tiles, None, f"{placeholders} placeholders per row for {len(tiles)} images")
     rows = _deal(placeholders, lengths)
     return ImageMap(tiles, rows, f"{placeholders} placeholders per row; the images need {lengths}")
@@ -88,6 +102,43 @@ def _deal(placeholders: list[int], lengths: list[int]) -> list[int] | None:
         if left != 0:
             return None
     return rows if len(rows) == len(lengths) else None
+
+
+def _rows(pixel_values: Tensor, aspect_ratio_ids: Tensor | None) -> ImageMap:
+    """Images of rows that are padded to equally many; padding goes with the image before it."""
+    if pixel_values.dim() != 6:
+        raise ShapeError(
+            "These images are not what the model takes.",
+            expected="pixel_values of shape (rows, images, tiles, 3, H, W)",
+            got=tuple(pixel_values.shape),
+        )
+    num_rows, num_images = pixel_values.shape[:2]
+    real = torch.ones(num_rows * num_images, dtype=torch.bool)
+    if aspect_ratio_ids is not None and aspect_ratio_ids.any():
+        real = aspect_ratio_ids.flatten().bool().cpu()  # 0 is no image
+    starts = real.nonzero().squeeze(-1)
+    rows = (starts // num_images).tolist()
+    starts[0] = 0
+    ends = torch.cat([starts[1:], torch.tensor([len(real)])])
+    return ImageMap((ends - starts).tolist(), rows)
+
+
+def _grid_lengths(model: Any, given: Mapping[str, Any], name: str) -> list[int]:
+    """How many placeholders each image needs: one for each square of patches that the model merges."""
+    grid = given.get(name)
+    if grid is None:
+        raise ShapeError(f"The images came without {name}.", expected=f"{name} of shape (images, 3)", got="none")
+    merged = model.config.vision_config.spatial_merge_size
+    return (grid.prod(dim=-1) // merged**2).tolist()
+
+
+def _sizes_lengths(model: Any, given: Mapping[str, Any]) -> list[int]:
+    """How many placeholders each image of a Pixtral tower needs."""
+    pixel_values, sizes = given["pixel_values"], given.get("image_sizes")
+    if sizes is None:
+        sizes = [pixel_values.shape[-2:]] * len(pixel_values)
+    merged = model.config.vision_config.patch_size * getattr(model.config, "spatial_merge_size", 1)
+    return (torch.as_tensor(sizes) // merged).prod(dim=-1).tolist()
 
 
 def _plain(pixel_values: Tensor) -> list[int]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from covft.adapters.registry import describe
-from covft.adapters.spec import Adapter
+from covft.adapters.spec import Adapter, ViTSpec
 from covft.errors import CoVFTError, UnsupportedViTError
 
-Layout = Literal["plain", "anyres", "padded"]
+Layout = Literal["plain", "anyres", "padded", "grid", "sizes", "rows"]
 
 
 @dataclass(frozen=True)
@@ -24,27 +23,42 @@ class MLLMFamily:
         layout: How images become rows of the tower's batch. `"plain"`: each entry of `pixel_values` is one,
             and all have equally many placeholders. `"anyres"`: each image is cut into tiles, as many as its
             `image_sizes` entry says. `"padded"`: `(rows, images, 3, H, W)`, images of zeros left out.
+            Packed towers see each image as one segment: `"grid"`, as large as its `image_grid_thw` entry says in
+            patches, or `"sizes"`, as its `image_sizes` entry says in pixels.
+            `"rows"`: `(rows, images, tiles, 3, H, W)`, one text for each of `(rows, images)`, padding among them.
+        videos: Whether a `"grid"` model's videos have placeholders of their own and are one segment each, as large
+            as the `video_grid_thw` entry says.
     """
 
     tower: str = "vision_tower"
     layout: Layout = "plain"
+    videos: bool = False
 
 
 FAMILIES: dict[str, MLLMFamily] = {
     "gemma3": MLLMFamily(),
+    "glm4v": MLLMFamily("visual", "grid"),
     "idefics3": MLLMFamily("vision_model", "padded"),
     "internvl": MLLMFamily(),
     "llava": MLLMFamily(),
     "llava_next": MLLMFamily(layout="anyres"),
     "llava_next_video": MLLMFamily(layout="anyres"),
     "llava_onevision": MLLMFamily(layout="anyres"),
+    "mistral3": MLLMFamily(layout="sizes"),
+    "mllama": MLLMFamily("vision_model", "rows"),
     "paligemma": MLLMFamily(),
+    "qwen2_5_vl": MLLMFamily("visual", "grid", videos=True),
+    "qwen2_vl": MLLMFamily("visual", "grid", videos=True),
+    "qwen3_5": MLLMFamily("visual", "grid", videos=True),
+    "qwen3_5_moe": MLLMFamily("visual", "grid", videos=True),
+    "qwen3_vl": MLLMFamily("visual", "grid", videos=True),
+    "qwen3_vl_moe": MLLMFamily("visual", "grid", videos=True),
     "smolvlm": MLLMFamily("vision_model", "padded"),
 }
 # Where towers of models outside the table are, the likeliest first.
 _TOWER_NAMES = ("vision_tower", "vision_model", "vision_encoder", "visual")
-# Arguments of towers that take all images of a batch as one sequence of patches.
-_PACKED_ARGUMENTS = ("grid_thw", "image_grid_thw", "cu_seqlens", "image_sizes")
+# Of packed towers, by the argument that has the sides of images.
+_PACKED_LAYOUTS: dict[str, Layout] = {"grid_thw": "grid", "image_sizes": "sizes"}
 
 
 def find_tower(model: nn.Module, adapter: Adapter | None = None) -> tuple[nn.Module, MLLMFamily]:
@@ -71,7 +85,9 @@ def find_tower(model: nn.Module, adapter: Adapter | None = None) -> tuple[nn.Mod
     if family is None or not isinstance(getattr(base, family.tower, None), nn.Module):
         family = _by_structure(model, base, kind)
     tower = getattr(base, family.tower)
-    _check(model, tower, adapter)
+    spec = _described(model, tower, adapter)
+    if spec.sizes_argument is not None:
+        family = _of_packed(family, spec)
     return tower, family
 
 
@@ -87,17 +103,22 @@ def _by_structure(model: nn.Module, base: Any, kind: str) -> MLLMFamily:
     return MLLMFamily(names[0])
 
 
-def _check(model: nn.Module, tower: nn.Module, adapter: Adapter | None) -> None:
-    arguments = inspect.signature(tower.forward).parameters
-    if packed := [name for name in _PACKED_ARGUMENTS if name in arguments]:
+def _of_packed(family: MLLMFamily, spec: ViTSpec) -> MLLMFamily:
+    """The family of a model whose tower is packed, as Pixtral is in a LLaVA."""
+    layout = _PACKED_LAYOUTS.get(spec.sizes_argument or "")
+    if layout is None:
         raise UnsupportedViTError(
-            f"The tower of {type(model).__name__} sees all images of a batch as one sequence.",
-            expected="a tower with a batch of images, (B, 3, H, W)",
-            got=f"{type(tower).__name__}, which takes {', '.join(packed)}",
-            fix="a model with a batch of images: LLaVA, LLaVA-NeXT, LLaVA-OneVision, InternVL, Gemma 3, SmolVLM",
+            f"attach does not know where the sizes of images come from for {spec.sizes_argument}=.",
+            expected=" | ".join(f"{name}=" for name in _PACKED_LAYOUTS),
+            got=f"{spec.class_name}, which takes {spec.sizes_argument}=",
+            fix="covft.wrap(tower, text_encoder), and `with encoder.condition(texts):` around calls",
         )
+    return family if family.layout == layout else MLLMFamily(family.tower, layout)
+
+
+def _described(model: nn.Module, tower: nn.Module, adapter: Adapter | None) -> ViTSpec:
     try:
-        describe(tower, adapter)
+        return describe(tower, adapter)
     except CoVFTError as error:
         raise UnsupportedViTError(
             f"The tower of {type(model).__name__} is a {type(tower).__name__}, which covft cannot wrap.",

@@ -12,6 +12,7 @@ from covft.errors import ConfigError, MissingContextError
 from covft.integrations.marks import TurnMarks, learn_marks, round_trip, special_strings
 
 TURNS = ("all", "first", "last")
+_TIMESTAMP = r"<\d+(?:\.\d+)? seconds>"  # which Qwen3-VL's processor writes before each frame of a video
 _IGNORED = -100  # in labels: a token that is not learned, so part of the prompt
 _FIX = "model(..., context_text=['the question of row 0', ...]), and the same for generate(...)"
 
@@ -62,7 +63,7 @@ class PromptReader:
             self.system = round_trip(tokenizer, system).strip()
         shown = {tokenizer.convert_ids_to_tokens(i) for i in self.image_ids if 0 <= i < len(tokenizer)}
         dropped = sorted({*special_strings(tokenizer), *shown} - {None, ""}, key=len, reverse=True)
-        body = "|".join(map(re.escape, dropped)) or r"(?!)"
+        body = "|".join([*map(re.escape, dropped), _TIMESTAMP])
         self._dropped = re.compile(rf"[ \t]*(?:{body})(?:[ \t]*(?:{body}))*[ \t]*")
 
     def read(

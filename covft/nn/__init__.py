@@ -15,6 +15,7 @@ from covft.nn.fake import FixedRouter
 from covft.nn.losses import load_balance_loss, router_z_loss
 from covft.nn.moe import ContextualMoE
 from covft.nn.router import DenseRouter, RandomRouter, Router, Routing, SparseRouter, UniformRouter
+from covft.nn.segments import Segments
 
 __all__ = [
     "ConcatContext",
@@ -30,6 +31,7 @@ __all__ = [
     "ResidualRefinement",
     "Router",
     "Routing",
+    "Segments",
     "SingleQueryAttention",
     "SparseRouter",
     "TextContext",

@@ -1,7 +1,11 @@
 """What the router looks at: the context vector, one per image.
 
-Shapes: B images, N tokens of an image (prefix tokens included), D embed_dim (width of the tokens),
-C context_dim (width of the text features), H heads, K = C / H, W width of the context vector.
+Tokens come as `(B, N, D)`, or packed as `(T, D)` with the segments that say where each image begins. Tokens
+are refined as they come; only the attention, or the mean, over an image's tokens needs an axis for images.
+
+Shapes: B images, N tokens of an image (prefix tokens included), T tokens of all images of a packed batch,
+D embed_dim (width of the tokens), C context_dim (width of the text features), H heads, K = C / H, W width of
+the context vector.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from covft.nn.functional import masked_mean, wide_softmax
+from covft.nn.segments import Segments
 
 
 class QuickGELU(nn.Module):
@@ -165,8 +170,14 @@ class ContextExtractor(Protocol):
     width: int
     needs_text: bool
 
-    def __call__(self, tokens_BND: Tensor, text_BC: Tensor | None, mask_BN: Tensor | None = None) -> Tensor:
-        """The context vectors, shape `(B, width)`."""
+    def __call__(
+        self,
+        tokens: Tensor,
+        text_BC: Tensor | None,
+        mask_BN: Tensor | None = None,
+        segments: Segments | None = None,
+    ) -> Tensor:
+        """The context vectors, shape `(B, width)`, of tokens `(B, N, D)`, or `(T, D)` with segments."""
         ...
 
 
@@ -204,9 +215,12 @@ class CrossAttentionContext(nn.Module):
         self.text = ResidualRefinement(context_dim, activation=activation, device=device, dtype=dtype)
         self.attention = SingleQueryAttention(embed_dim, context_dim, num_heads, device=device, dtype=dtype)
 
-    def forward(self, tokens_BND: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None, segments: Segments | None = None
+    ) -> Tensor:
         """The context vectors, shape `(B, C)`."""
-        return self.attention(self.image(tokens_BND), self.text(text_BC), mask_BN)
+        tokens_BND, mask_BN = _per_image(self.image(tokens), mask_BN, segments)
+        return self.attention(tokens_BND, self.text(text_BC), mask_BN)
 
 
 class ImageContext(nn.Module):
@@ -219,9 +233,15 @@ class ImageContext(nn.Module):
         self.width = embed_dim
         self.image = ResidualRefinement(embed_dim, **kwargs)  # type: ignore[arg-type]
 
-    def forward(self, tokens_BND: Tensor, text_BC: Tensor | None = None, mask_BN: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        text_BC: Tensor | None = None,
+        mask_BN: Tensor | None = None,
+        segments: Segments | None = None,
+    ) -> Tensor:
         """The context vectors, shape `(B, D)`."""
-        return masked_mean(self.image(tokens_BND), mask_BN)
+        return masked_mean(*_per_image(self.image(tokens), mask_BN, segments))
 
 
 class TextContext(nn.Module):
@@ -234,7 +254,9 @@ class TextContext(nn.Module):
         self.width = context_dim
         self.text = ResidualRefinement(context_dim, **kwargs)  # type: ignore[arg-type]
 
-    def forward(self, tokens_BND: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None, segments: Segments | None = None
+    ) -> Tensor:
         """The context vectors, shape `(B, C)`."""
         return self.text(text_BC)
 
@@ -250,9 +272,12 @@ class ConcatContext(nn.Module):
         self.image = ResidualRefinement(embed_dim, **kwargs)  # type: ignore[arg-type]
         self.text = ResidualRefinement(context_dim, **kwargs)  # type: ignore[arg-type]
 
-    def forward(self, tokens_BND: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None, segments: Segments | None = None
+    ) -> Tensor:
         """The context vectors, shape `(B, D + C)`."""
-        return torch.cat([masked_mean(self.image(tokens_BND), mask_BN), self.text(text_BC)], dim=-1)
+        image_BD = masked_mean(*_per_image(self.image(tokens), mask_BN, segments))
+        return torch.cat([image_BD, self.text(text_BC)], dim=-1)
 
 
 def make_context(
@@ -287,3 +312,8 @@ def make_context(
     return CrossAttentionContext(
         embed_dim, context_dim, num_heads=num_heads, activation=activation, device=device, dtype=dtype
     )
+
+
+def _per_image(tokens: Tensor, mask_BN: Tensor | None, segments: Segments | None) -> tuple[Tensor, Tensor | None]:
+    """Tokens with an axis for images, and which of them count."""
+    return (tokens, mask_BN) if segments is None else (segments.per_image(tokens), segments.mask_BN)

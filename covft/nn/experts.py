@@ -1,39 +1,64 @@
 """The experts: copies of a pretrained FFN, run on the images that chose them.
 
-Shapes: B images, N tokens, D embed_dim, E experts, K = top_k.
+Shapes: B images (or tokens of a packed batch, where weights are per token), N tokens, D embed_dim, E experts,
+K = top_k.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from covft.nn.fused import mix
+from covft.nn.plan import FFNPlan
 from covft.nn.router import Routing
+
+RECOMPUTE = ("none", "activation", "all")
 
 
 class Experts(nn.ModuleList):
     r"""FFNs whose outputs are mixed with one set of weights per image, $\sum_e g_e E_e(x)$.
 
     Any FFN module can be an expert: it is called with the tokens, and with whatever else the block
-    passes to its FFN.
+    passes to its FFN. Experts of the form linear, activation, linear (and gated ones) are run so that less is kept for
+    backward; where that is not possible, they are called one by one.
+
+    Attributes:
+        recompute: What backward computes again: `"none"`; `"activation"`, all but the products of the first linear
+            layers, which are kept; `"all"`, where the tokens alone are kept.
+        plan: How the experts compute, if it is known.
+        why_not: Why it is not known.
     """
 
+    recompute: str = "none"
+    plan: FFNPlan | None = None
+    why_not: str = "it was not looked for"
+
     @classmethod
-    def upcycled(cls, ffn: nn.Module, num_experts: int) -> Experts:
+    def upcycled(cls, ffn: nn.Module, num_experts: int, *, recompute: str = "none") -> Experts:
         """Make experts that are exact, trainable copies of a pretrained FFN.
 
         Args:
             ffn: The FFN; it is copied, never changed.
             num_experts: Number of copies E.
+            recompute: What backward computes again.
         """
         experts = cls(copy.deepcopy(ffn) for _ in range(num_experts))
         for parameter in experts.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
+        experts.recompute = recompute
+        experts.plan, experts.why_not = FFNPlan.of(ffn)
         return experts
+
+    def extra_repr(self) -> str:
+        """What backward computes again, and whether the experts are called one by one for it."""
+        return f"recompute={self.recompute!r}" + ("" if self.plan else f", one by one: {self.why_not}")
 
     def forward(self, x: Tensor, routing: Routing, *args: Any, **kwargs: Any) -> Tensor:
         """Run the experts and mix.
@@ -48,30 +73,41 @@ class Experts(nn.ModuleList):
             What the FFN would have returned, mixed; same shape and type.
         """
         if routing.expert_ids_BK is None:
-            return self._run_all(x, routing.weights_BE, *args, **kwargs)
-        return self._run_chosen(x, routing.weights_BE, routing.expert_ids_BK, *args, **kwargs)
-
-    def _run_all(self, x: Tensor, weights_BE: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return self._mix(x, routing.weights_BE, list(self), *args, **kwargs)
         mixed: Tensor | None = None
-        for weight_B, expert in zip(weights_BE.unbind(-1), self, strict=True):
-            output = expert(x, *args, **kwargs)
+        for index, expert in enumerate(self):
+            rows = (routing.expert_ids_BK == index).any(dim=-1).nonzero().squeeze(-1)
+            # An expert that no image chose still runs, on zero rows: its parameters then have a
+            # gradient of zeros on every process, which gradient reduction across processes needs.
+            weights_B1 = routing.weights_BE[rows, index : index + 1]
+            output = self._mix(x.index_select(0, rows), weights_B1, [expert], *args, **kwargs)
+            start = output.new_zeros(x.shape[0], *output.shape[1:]) if mixed is None else mixed
+            mixed = start.index_add(0, rows, output)
+        assert mixed is not None
+        return mixed
+
+    def _mix(self, x: Tensor, weights_BE: Tensor, experts: Sequence[nn.Module], *args: Any, **kwargs: Any) -> Tensor:
+        if self.recompute != "none" and self._can_be_fused(experts, args, kwargs):
+            assert self.plan is not None
+            return mix(x, weights_BE, experts, self.plan, keep_pre_activations=self.recompute == "activation")
+        mixed: Tensor | None = None
+        for weight_B, expert in zip(weights_BE.unbind(-1), experts, strict=True):
+            if self.recompute == "all" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                output = checkpoint(expert, x, *args, use_reentrant=False, **kwargs)
+            else:
+                output = expert(x, *args, **kwargs)
             weight = _per_image(weight_B, output)
             mixed = output * weight if mixed is None else torch.addcmul(mixed, output, weight)
         assert mixed is not None
         return mixed
 
-    def _run_chosen(self, x: Tensor, weights_BE: Tensor, expert_ids_BK: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        mixed: Tensor | None = None
-        for index, expert in enumerate(self):
-            rows = (expert_ids_BK == index).any(dim=-1).nonzero().squeeze(-1)
-            # An expert that no image chose still runs, on zero rows: its parameters then have a
-            # gradient of zeros on every process, which gradient reduction across processes needs.
-            output = expert(x.index_select(0, rows), *args, **kwargs)
-            output = output * _per_image(weights_BE[rows, index], output)
-            start = output.new_zeros(x.shape[0], *output.shape[1:]) if mixed is None else mixed
-            mixed = start.index_add(0, rows, output)
-        assert mixed is not None
-        return mixed
+    def _can_be_fused(self, experts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if self.plan is None or args or kwargs:
+            return False
+        # The compiler decides by itself what to compute again; transforms of torch.func need plain operations.
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return False
+        return all(self.plan.applies_to(expert) for expert in experts)
 
 
 def _per_image(weight_B: Tensor, output: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
 """The contextual mixture of experts that stands where a block's FFN stood.
 
-Shapes: B images, N tokens, D embed_dim, C context_dim, W width of the context vector, E experts.
+Shapes: B images, N tokens, T tokens of all images of a packed batch, D embed_dim, C context_dim, W width of the
+context vector, E experts.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from covft.errors import ShapeError
 from covft.nn.context import make_context
 from covft.nn.experts import Experts
 from covft.nn.router import Routing, make_router
+from covft.nn.segments import Segments
 
 
 class ContextualMoE(nn.Module):
@@ -85,29 +89,55 @@ class ContextualMoE(nn.Module):
         text_BC: Tensor | None = None,
         *,
         mask_BN: Tensor | None = None,
+        segments: Segments | None = None,
         seed: int | None = None,
     ) -> tuple[Routing, Tensor | None]:
         """Decide how much of each expert each image gets.
 
         Args:
-            x: Tokens, shape `(B, N, D)` or `(B, ..., D)`.
+            x: Tokens, shape `(B, N, D)` or `(B, ..., D)`; `(T, D)` or `(..., T, D)` with segments.
             text_BC: Text features, shape `(B, C)`.
             mask_BN: True where a token counts, shape `(B, N)`; None where all do.
+            segments: Which tokens belong to which image, where they are packed.
             seed: Of random routing in training mode.
 
         Returns:
             The routing, and the context vectors of shape `(B, W)`, or None where there are none.
 
         Raises:
-            ShapeError: If tokens and text features do not fit together.
+            ShapeError: If tokens, text features and segments do not fit together.
         """
+        tokens, num_images = x, x.shape[0]
+        if segments is not None:
+            tokens, num_images = _packed(x, segments), len(segments)
         if self.context is None:
             wide = torch.promote_types(x.dtype, torch.float32)
-            return self.router(None, x.shape[0], device=x.device, dtype=wide, seed=seed), None
+            return self.router(None, num_images, device=x.device, dtype=wide, seed=seed), None
         if self.needs_text:
-            text_BC = self._checked(x, text_BC)
-        context_BW = self.context(x if x.dim() == 3 else x.flatten(1, -2), text_BC, mask_BN)
-        return self.router(context_BW, x.shape[0], device=x.device), context_BW
+            text_BC = self._checked(x, text_BC, num_images)
+        if segments is None and x.dim() != 3:
+            tokens = x.flatten(1, -2)
+        context_BW = self.context(tokens, text_BC, mask_BN, segments)
+        return self.router(context_BW, num_images, device=x.device), context_BW
+
+    def mix(self, x: Tensor, routing: Routing, segments: Segments | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the experts and mix them as decided.
+
+        Args:
+            x: Tokens, as for `route`.
+            routing: One decision per image.
+            segments: Which tokens belong to which image, where they are packed.
+            *args: Handed on to every expert.
+            **kwargs: Handed on to every expert.
+
+        Returns:
+            Tokens, same shape as `x`, in the type that the FFN returns.
+        """
+        if segments is None:
+            return self.experts(x, routing, *args, **kwargs)
+        tokens_TD = _packed(x, segments)
+        mixed_TD = self.experts(tokens_TD, routing.per_token(segments.ids_T), *args, **kwargs)
+        return mixed_TD.reshape(*x.shape[:-1], -1)
 
     def forward(
         self,
@@ -115,30 +145,44 @@ class ContextualMoE(nn.Module):
         text_BC: Tensor | None = None,
         *,
         mask_BN: Tensor | None = None,
+        segments: Segments | None = None,
         seed: int | None = None,
     ) -> Tensor:
         """Route and mix.
 
         Args:
-            x: Tokens after the block's norm, shape `(B, N, D)`; N includes prefix tokens.
+            x: Tokens after the block's norm, shape `(B, N, D)`, N including prefix tokens; `(T, D)` with segments.
             text_BC: Text features, shape `(B, C)`.
             mask_BN: True where a token counts, shape `(B, N)`; None where all do.
+            segments: Which tokens belong to which image, where they are packed.
             seed: Of random routing in training mode.
 
         Returns:
             Tokens, same shape as `x`, in the type that the FFN returns.
 
         Raises:
-            ShapeError: If tokens and text features do not fit together.
+            ShapeError: If tokens, text features and segments do not fit together.
         """
-        routing, _ = self.route(x, text_BC, mask_BN=mask_BN, seed=seed)
-        return self.experts(x, routing)
+        routing, _ = self.route(x, text_BC, mask_BN=mask_BN, segments=segments, seed=seed)
+        return self.mix(x, routing, segments)
 
-    def _checked(self, x: Tensor, text_BC: Tensor | None) -> Tensor:
-        if text_BC is None or text_BC.dim() != 2 or text_BC.shape[0] != x.shape[0]:
+    def _checked(self, x: Tensor, text_BC: Tensor | None, num_images: int) -> Tensor:
+        if text_BC is None or text_BC.dim() != 2 or text_BC.shape[0] != num_images:
             raise ShapeError(
                 "Tokens and text features do not fit together.",
-                expected=f"text features of shape ({x.shape[0]}, C), one row per image",
+                expected=f"text features of shape ({num_images}, C), one row per image",
                 got="none" if text_BC is None else tuple(text_BC.shape),
             )
         return text_BC.to(device=x.device, dtype=x.dtype)
+
+
+def _packed(x: Tensor, segments: Segments) -> Tensor:
+    """Packed tokens without leading axes, shape `(T, D)`."""
+    tokens_TD = x.flatten(0, -2)
+    if len(tokens_TD) != segments.num_tokens:
+        raise ShapeError(
+            "The tokens are not those of the images.",
+            expected=f"{segments.num_tokens} tokens, of {len(segments)} images",
+            got=f"{len(tokens_TD)} tokens",
+        )
+    return tokens_TD

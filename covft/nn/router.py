@@ -26,6 +26,15 @@ class Routing(NamedTuple):
     expert_ids_BK: Tensor | None = None
     logits_BE: Tensor | None = None
 
+    def per_token(self, ids_T: Tensor) -> Routing:
+        """The decision of the image that each token belongs to, with T in the place of B.
+
+        Args:
+            ids_T: The image of each token, shape `(T,)`.
+        """
+        expert_ids = None if self.expert_ids_BK is None else self.expert_ids_BK.index_select(0, ids_T)
+        return Routing(self.weights_BE.index_select(0, ids_T), expert_ids)
+
 
 class Router(Protocol):
     """What a router is: context vectors in, one `Routing` out."""

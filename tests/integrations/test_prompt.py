@@ -84,6 +84,12 @@ def test_image_placeholders_are_dropped(template, kind):
         assert said(template, render(template, [("user", words)]), kind) == wanted
 
 
+def test_timestamps_of_frames_are_dropped():
+    video = "".join(f"<{seconds} seconds>{IMAGE * 4}" for seconds in ("0.3", "0.8", "12.5"))
+    assert said("chatml", render("chatml", [("user", f"{video}{ONE}")])) == ONE
+    assert said("chatml", render("chatml", [("user", "is it red 3 seconds?")])) == "is it red 3 seconds?"
+
+
 @every_template
 def test_padding_on_either_side_is_ignored(template):
     reader = reader_of(template)

@@ -1,0 +1,86 @@
+"""Packed batches: the tokens of all images one after another, without an axis for images.
+
+Shapes: B images, T tokens of all of them, N tokens of the longest, D embed_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Segments:
+    """Which tokens of a packed sequence belong to which image; each image's are contiguous.
+
+    Args:
+        lengths: Tokens of each image, in order.
+        device: Where the indices are put.
+
+    Attributes:
+        lengths: Tokens of each image.
+        ids_T: The image that each token belongs to, shape `(T,)`.
+        mask_BN: True where `per_image` puts a token, shape `(B, N)`; None where all images are equally long.
+
+    Example:
+        >>> segments = Segments([2, 1])
+        >>> segments.ids_T.tolist()
+        [0, 0, 1]
+        >>> segments.per_image(torch.ones(3, 1))[..., 0].tolist()
+        [[1.0, 1.0], [1.0, 0.0]]
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str | None = None) -> None:
+        self.lengths = tuple(lengths)
+        # Built on the CPU, so that nothing waits for another device.
+        lengths_B = torch.tensor(self.lengths, dtype=torch.long)
+        longest = max(self.lengths, default=0)
+        self.ids_T = torch.arange(len(self.lengths)).repeat_interleave(lengths_B).to(device)
+        self.mask_BN: Tensor | None = None
+        self._places_T: Tensor | None = None  # of each token among the B * N of `per_image`
+        if any(length != longest for length in self.lengths):
+            mask_BN = torch.arange(longest) < lengths_B[:, None]
+            self.mask_BN = mask_BN.to(device)
+            self._places_T = mask_BN.flatten().nonzero().squeeze(-1).to(device)
+
+    @classmethod
+    def of_sizes(
+        cls, sizes: Tensor | Sequence[Sequence[int]], unit: int = 1, device: torch.device | str | None = None
+    ) -> Segments:
+        """Segments of images whose sizes are known.
+
+        Args:
+            sizes: Sides of each image, such as (frames, height, width), shape `(B, sides)`.
+            unit: The length of a side that makes one token, such as the patch size where sides are pixels.
+            device: Where the indices are put.
+
+        Example:
+            >>> Segments.of_sizes([(28, 56), (14, 14)], unit=14).lengths
+            (8, 1)
+        """
+        rows = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+        return cls([math.prod(int(side) // unit for side in row) for row in rows], device)
+
+    def __len__(self) -> int:
+        """Number of images B."""
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens T."""
+        return sum(self.lengths)
+
+    def to(self, device: torch.device) -> Segments:
+        """The same on a device; itself if it is there."""
+        return self if self.ids_T.device == device else Segments(self.lengths, device)
+
+    def per_image(self, tokens_TD: Tensor) -> Tensor:
+        """The tokens with an axis for images, shape `(B, N, D)`; zeros where `mask_BN` is False."""
+        images, width = len(self), tokens_TD.shape[-1]
+        if self.mask_BN is None:
+            return tokens_TD.reshape(images, -1, width)
+        assert self._places_T is not None
+        padded = tokens_TD.new_zeros(self.mask_BN.numel(), width).index_copy(0, self._places_T, tokens_TD)
+        return padded.view(images, -1, width)
