@@ -1,0 +1,101 @@
+"""Reads instructions out of prompts that a codebase's own conversation object has written.
+
+LLaVA and InternVL write prompts with objects that have `roles`, `append_message` and `get_prompt`. Where the turns of
+users are is learned from such an object as it is from a chat template: by letting it write known words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from covft.data import CHAT_TEMPLATES
+from covft.errors import ConfigError
+from covft.integrations.prompt import PromptReader
+
+
+def prompt_reader(
+    tokenizer: Any, conversation: Any, image_ids: Iterable[int] = (), *, turns: str = "all", system: str | None = None
+) -> PromptReader:
+    """A reader for the prompts of a codebase.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        conversation: What writes the prompts: a conversation object of LLaVA or InternVL, a name in
+            `covft.data.CHAT_TEMPLATES`, a Jinja chat template, or None for the tokenizer's own.
+        image_ids: Ids of image placeholders; negative ones need not be named.
+        turns: `"all"`, `"first"` or `"last"`.
+        system: As for `covft.attach`.
+
+    Raises:
+        ConfigError: If there is no such template, or `turns` is not known.
+    """
+    if hasattr(conversation, "get_prompt"):
+        source: Any = _ConversationTokenizer(tokenizer, conversation)
+    elif conversation is None:
+        source = tokenizer
+    else:
+        source = SimpleNamespace(tokenizer=tokenizer, chat_template=template_of(conversation))  # as processors look
+    return PromptReader(source, image_ids, turns=turns, system=system)
+
+
+def template_of(name: Any) -> str:
+    """A Jinja chat template by its name in `covft.data.CHAT_TEMPLATES`, or as it is.
+
+    Args:
+        name: A name or a template.
+
+    Raises:
+        ConfigError: If there is none of that name.
+    """
+    if isinstance(name, str) and ("{{" in name or "{%" in name):
+        return name
+    if name not in CHAT_TEMPLATES:
+        raise ConfigError(
+            f"conversation={name!r} is not known.",
+            expected="a conversation object with get_prompt(), a Jinja template, or a name",
+            known=", ".join(CHAT_TEMPLATES),
+        )
+    return CHAT_TEMPLATES[name]
+
+
+class _ConversationTokenizer:
+    """A tokenizer whose chat template is a conversation object.
+
+    Args:
+        tokenizer: Answers for everything else.
+        conversation: Copied for every rendering, never changed.
+    """
+
+    def __init__(self, tokenizer: Any, conversation: Any) -> None:
+        self._inner, self._conversation = tokenizer, conversation
+        self.chat_template = f"conversation {getattr(conversation, 'name', type(conversation).__name__)}"
+
+    def apply_chat_template(
+        self, messages: list[Mapping[str, str]], *, add_generation_prompt: bool = False, **_: Any
+    ) -> str:
+        conversation = self._conversation.copy()
+        conversation.messages = []
+        user, assistant = conversation.roles[:2]
+        for message in messages:
+            if message["role"] != "system":
+                conversation.append_message({"user": user, "assistant": assistant}[message["role"]], message["content"])
+            elif hasattr(conversation, "set_system_message"):
+                conversation.set_system_message(message["content"])
+            else:
+                conversation.system = message["content"]
+        if add_generation_prompt:
+            conversation.append_message(assistant, None)
+        return conversation.get_prompt()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._inner(*args, **kwargs)
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_inner", "_conversation", "tokenizer"):
+            raise AttributeError(name)
+        return getattr(self._inner, name)

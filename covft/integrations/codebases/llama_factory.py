@@ -1,0 +1,57 @@
+"""LLaMA-Factory: its training with a `CoVFTCallback`, which its command line has no flag for.
+
+python -m covft.integrations.codebases.llama_factory --covft_layers 11-22 -- train.yaml
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from covft.errors import ConfigError, MissingDependencyError
+from covft.integrations.callback import CoVFTCallback
+from covft.integrations.codebases.launch import parse
+
+_PROGRAM = "covft.integrations.codebases.llama_factory"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `llamafactory-cli train` with a context-aware tower.
+
+    Args:
+        arguments: covft's flags, `--`, and what `llamafactory-cli train` takes: a YAML file and overrides. Those of
+            the process by default.
+
+    Raises:
+        ConfigError: If a flag is given that says nothing here.
+        MissingDependencyError: If LLaMA-Factory is not installed.
+    """
+    flags = parse(_PROGRAM, sys.argv[1:] if arguments is None else arguments)
+    unused = ["default_text"] if "default_text" in flags.reading else []
+    unused += ["chat_template"] if flags.chat_template is not None else []
+    if unused:
+        raise ConfigError(
+            f"--covft_{unused[0]} says nothing here: LLaMA-Factory gives its tokenizer the template of its YAML file.",
+            expected="template: ... in the YAML file",
+            got=f"--covft_{unused[0]}",
+        )
+    try:
+        run_exp = importlib.import_module("llamafactory.train.tuner").run_exp
+    except ModuleNotFoundError as error:
+        if error.name not in ("llamafactory", "llamafactory.train", "llamafactory.train.tuner"):
+            raise
+        raise MissingDependencyError("LLaMA-Factory is not installed.", fix="pip install llamafactory") from error
+    pretrained = {} if flags.pretrained is None else {"pretrained": flags.pretrained}
+    text_encoder = flags.text_encoder_for(flags.pretrained)
+    callback = CoVFTCallback(text_encoder, **pretrained, **flags.reading, **flags.settings)
+    # As `llamafactory-cli train` leaves it, which is where run_exp reads.
+    before, sys.argv = sys.argv, ["llamafactory-cli", flags.script, *flags.arguments]
+    try:
+        run_exp(callbacks=[callback])
+    finally:
+        sys.argv = before
+
+
+if __name__ == "__main__":
+    main()

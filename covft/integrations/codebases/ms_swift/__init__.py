@@ -1,0 +1,198 @@
+"""ms-swift: a tuner for `--external_plugins`; none of its files is edited.
+
+    COVFT_FLAGS="--covft_layers 11-22" swift sft --external_plugins .../ms_swift/covft_plugin.py --tuner_type covft ...
+
+The plug-in itself lies in a folder of its own, because ms-swift puts the folder of a plug-in on the import path.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from covft import saving
+from covft.errors import CheckpointError, ConfigError
+from covft.folder import compare_tensors, written_aside
+from covft.integrations.attaching import attach, attachment_of
+from covft.integrations.checkpoints import trained_outside
+from covft.integrations.codebases.conversations import template_of
+from covft.integrations.codebases.installing import NO_IMAGE
+from covft.integrations.codebases.launch import Flags, parse
+from covft.integrations.saving import FOLDER
+
+VARIABLE = "COVFT_FLAGS"
+# The name by which transformers' own Trainer looks for weights when it resumes.
+WEIGHTS = "model.safetensors"
+
+
+def register() -> type:
+    """Add the tuner `covft` to ms-swift, and the text to what its templates do before a model's forward.
+
+    Returns:
+        The tuner.
+    """
+    plugins = importlib.import_module("swift.tuner_plugin")
+    methods = {"prepare_model": prepare_model, "save_pretrained": save_pretrained, "from_pretrained": from_pretrained}
+    tuner = type("CovftTuner", (plugins.Tuner,), {name: staticmethod(method) for name, method in methods.items()})
+    plugins.tuners_map["covft"] = tuner
+    _hold_text(importlib.import_module("swift.template").Template)
+    return tuner
+
+
+def prepare_model(args: Any, model: Any) -> nn.Module:
+    """Attach a model: the tower learns to look at the question, and of the rest what the flags leave free.
+
+    Args:
+        args: ms-swift's; `freeze_llm` and `freeze_aligner` are read.
+        model: As ms-swift has loaded it.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ConfigError: If a flag cannot work.
+        UnsupportedViTError: If `covft.attach` cannot serve the model.
+    """
+    flags = _flags()
+    model.requires_grad_(False)
+    architecture: Any = model.model_meta.model_arch
+    free = [*([] if args.freeze_llm else architecture.language_model)]
+    free += [] if args.freeze_aligner else architecture.aligner
+    for prefix in free:
+        model.get_submodule(prefix).requires_grad_(True)
+    return attach(
+        model,
+        flags.text_encoder_for(flags.pretrained),
+        tokenizer=_tokenizer(model, flags),
+        pretrained=flags.pretrained,
+        **flags.reading,
+        **flags.settings,
+    )
+
+
+def save_pretrained(
+    model: nn.Module,
+    save_directory: str,
+    state_dict: dict[str, Tensor] | None = None,
+    safe_serialization: bool = True,
+    **kwargs: Any,
+) -> None:
+    """Write the adapted tower to `covft/`, and what else is trained to `model.safetensors`.
+
+    Args:
+        model: What `prepare_model` returned.
+        save_directory: Made if it does not exist.
+        state_dict: Tensors of the model that another library has gathered.
+        safe_serialization: Not asked for: the weights are always safetensors.
+        **kwargs: Not used.
+
+    Raises:
+        CheckpointError: If weights are spread over processes (ZeRO-3).
+    """
+    attachment = attachment_of(model)
+    assert attachment is not None, "attached by prepare_model"
+    folder = Path(save_directory)
+    encoder, gathered = attachment.encoder, dict(state_dict or {})
+    prefix = next(name for name, module in model.named_modules() if module is encoder.vit) + "."
+    tower = {name.removeprefix(prefix): tensor for name, tensor in gathered.items() if name.startswith(prefix)}
+    saving.save(encoder, folder / FOLDER, gathered=tower, writes=True)
+    tensors = {name: gathered.get(name, parameter) for name, parameter in trained_outside(model).items()}
+    with written_aside(folder / WEIGHTS) as aside:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, aside, {"format": "pt"})
+
+
+def from_pretrained(model: nn.Module, model_id: str, **kwargs: Any) -> nn.Module:
+    """Attach a model as it was saved, to go on training or to evaluate.
+
+    Args:
+        model: As ms-swift has loaded it, without covft.
+        model_id: A folder that `save_pretrained` wrote.
+        **kwargs: `is_trainable` marks what was trained as trainable.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        CheckpointError: If the folder is not one, or not of this model.
+    """
+    flags, folder = _flags(), Path(model_id)
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} was not saved by the tuner covft.", expected=f"{WEIGHTS} and {FOLDER}/")
+    tensors, parameters = load_file(folder / WEIGHTS), dict(model.named_parameters())
+    # Tied weights, such as an output embedding, may be known by another name.
+    here = {name: parameters[name] for name in tensors if name in parameters}
+    compare_tensors(
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        {name: tuple(parameter.shape) for name, parameter in here.items()},
+        "the model",
+    )
+    model.requires_grad_(False)
+    attach(
+        model,
+        flags.text_encoder,
+        tokenizer=_tokenizer(model, flags),
+        pretrained=folder / FOLDER,
+        **flags.reading,
+    )
+    with torch.no_grad():
+        for name, parameter in here.items():
+            parameter.copy_(tensors[name])
+            parameter.requires_grad_(bool(kwargs.get("is_trainable")))
+    return model
+
+
+def _flags() -> Flags:
+    flags = parse(VARIABLE, [*shlex.split(os.environ.get(VARIABLE, "")), "ms-swift"])
+    if "default_text" in flags.reading:
+        raise ConfigError(
+            "--covft_default_text is not for ms-swift.",
+            expected="rows whose user says something",
+            got=os.environ[VARIABLE],
+        )
+    return flags
+
+
+def _tokenizer(model: Any, flags: Flags) -> Any:
+    """The processor of a model, with the template that was asked for."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(model.model_info.model_dir, trust_remote_code=True)
+    if flags.chat_template is None:
+        return processor
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return SimpleNamespace(tokenizer=tokenizer, chat_template=template_of(flags.chat_template))
+
+
+def _hold_text(template: Any) -> None:
+    """Hold the text around `pre_forward_hook`, in which some templates run the tower.
+
+    Those turn `input_ids` and images into `inputs_embeds` before the model's forward sees them.
+    """
+    inner = template.pre_forward_hook
+    if getattr(inner, "_covft", False):
+        return
+
+    @functools.wraps(inner)
+    def pre_forward_hook(self: Any, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        attachment = attachment_of(model)
+        if attachment is None or type(self)._post_encode is template._post_encode:
+            return inner(self, model, args, kwargs)
+        images = [kwargs.get(name) for name in ("pixel_values", "pixel_values_videos")]
+        if any(image is not None for image in images) or attachment.encoder.conditioning.scope() is not None:
+            held = attachment.conditioned(kwargs, None)
+        else:  # some templates then run the tower on a dummy, whose features they multiply by zero
+            held = attachment.encoder.condition(NO_IMAGE)
+        with held:
+            return inner(self, model, args, kwargs)
+
+    pre_forward_hook._covft = True  # type: ignore[attr-defined]
+    template.pre_forward_hook = pre_forward_hook

@@ -1,0 +1,1 @@
+"""A stand-in for the package of LLaVA: its names, signatures and flow of data, in small."""

@@ -1,0 +1,62 @@
+"""LLaMA-Factory: the launcher calls `run_exp`, which a stand-in plays with a Trainer of transformers."""
+
+import sys
+from types import ModuleType
+
+import pytest
+
+import covft
+from covft.errors import ConfigError, MissingDependencyError
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+
+
+@pytest.fixture
+def factory(monkeypatch, tmp_path):
+    """`llamafactory.train.tuner` with a `run_exp` that makes a Trainer as LLaMA-Factory's workflows do."""
+    from tests.integrations.mllms import MLLMS
+
+    kind = next(entry for entry in MLLMS if entry.name == "llava")
+    made = []
+
+    def run_exp(args=None, callbacks=None):
+        assert args is None
+        arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+        model = kind.build()
+        trainer = transformers.Trainer(
+            model=model, args=arguments, processing_class=kind.tokenizer, callbacks=[*callbacks]
+        )
+        made.append((trainer, list(sys.argv)))
+
+    names = ("llamafactory", "llamafactory.train", "llamafactory.train.tuner")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules[names[-1]].run_exp = run_exp
+    return made
+
+
+def test_the_model_is_attached_and_the_yaml_file_is_read(factory):
+    from covft.integrations.codebases.llama_factory import main
+
+    before = list(sys.argv)
+    main(["--covft_text_encoder", "hash:16", "--covft_layers", "1-2", "--", "train.yaml", "learning_rate=1e-5"])
+    ((trainer, argv),) = factory
+    assert argv[1:] == ["train.yaml", "learning_rate=1e-5"]
+    assert sys.argv == before
+    assert covft.get_encoder(trainer.model).layers == (1, 2)
+
+
+def test_flags_without_a_meaning(factory):
+    from covft.integrations.codebases.llama_factory import main
+
+    for flag in ("--covft_chat_template", "--covft_default_text"):
+        with pytest.raises(ConfigError, match="says nothing here"):
+            main([flag, "chatml", "--", "train.yaml"])
+    assert factory == []
+
+
+def test_not_installed():
+    from covft.integrations.codebases.llama_factory import main
+
+    with pytest.raises(MissingDependencyError, match="not installed"):
+        main(["--", "train.yaml"])
