@@ -36,6 +36,9 @@ def attach(
     train_norms: str = DEFAULTS["train_norms"],
     activation: str = DEFAULTS["activation"],
     num_heads: int = DEFAULTS["num_heads"],
+    expert_rank: int | None = DEFAULTS["expert_rank"],
+    recompute: str = DEFAULTS["recompute"],
+    feature_layer: int | None = DEFAULTS["feature_layer"],
     config: CoVFTConfig | None = None,
     adapter: Adapter | None = None,
     turns: str = "all",
@@ -56,7 +59,7 @@ def attach(
         text_encoder: As for `covft.wrap`.
         tokenizer: The model's tokenizer or processor, with its chat template; None if `context_text` is always
             given.
-        layers: As for `covft.wrap`, and so are the next eight.
+        layers: As for `covft.wrap`, and so are the next twelve.
         experts: Experts per adapted block.
         routing: How experts are weighted.
         top_k: Experts per image for sparse and random routing.
@@ -64,6 +67,9 @@ def attach(
         train_norms: Which norms are trained.
         activation: Of the residual refinement.
         num_heads: Heads of the context attention.
+        expert_rank: Rank of what experts differ by; None for whole experts.
+        recompute: What backward computes again.
+        feature_layer: Which hidden state of the tower the model reads, `model.config.vision_feature_layer`.
         config: Settings to start from.
         adapter: How the tower is built, if no registered adapter knows it.
         turns: Which of several user turns make the instruction: `"all"`, joined by a space, `"first"`, `"last"`.
@@ -134,9 +140,9 @@ def detach(model: Model) -> Model:
             got=f"{type(target.__dict__.get(covered[0])).__name__} at {', '.join(covered)}",
             fix="accelerator.unwrap_model(model, keep_fp32_wrapper=False) first, if accelerate prepared it",
         )
+    unwrap(encoder)
     step_back(target)
     del target.__dict__[KEY]
-    unwrap(encoder)
     return model
 
 

@@ -24,6 +24,7 @@ from covft.integrations.checkpoints import restore, seal, write_trained
 from covft.integrations.monitor import RoutingMonitor
 from covft.integrations.roles import COVFT, parts_of
 from covft.integrations.saving import FOLDER
+from covft.sharding import is_sharded
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -205,6 +206,8 @@ class CoVFTCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write `covft/` into the checkpoint, and last of all that it is whole."""
+        from accelerate.utils import broadcast_object_list
+
         model = kwargs["model"]
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if args.should_save and not checkpoint.is_dir():
@@ -214,8 +217,10 @@ class CoVFTCallback(TrainerCallback):
                 stacklevel=2,
             )
         attachment, folder = _attachment(model), checkpoint / FOLDER
-        if args.should_save and attachment.saved_in != folder:  # unless model.save_pretrained has written it already
-            attachment.encoder.save_pretrained(folder)
+        # Unless model.save_pretrained has written it already, which the process that writes knows.
+        missing = broadcast_object_list([attachment.saved_in != folder])[0]
+        if missing and (args.should_save or any(map(is_sharded, attachment.encoder.vit.parameters()))):
+            attachment.encoder.save_pretrained(folder)  # where weights are sharded, all take part
         write_trained(model, folder, main=args.should_save)
         seal_when_all_have_written(args, checkpoint, state.global_step)
 

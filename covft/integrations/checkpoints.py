@@ -47,7 +47,7 @@ def write_trained(model: nn.Module, folder: Path, *, main: bool = True) -> None:
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in trained_outside(model).items():
-        tensor = full(parameter.detach())
+        tensor = full(parameter)
         if main:
             tensors[name] = tensor.detach().cpu().contiguous()
     if not main:

@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from covft.errors import TextEncoderError
 from covft.extras import import_library
+from covft.sharding import unpartitioned
 
 
 def load_pretrained(auto_class: str, source: str, **kwargs: Any) -> Any:
@@ -26,7 +27,8 @@ def load_pretrained(auto_class: str, source: str, **kwargs: Any) -> Any:
     """
     transformers = import_library("transformers", "transformers", needed_by="This text encoder")
     try:
-        return getattr(transformers, auto_class).from_pretrained(source, **kwargs)
+        with unpartitioned():
+            return getattr(transformers, auto_class).from_pretrained(source, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise not_loaded(source, error) from error
 

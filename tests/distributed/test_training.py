@@ -1,0 +1,165 @@
+"""Two processes do what one does with the batch of both, also where one of them sees no image."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from covft.integrations import attach, get_encoder
+from tests.distributed import processes
+from tests.distributed.llava import LLAVA, TEXTS, attached_model, batch_of, loss_of, trained_gradients
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+ROUTINGS = ["dense", "sparse"]
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    from transformers import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    yield
+    logging.set_verbosity(before)
+    logging.enable_progress_bar()
+
+
+@functools.cache
+def alone(folder, routing="dense"):
+    """The gradients of one process."""
+    model = attached_model(folder, routing=routing)
+    loss_of(model, 0, 1).backward()
+    return trained_gradients(model)
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, rtol=1e-8, atol=1e-10), name
+
+
+def assert_same_tensors(file, other):
+    found, expected = load_file(file), load_file(other)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def assert_same_files(folder, other):
+    """Every file of two saved folders: tensors to the bit, configs to the letter."""
+    names = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    assert names == {path.relative_to(other) for path in other.rglob("*") if path.is_file()}
+    assert names
+    for name in sorted(names):
+        if name.suffix == ".safetensors":
+            assert_same_tensors(folder / name, other / name)
+        elif name.suffix == ".json":
+            found, expected = json.loads((folder / name).read_text()), json.loads((other / name).read_text())
+            assert found == expected, name
+        else:
+            assert (folder / name).read_text() == (other / name).read_text()
+
+
+def test_the_batch_is_the_hard_case(ddp):
+    one, other = batch_of(0, 2), batch_of(1, 2)
+    assert one["image_flags"].tolist() == [1, 1, 1]
+    assert one["image_to_row"].tolist() == [0, 1, 1]
+    assert other["image_flags"].tolist() == [0, 0]
+    gradients = alone(ddp)
+    tower = [name for name in gradients if "vision_tower" in name]
+    assert len(tower) > 30
+    assert all(gradients[name].abs().max() > 1e-7 for name in tower), "nothing to compare"
+
+
+# DDP
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    processes.run("ddp", folder)
+    return folder
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_ddp__gradients_are_those_of_one_process(ddp, routing):
+    for rank in range(2):
+        assert_close(torch.load(ddp / f"{routing}-{rank}.pt"), alone(ddp, routing))
+
+
+def test_ddp__a_save_of_all_processes_is_the_save_of_one(ddp, tmp_path):
+    attached_model(ddp, routing="sparse").save_pretrained(tmp_path)
+    assert_same_files(ddp / "saved", tmp_path)
+
+
+# FSDP2
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp2")
+    processes.run("fsdp2", folder)
+    return folder
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_fsdp2__gradients_are_those_of_one_process(fsdp2, routing):
+    assert_close(torch.load(fsdp2 / f"{routing}.pt"), alone(fsdp2, routing))
+
+
+@pytest.mark.parametrize("way", ["saved", "gathered", "first"])
+def test_fsdp2__every_way_to_save_gives_the_files_of_one_process(fsdp2, way, tmp_path):
+    attached_model(fsdp2).save_pretrained(tmp_path)
+    assert_same_files(fsdp2 / way, tmp_path)
+
+
+def test_fsdp2__the_encoder_alone_saves_the_same(fsdp2, tmp_path):
+    get_encoder(attached_model(fsdp2)).save_pretrained(tmp_path)
+    assert_same_files(fsdp2 / "tower", tmp_path)
+
+
+def test_fsdp2__an_optimizer_step_is_that_of_one_process(fsdp2):
+    model = attached_model(fsdp2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loss_of(model, 0, 1).backward()
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2).step()
+    stepped = torch.load(fsdp2 / "stepped.pt")
+    assert stepped.keys() == before.keys()
+    for name, tensor in model.state_dict().items():
+        # Where a gradient is rounding alone, Adam takes a step of either sign.
+        certain = torch.ones_like(tensor, dtype=torch.bool)
+        if name in (gradients := alone(fsdp2)):
+            certain = gradients[name].abs() > 1e-9
+        assert torch.allclose(stepped[name][certain], tensor[certain], rtol=1e-8, atol=1e-8), name
+    moved = [name for name, tensor in stepped.items() if not torch.equal(tensor, before[name])]
+    assert set(moved) == set(alone(fsdp2))
+
+
+def test_fsdp2__a_folder_is_loaded_into_a_sharded_encoder(fsdp2):
+    expected = get_encoder(attached_model(fsdp2)).adapted_state_dict()
+    loaded = torch.load(fsdp2 / "loaded.pt")
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def test_fsdp2__weights_that_only_one_process_had_are_spread_and_saved(fsdp2, tmp_path):
+    attached_model(fsdp2).save_pretrained(tmp_path)
+    assert_same_tensors(fsdp2 / "spread" / "model.safetensors", tmp_path / "model.safetensors")
+    assert_same_files(fsdp2 / "spread" / "covft", tmp_path / "covft")
+    assert_same_files(fsdp2 / "spread-tower", tmp_path / "covft")
+
+
+def test_fsdp2__what_was_saved_is_loaded_by_one_process(fsdp2):
+    from transformers import LlavaForConditionalGeneration
+
+    expected, batch = attached_model(fsdp2).eval(), batch_of(0, 1)
+    model = LlavaForConditionalGeneration.from_pretrained(fsdp2 / "saved", dtype=torch.float64)
+    attach(model, TEXTS, tokenizer=LLAVA.tokenizer, pretrained=fsdp2 / "saved" / "covft")
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**batch).logits, expected(**batch).logits)
