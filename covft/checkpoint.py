@@ -74,7 +74,7 @@ def load_into(encoder: ContextEncoder, folder: str | Path) -> None:
     """
     tensors, saved = read_folder(folder)
     settings, extra = CoVFTConfig.from_dict(saved["covft"]), set(saved.get("extra", ()))
-    if settings != encoder.covft_config:
+    if not settings.is_same_model(encoder.covft_config):
         raise CheckpointError(
             f"{folder} was saved with other settings than those of this encoder.",
             expected=encoder.covft_config,

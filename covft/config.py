@@ -15,6 +15,9 @@ ROUTINGS = ("dense", "sparse", "uniform", "random")
 CONTEXTS = ("cve", "image", "text", "concat")
 TRAIN_NORMS = ("all", "adapted", "none")
 ACTIVATIONS = ("gelu", "quick_gelu")
+RECOMPUTE = ("none", "activation", "all")
+# How a model runs, not what it computes: two that differ in these alone are the same model.
+_WAYS_TO_RUN = ("recompute", "feature_layer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,15 @@ class CoVFTConfig:
         activation: Of the residual refinement: `"gelu"` (eq. 7) or `"quick_gelu"` (what the released
             implementation computes).
         num_heads: Heads of the context attention; must divide the width of the text features.
+        expert_rank: None copies the FFN whole for every expert. A number shares the pretrained FFN, frozen, and gives
+            each expert matrices of that rank to differ by.
+        recompute: What backward computes again of whole experts, instead of keeping it: `"none"`; `"activation"`, all
+            but the first linear layers' products; `"all"`, from the tokens alone. Results are the same. Experts of
+            another form than linear, activation, linear (or gated) are recomputed as a whole for `"all"`, and not at
+            all for `"activation"`.
+        feature_layer: Which of the ViT's hidden states is read: index into them, the embeddings being 0, negative ones
+            counted from the end, such as -2 in LLaVA. Blocks behind it do not run; what they would make is not to be
+            read. None runs all blocks.
 
     Raises:
         ConfigError: If a value cannot work.
@@ -53,6 +65,9 @@ class CoVFTConfig:
     train_norms: str = "all"
     activation: str = "gelu"
     num_heads: int = 4
+    expert_rank: int | None = None
+    recompute: str = "activation"
+    feature_layer: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("experts", "top_k", "num_heads"):
@@ -62,6 +77,11 @@ class CoVFTConfig:
         _one_of("context", self.context, CONTEXTS)
         _one_of("train_norms", self.train_norms, TRAIN_NORMS)
         _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("recompute", self.recompute, RECOMPUTE)
+        if self.expert_rank is not None:
+            object.__setattr__(self, "expert_rank", _positive_int("expert_rank", self.expert_rank))
+        if self.feature_layer is not None:
+            object.__setattr__(self, "feature_layer", _whole("feature_layer", self.feature_layer))
         if self.routing in ("sparse", "random") and self.top_k > self.experts:
             raise ConfigError(
                 f"top_k={self.top_k} asks for more experts than there are.",
@@ -79,6 +99,15 @@ class CoVFTConfig:
     def needs_text(self) -> bool:
         """Whether the routing looks at the text, so that a call without text is an error."""
         return self.has_router and self.context != "image"
+
+    def is_same_model(self, other: CoVFTConfig) -> bool:
+        """Whether weights of one fit the other: all fields but those that say how it runs are equal.
+
+        Args:
+            other: Other settings.
+        """
+        own = dataclasses.replace(self, **{name: getattr(other, name) for name in _WAYS_TO_RUN})
+        return own == other
 
     @classmethod
     def reference(cls, **overrides: Any) -> CoVFTConfig:
@@ -141,6 +170,15 @@ def _positive_int(name: str, value: Any) -> int:
     if number < 1:
         raise ConfigError(f"{name}={value!r} cannot be used.", expected="a whole number >= 1", got=repr(value))
     return number
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{name}={value!r} cannot be used.", expected="a whole number", got=repr(value)) from None
 
 
 def _layer_tuple(layers: Any) -> tuple[int, ...] | None:

@@ -337,7 +337,10 @@ class ContextEncoder(nn.Module):
         for layer in self.layers:
             prefix = f"{self.spec.blocks[layer].mlp_path}."
             if name.startswith(prefix):
-                return "experts" if name.removeprefix(prefix).startswith("experts.") else "router"
+                inner = name.removeprefix(prefix)
+                if inner.startswith("experts.shared."):
+                    return "other"  # the pretrained FFN that low-rank experts share, which stays frozen
+                return "experts" if inner.startswith("experts.") else "router"
         return "norms" if name in self.norms else "other"
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
@@ -409,7 +412,8 @@ class ContextEncoder(nn.Module):
         """Save what was added or trained, with what it belongs to; `covft.load` is the inverse.
 
         Writes `covft_config.json`, `model.safetensors` and, if there is none, `README.md`. A save that
-        is cut short is never taken for a whole one.
+        is cut short is never taken for a whole one. Where weights are sharded (FSDP2, ZeRO-3) every process
+        has to call this, and the first one writes.
 
         Args:
             folder: Made if it does not exist.

@@ -44,7 +44,7 @@ class AdaptedFFN(ContextualMoE):
     """A contextual mixture of experts that takes its text from the call that is running.
 
     Called like the FFN that it replaces. What foreign code reads off an FFN (`fc1`, `c_fc`, ...)
-    answers from expert 0.
+    answers from expert 0, or from what low-rank experts share.
 
     Args:
         ffn: The pretrained FFN to copy; not changed.
@@ -99,7 +99,7 @@ class AdaptedFFN(ContextualMoE):
             experts = self.__dict__.get("_modules", {}).get("experts")
             if experts is None or name.startswith("_"):
                 raise
-            return getattr(experts[0], name)
+            return getattr(experts.prototype, name)
 
     def __getstate__(self) -> dict[str, Any]:
         # A record may hold tensors with a graph, which can be neither copied nor pickled.

@@ -28,6 +28,7 @@ from covft.sharding import (
 )
 from covft.slot import AdaptedFFN, Original
 from covft.text import as_text_encoder
+from covft.unread import check_layers, last_read, leave_out, run_again
 
 
 class Unset:
@@ -55,6 +56,9 @@ def wrap(
     train_norms: str = DEFAULTS["train_norms"],
     activation: str = DEFAULTS["activation"],
     num_heads: int = DEFAULTS["num_heads"],
+    expert_rank: int | None = DEFAULTS["expert_rank"],
+    recompute: str = DEFAULTS["recompute"],
+    feature_layer: int | None = DEFAULTS["feature_layer"],
     config: CoVFTConfig | None = None,
     adapter: Adapter | None = None,
 ) -> ContextEncoder:
@@ -77,6 +81,9 @@ def wrap(
         train_norms: `"all"`, `"adapted"` or `"none"`.
         activation: `"gelu"` or `"quick_gelu"`.
         num_heads: Heads of the context attention.
+        expert_rank: None for whole experts; a number for experts that share the FFN and differ at that rank.
+        recompute: What backward computes again of whole experts: `"none"`, `"activation"` or `"all"`.
+        feature_layer: Which hidden state is read, such as -2; blocks behind it do not run. None runs all.
         config: Settings to start from.
         adapter: How the ViT is built, if no registered adapter knows it.
 
@@ -101,7 +108,8 @@ def wrap(
     _refuse_containers(vit)
     settings = dataclasses.replace(config or CoVFTConfig(), **given)
     spec = describe(vit, adapter)
-    settings = dataclasses.replace(settings, layers=_resolve_layers(settings.layers, spec))
+    last = last_read(spec, settings.feature_layer)
+    settings = dataclasses.replace(settings, layers=_resolve_layers(settings.layers, spec, last))
     _refuse_unloaded(vit, spec, settings)
     _refuse_partitioned(text_encoder)
     with unpartitioned():
@@ -120,6 +128,7 @@ def wrap(
     slots = _build_slots(vit, spec, settings, conditioning, None if texts is None else texts.width)
     # From here on nothing can fail that has not been checked.
     original = _install(vit, spec, settings, slots)
+    leave_out(vit, spec, last)
     vit.register_forward_pre_hook(conditioning.enter_tower, with_kwargs=True)
     vit.register_forward_hook(conditioning.leave_tower, always_call=True)
     return ContextEncoder(vit, texts, settings, spec, conditioning, original)
@@ -155,10 +164,11 @@ def unwrap(encoder: ContextEncoder) -> nn.Module:
         for key in [key for key, hook in hooks.items() if _belongs_to(hook, encoder.conditioning)]:
             for table in (hooks, vit._forward_pre_hooks_with_kwargs, vit._forward_hooks_always_called):
                 table.pop(key, None)
+    run_again(vit)
     for path, ffn in original.ffns.items():
         slot = vit.get_submodule(path)
         assert isinstance(slot, AdaptedFFN)
-        _follow(ffn, slot.experts[0])
+        _follow(ffn, slot.experts.prototype)
         ffn.train(slot.training)
         _set_submodule(vit, path, ffn)
     with torch.no_grad():
@@ -237,9 +247,9 @@ def _refuse_partitioned(text_encoder: Any) -> None:
         )
 
 
-def _resolve_layers(layers: tuple[int, ...] | None, spec: ViTSpec) -> tuple[int, ...]:
+def _resolve_layers(layers: tuple[int, ...] | None, spec: ViTSpec, last: int) -> tuple[int, ...]:
     if layers is None:
-        return spec.default_layers
+        return tuple(layer for layer in spec.default_layers if layer <= last) or (last,)
     depth = spec.depth
     outside = [layer for layer in layers if not -depth <= layer < depth]
     resolved = sorted(layer % depth for layer in layers if layer not in outside)
@@ -258,6 +268,7 @@ def _resolve_layers(layers: tuple[int, ...] | None, spec: ViTSpec) -> tuple[int,
             expected=f"each block once  ({spec})",
             got=", ".join(map(str, resolved)),
         )
+    check_layers(tuple(resolved), last, spec)
     return tuple(resolved)
 
 

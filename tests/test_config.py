@@ -47,6 +47,9 @@ def test_json_holds_plain_values_under_the_names_of_the_keywords():
         "train_norms": "all",
         "activation": "gelu",
         "num_heads": 4,
+        "expert_rank": None,
+        "recompute": "activation",
+        "feature_layer": None,
     }
 
 

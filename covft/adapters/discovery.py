@@ -7,6 +7,7 @@ and are never found.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from covft.adapters.spec import BlockSpec
 from covft.errors import UnsupportedViTError
+from covft.sharding import shape_of
 
 _FFN_NAMES = ("mlp", "ffn", "feed_forward")
 _FFN_CLASS = re.compile(r"mlp|ffn|feedforward|swiglu|geglu", re.IGNORECASE)
@@ -123,6 +125,6 @@ def _describe_block(index: int, path: str, block: nn.Module, slot: str) -> Block
         mlp_class=type(ffn).__name__,
         embed_dim=int(projections[0].in_features),  # type: ignore[arg-type]
         ffn_dim=int(projections[-1].in_features),  # type: ignore[arg-type]
-        ffn_parameters=sum(parameter.numel() for parameter in ffn.parameters()),
+        ffn_parameters=sum(math.prod(shape_of(parameter)) for parameter in ffn.parameters()),
         norms=norm_modules(block, slot),
     )

@@ -18,8 +18,6 @@ from covft.nn.fused import mix
 from covft.nn.plan import FFNPlan
 from covft.nn.router import Routing
 
-RECOMPUTE = ("none", "activation", "all")
-
 
 class Experts(nn.ModuleList):
     r"""FFNs whose outputs are mixed with one set of weights per image, $\sum_e g_e E_e(x)$.
@@ -55,6 +53,11 @@ class Experts(nn.ModuleList):
         experts.recompute = recompute
         experts.plan, experts.why_not = FFNPlan.of(ffn)
         return experts
+
+    @property
+    def prototype(self) -> nn.Module:
+        """What foreign code sees in the place of the FFN: the first expert."""
+        return self[0]
 
     def extra_repr(self) -> str:
         """What backward computes again, and whether the experts are called one by one for it."""

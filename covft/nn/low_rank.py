@@ -147,6 +147,11 @@ class LowRankExperts(nn.Module):
         """Number of experts E."""
         return self.num_experts
 
+    @property
+    def prototype(self) -> nn.Module:
+        """What foreign code sees in the place of the FFN: what all experts share."""
+        return self.shared
+
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Mix the experts.
 

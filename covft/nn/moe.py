@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from covft.errors import ShapeError
 from covft.nn.context import make_context
 from covft.nn.experts import Experts
+from covft.nn.low_rank import LowRankExperts
 from covft.nn.router import Routing, make_router
 from covft.nn.segments import Segments
 
@@ -36,6 +37,8 @@ class ContextualMoE(nn.Module):
         activation: Of the refinements, `"gelu"` or `"quick_gelu"`.
         num_heads: Heads of the context attention.
         eval_seed: Seed of `"random"` in eval mode.
+        expert_rank: None for whole experts; a number for experts that share the FFN and differ at that rank.
+        recompute: What backward computes again of whole experts: `"none"`, `"activation"` or `"all"`.
 
     Example:
         >>> ffn = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
@@ -57,6 +60,8 @@ class ContextualMoE(nn.Module):
         activation: str = "gelu",
         num_heads: int = 4,
         eval_seed: int = 0,
+        expert_rank: int | None = None,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         like = next((p for p in ffn.parameters() if p.is_floating_point()), None)
@@ -75,7 +80,11 @@ class ContextualMoE(nn.Module):
             eval_seed=eval_seed,
             **place,
         )
-        self.experts = Experts.upcycled(ffn, num_experts)
+        self.experts: Experts | LowRankExperts
+        if expert_rank is None:
+            self.experts = Experts.upcycled(ffn, num_experts, recompute=recompute)
+        else:
+            self.experts = LowRankExperts(ffn, num_experts, expert_rank)
         self.train(ffn.training)
 
     @property

@@ -1,0 +1,190 @@
+"""feature_layer: blocks behind the features that are read do not run, and the features are the same."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import covft
+from covft.errors import ConfigError, LayerIndexError
+from covft.integrations import attach, detach, get_encoder
+from tests.integrations.mllms import BY_NAME, Row
+from tests.towers import perturb
+
+TEXTS = covft.text.HashTextEncoder(16)
+QUESTIONS = ["what is left of the cup?", "how many people are there?"]
+
+
+def clip():
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    return CLIPVisionModel(config).eval()
+
+
+def timm_vit():
+    import timm
+
+    return timm.create_model("test_vit", pretrained=False, num_classes=0, img_size=32, patch_size=8).eval()
+
+
+def runs_of(vit, blocks, call):
+    """What a call returns, and which blocks' attentions ran in it."""
+    seen, handles = [], []
+    for index, block in enumerate(blocks):
+        attention = next(child for name, child in block.named_children() if "attn" in name)
+        handles.append(attention.register_forward_hook(lambda *_, index=index: seen.append(index)))
+    try:
+        return call(), seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("feature_layer", [-2, -3, 4, 6, -1])
+def test_transformers__features_are_the_same_and_the_rest_does_not_run(feature_layer):
+    plain = clip()
+    other = copy.deepcopy(plain)
+    images = torch.randn(2, 3, 32, 32)
+    last = 5 + feature_layer + 1 if feature_layer < 0 else feature_layer - 1
+    settings = {"layers": [1, min(3, last)]}
+    torch.manual_seed(0)
+    whole = covft.wrap(plain, TEXTS, **settings)
+    torch.manual_seed(0)
+    short = covft.wrap(other, TEXTS, **settings, feature_layer=feature_layer)
+    for encoder in (whole, short):
+        torch.manual_seed(1)
+        perturb(encoder)
+    wanted = whole(images, QUESTIONS, output_hidden_states=True).hidden_states
+    for run in range(2):
+        output, seen = runs_of(
+            other, other.encoder.layers, lambda: short(images, QUESTIONS, output_hidden_states=True).hidden_states
+        )
+        assert len(output) == len(wanted) == 7
+        assert torch.equal(output[feature_layer], wanted[feature_layer])
+        # The first run shows in which form a block returns its tokens.
+        assert seen == (list(range(6)) if run == 0 else list(range(last + 1)))
+
+
+def test_timm__features_are_the_same_and_the_rest_does_not_run():
+    plain = timm_vit()
+    other = copy.deepcopy(plain)
+    images, depth = torch.randn(2, 3, 32, 32), len(plain.blocks)
+    torch.manual_seed(0)
+    whole = covft.wrap(plain, TEXTS, layers=[1, 2])
+    torch.manual_seed(0)
+    short = covft.wrap(other, TEXTS, layers=[1, 2], feature_layer=-3)
+
+    def features(encoder):
+        with encoder.condition(QUESTIONS):
+            return encoder.vit.forward_intermediates(images, indices=[depth - 3], intermediates_only=True)[0]
+
+    for _ in range(2):
+        found, seen = runs_of(other, other.blocks, lambda: features(short))
+        assert torch.equal(found, features(whole))
+    assert seen == list(range(depth - 2))
+
+
+def test_gradients__are_the_same_with_checkpointing_and_without():
+    grown = []
+    for feature_layer, checkpointing in ((None, False), (-2, False), (-2, True)):
+        torch.manual_seed(0)
+        encoder = covft.wrap(clip().double(), TEXTS, layers=[2, 4], feature_layer=feature_layer)
+        torch.manual_seed(1)
+        perturb(encoder)
+        encoder.train()
+        if checkpointing:
+            encoder.gradient_checkpointing_enable()
+        torch.manual_seed(2)
+        images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+        for _ in range(2):
+            encoder.zero_grad()
+            encoder(images, QUESTIONS, output_hidden_states=True).hidden_states[-2].square().sum().backward()
+        grown.append({name: p.grad for name, p in encoder.named_parameters() if p.requires_grad})
+    for other in grown[1:]:
+        assert other.keys() == grown[0].keys()
+        assert all(torch.allclose(other[name], grown[0][name], rtol=1e-12) for name in other)
+
+
+def test_unwrap__runs_all_blocks_again():
+    vit = clip()
+    images = torch.randn(2, 3, 32, 32)
+    before = vit(images).last_hidden_state
+    encoder = covft.wrap(vit, TEXTS, feature_layer=-3)
+    assert encoder.layers == (2, 3)
+    encoder(images, QUESTIONS)
+    short = encoder(images, QUESTIONS).last_hidden_state
+    assert not torch.allclose(short, before)
+    covft.unwrap(encoder)
+    assert torch.equal(vit(images).last_hidden_state, before)
+    assert all("forward" not in vars(module) for module in vit.modules())
+
+
+def test_copies_and_pickles__leave_out_their_own_blocks():
+    encoder = covft.wrap(clip(), TEXTS, feature_layer=-2)
+    twin = copy.deepcopy(encoder)
+    again = pickle.loads(pickle.dumps(encoder))
+    again.set_text_encoder(TEXTS)
+    for other in (twin, again):
+        block = other.vit.encoder.layers[5]
+        assert vars(block)["forward"].block is block
+        assert torch.equal(
+            other(torch.ones(1, 3, 32, 32), "what?", output_hidden_states=True).hidden_states[-2],
+            encoder(torch.ones(1, 3, 32, 32), "what?", output_hidden_states=True).hidden_states[-2],
+        )
+
+
+def test_save_and_load__keep_the_setting(tmp_path):
+    vit = clip()
+    base = copy.deepcopy(vit)
+    encoder = covft.wrap(vit, TEXTS, feature_layer=-2)
+    encoder.save_pretrained(tmp_path)
+    again = covft.load(tmp_path, base, TEXTS)
+    assert again.covft_config.feature_layer == -2
+    images = torch.randn(1, 3, 32, 32)
+    one, other = (e(images, "what?", output_hidden_states=True).hidden_states[-2] for e in (encoder, again))
+    assert torch.equal(one, other)
+
+
+def test_refused__before_anything_has_changed():
+    vit = clip()
+    for feature_layer in (0, 7, -7):
+        with pytest.raises(ConfigError, match="is no output of a block"):
+            covft.wrap(vit, TEXTS, feature_layer=feature_layer)
+    with pytest.raises(LayerIndexError, match="behind the features") as caught:
+        covft.wrap(vit, TEXTS, layers=[3, 5], feature_layer=-2)
+    assert "layers=[3]" in str(caught.value)
+    with pytest.raises(ConfigError, match="whole number"):
+        covft.CoVFTConfig(feature_layer=1.5)
+    assert all(p.requires_grad for p in vit.parameters())
+    assert all("forward" not in vars(module) for module in vit.modules())
+
+
+def test_attach__of_a_model_that_reads_the_penultimate_layer():
+    mllm = BY_NAME["llava"]
+    model = mllm.build()
+    batch = mllm.batch(model, [Row(1, QUESTIONS[0]), Row(1, QUESTIONS[1])])
+    before = model(**batch.inputs).logits
+    attach(model, TEXTS, tokenizer=mllm.tokenizer, feature_layer=-2)
+    assert get_encoder(model).layers == (1, 2)
+    for _ in range(2):
+        after, seen = runs_of(model, model.model.vision_tower.encoder.layers, lambda: model(**batch.inputs).logits)
+        assert torch.allclose(after, before, atol=1e-5)
+    assert seen == [0, 1, 2]
+    detach(model)
+    assert torch.equal(model(**batch.inputs).logits, before)
+
+
+def test_compile__without_graph_breaks():
+    encoder = covft.wrap(timm_vit(), TEXTS, layers=[1], feature_layer=-2).eval()
+    images, features = torch.randn(2, 3, 32, 32), encoder.encode_text(QUESTIONS)
+    with torch.no_grad():
+        encoder(images, features)
+        wanted = encoder(images, features)
+        compiled = torch.compile(encoder, backend="aot_eager", fullgraph=True)
+        assert torch.allclose(compiled(images, features), wanted, atol=1e-5)
