@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from covft import saving
+from covft import compression, saving
 from covft.adapters.spec import ViTSpec
+from covft.compression import CompressionReport
 from covft.conditioning import Conditioning, Scope
 from covft.config import CoVFTConfig
 from covft.errors import (
+    ConfigError,
     MergeError,
     MissingContextError,
     ReentrantCheckpointError,
@@ -23,6 +26,7 @@ from covft.errors import (
     TextEncoderError,
     UnsupportedViTError,
 )
+from covft.nn.experts import Experts
 from covft.nn.losses import load_balance_loss
 from covft.slot import AdaptedFFN, Original
 from covft.text import CachedTextEncoder, TextEncoder
@@ -387,6 +391,59 @@ class ContextEncoder(nn.Module):
                 expected="gradient_checkpointing_enable() or set_grad_checkpointing()",
                 fix="torch.utils.checkpoint.checkpoint(encoder, images, texts, use_reentrant=False)",
             )
+
+    def set_recompute(self, recompute: str) -> None:
+        """Choose what backward computes again of whole experts, instead of keeping it.
+
+        Args:
+            recompute: `"none"`, `"activation"` or `"all"`; see `CoVFTConfig`.
+
+        Raises:
+            ConfigError: If it is not known.
+        """
+        self.covft_config = dataclasses.replace(self.covft_config, recompute=recompute)
+        for slot in self.slots().values():
+            if isinstance(slot.experts, Experts):
+                slot.experts.recompute = recompute
+
+    def skip_experts(self, below: float) -> None:
+        """In eval mode, leave out experts whose weight for an image is small; the others' weights are scaled up.
+
+        Not exact, and off (0) unless asked for. Low-rank experts cost too little to be left out.
+
+        Args:
+            below: Weights under this are left out; 0 leaves out none.
+
+        Raises:
+            ConfigError: If it is not in [0, 1 / experts]: some expert has to be left.
+        """
+        if not 0 <= below <= 1 / self.covft_config.experts:
+            raise ConfigError(
+                f"below={below} could leave an image without any expert.",
+                expected=f"0 to {1 / self.covft_config.experts:g}  ({self.covft_config.experts} experts)",
+                got=below,
+            )
+        for slot in self.slots().values():
+            if isinstance(slot.experts, Experts):
+                slot.experts.skip_below = below
+
+    def compress(self, rank: int, images: Tensor | None = None, text: Any = None) -> CompressionReport:
+        """Store trained experts as one FFN that they share and differences of low rank, in place.
+
+        It makes inference cheaper: the shared products are computed once. What is lost is in the report.
+
+        Args:
+            rank: Rank of the differences, such as 64.
+            images: As for calling the encoder, to measure the error of outputs.
+            text: As for calling the encoder.
+
+        Returns:
+            Parameters before and after, and errors of weights and outputs.
+
+        Raises:
+            UnsupportedViTError: If the experts cannot be compressed; nothing has changed then.
+        """
+        return compression.compress(self, rank, images, text)
 
     def merge(self) -> None:
         """Refused: there is no exact merge.

@@ -15,6 +15,7 @@ from covft.conditioning import Conditioning
 from covft.config import CoVFTConfig
 from covft.encoder import ContextEncoder
 from covft.errors import ConfigError, LayerIndexError, TextEncoderError, UnsupportedViTError
+from covft.nn.split import SecondHalf, SplitFFN
 from covft.sharding import (
     assign,
     full,
@@ -124,6 +125,8 @@ def wrap(
         image_axes=spec.image_axes,
         sizes_argument=spec.sizes_argument,
         sizes_unit=spec.sizes_unit,
+        mask_prefix=spec.num_prefix_tokens or 0,
+        has_batch_norm=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in vit.modules()),
     )
     slots = _build_slots(vit, spec, settings, conditioning, None if texts is None else texts.width)
     # From here on nothing can fail that has not been checked.
@@ -167,10 +170,14 @@ def unwrap(encoder: ContextEncoder) -> nn.Module:
     run_again(vit)
     for path, ffn in original.ffns.items():
         slot = vit.get_submodule(path)
-        assert isinstance(slot, AdaptedFFN)
-        _follow(ffn, slot.experts.prototype)
+        _follow(ffn, _first_expert(slot))
         ffn.train(slot.training)
+    for path, ffn in original.ffns.items():
         _set_submodule(vit, path, ffn)
+    if encoder.conditioning.has_batch_norm:
+        for module in vit.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = vit.training  # which the slots and the tower had switched off
     with torch.no_grad():
         for name, value in original.values.items():
             parameter = vit.get_parameter(name)
@@ -321,13 +328,18 @@ def _build_slots(
     vit: nn.Module, spec: ViTSpec, settings: CoVFTConfig, conditioning: Conditioning, width: int | None
 ) -> dict[int, AdaptedFFN]:
     slots: dict[int, AdaptedFFN] = {}
+    plans: dict[Any, Any] = {}
     for layer in settings.layers or ():
         block = spec.blocks[layer]
         ffn = vit.get_submodule(block.mlp_path)
+        if block.output_path is not None:
+            second = vit.get_submodule(block.output_path)
+            ffn = SplitFFN(ffn, second, adds_residual=block.adds_residual)
         with gathered(ffn.parameters()):
             slots[layer] = AdaptedFFN(
                 ffn,
                 conditioning,
+                layout=block.layout,
                 embed_dim=block.embed_dim,
                 context_dim=width,
                 num_experts=settings.experts,
@@ -337,6 +349,9 @@ def _build_slots(
                 activation=settings.activation,
                 num_heads=settings.num_heads,
                 eval_seed=layer,
+                expert_rank=settings.expert_rank,
+                recompute=settings.recompute,
+                plans=plans,
             )
         partition_like(ffn.parameters(), slots[layer])
         for module in slots[layer].modules():
@@ -349,10 +364,15 @@ def _install(vit: nn.Module, spec: ViTSpec, settings: CoVFTConfig, slots: dict[i
     original = Original(requires_grad={name: p.requires_grad for name, p in vit.named_parameters()})
     vit.requires_grad_(False)
     for layer, slot in slots.items():
-        path = spec.blocks[layer].mlp_path
+        block = spec.blocks[layer]
+        places: dict[str, nn.Module] = dict.fromkeys((block.mlp_path, *block.aliases), slot)
+        if block.output_path is not None:
+            places[block.output_path] = SecondHalf(slot)
         # Whole on every process: Trainer saves on one alone, where nothing can be gathered.
-        original.ffns[path] = whole_copy(vit.get_submodule(path))
-        _set_submodule(vit, path, slot)
+        copies = {path: whole_copy(vit.get_submodule(path)) for path in places if path not in block.aliases}
+        for path, place in places.items():
+            original.ffns[path] = copies.get(path, copies[block.mlp_path])
+            _set_submodule(vit, path, place)
     for name in _norm_parameters(vit, spec, slots, settings.train_norms):
         parameter = vit.get_parameter(name)
         original.values[name] = full(parameter).clone()
@@ -378,6 +398,15 @@ def _norm_parameters(vit: nn.Module, spec: ViTSpec, layers: Iterable[int], train
             module = vit.get_submodule(f"{block.path}.{norm}")
             names += [f"{block.path}.{norm}.{name}" for name, _ in module.named_parameters(recurse=False)]
     return names
+
+
+def _first_expert(slot: nn.Module) -> nn.Module:
+    """What of a slot, or of what stands beside it, is the copy of a module that was replaced."""
+    if isinstance(slot, SecondHalf):
+        return slot.slot.experts.prototype.output
+    assert isinstance(slot, AdaptedFFN)
+    expert = slot.experts.prototype
+    return expert.intermediate if isinstance(expert, SplitFFN) else expert
 
 
 def _follow(ffn: nn.Module, expert: nn.Module) -> None:

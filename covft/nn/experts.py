@@ -31,27 +31,35 @@ class Experts(nn.ModuleList):
             layers, which are kept; `"all"`, where the tokens alone are kept.
         plan: How the experts compute, if it is known.
         why_not: Why it is not known.
+        skip_below: In eval mode, experts with smaller weights are left out for an image; 0 leaves out none.
     """
 
     recompute: str = "none"
+    skip_below: float = 0.0
     plan: FFNPlan | None = None
     why_not: str = "it was not looked for"
 
     @classmethod
-    def upcycled(cls, ffn: nn.Module, num_experts: int, *, recompute: str = "none") -> Experts:
+    def upcycled(
+        cls, ffn: nn.Module, num_experts: int, *, recompute: str = "none", plans: dict[Any, Any] | None = None
+    ) -> Experts:
         """Make experts that are exact, trainable copies of a pretrained FFN.
 
         Args:
             ffn: The FFN; it is copied, never changed.
             num_experts: Number of copies E.
             recompute: What backward computes again.
+            plans: What was found of FFNs of the same ViT, by their form; added to. To look takes a moment.
         """
         experts = cls(copy.deepcopy(ffn) for _ in range(num_experts))
         for parameter in experts.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
         experts.recompute = recompute
-        experts.plan, experts.why_not = FFNPlan.of(ffn)
+        plans, form = {} if plans is None else plans, FFNPlan.form_of(ffn)
+        if form not in plans:
+            plans[form] = FFNPlan.of(ffn)
+        experts.plan, experts.why_not = plans[form]
         return experts
 
     @property
@@ -59,8 +67,9 @@ class Experts(nn.ModuleList):
         """What foreign code sees in the place of the FFN: the first expert."""
         return self[0]
 
-    def extra_repr(self) -> str:
-        """What backward computes again, and whether the experts are called one by one for it."""
+    @property
+    def way(self) -> str:
+        """What backward computes again, and why the experts are called one by one if they are."""
         return f"recompute={self.recompute!r}" + ("" if self.plan else f", one by one: {self.why_not}")
 
     def forward(self, x: Tensor, routing: Routing, *args: Any, **kwargs: Any) -> Tensor:
@@ -75,14 +84,21 @@ class Experts(nn.ModuleList):
         Returns:
             What the FFN would have returned, mixed; same shape and type.
         """
-        if routing.expert_ids_BK is None:
-            return self._mix(x, routing.weights_BE, list(self), *args, **kwargs)
+        weights_BE, chosen_BE = routing.weights_BE, None
+        if routing.expert_ids_BK is not None:
+            chosen_BE = torch.zeros_like(weights_BE, dtype=torch.bool).scatter(1, routing.expert_ids_BK, True)
+        elif self.skip_below and not self.training:
+            chosen_BE = weights_BE >= self.skip_below
+            weights_BE = weights_BE * chosen_BE
+            weights_BE = weights_BE / weights_BE.sum(dim=-1, keepdim=True)
+        if chosen_BE is None:
+            return self._mix(x, weights_BE, list(self), *args, **kwargs)
         mixed: Tensor | None = None
         for index, expert in enumerate(self):
-            rows = (routing.expert_ids_BK == index).any(dim=-1).nonzero().squeeze(-1)
+            rows = chosen_BE[:, index].nonzero().squeeze(-1)
             # An expert that no image chose still runs, on zero rows: its parameters then have a
             # gradient of zeros on every process, which gradient reduction across processes needs.
-            weights_B1 = routing.weights_BE[rows, index : index + 1]
+            weights_B1 = weights_BE[rows, index : index + 1]
             output = self._mix(x.index_select(0, rows), weights_B1, [expert], *args, **kwargs)
             start = output.new_zeros(x.shape[0], *output.shape[1:]) if mixed is None else mixed
             mixed = start.index_add(0, rows, output)

@@ -148,6 +148,11 @@ class LowRankExperts(nn.Module):
         return self.num_experts
 
     @property
+    def way(self) -> str:
+        """How the experts are made, for `print`."""
+        return f"expert_rank={self.rank}"
+
+    @property
     def prototype(self) -> nn.Module:
         """What foreign code sees in the place of the FFN: what all experts share."""
         return self.shared

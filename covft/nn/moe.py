@@ -39,6 +39,7 @@ class ContextualMoE(nn.Module):
         eval_seed: Seed of `"random"` in eval mode.
         expert_rank: None for whole experts; a number for experts that share the FFN and differ at that rank.
         recompute: What backward computes again of whole experts: `"none"`, `"activation"` or `"all"`.
+        plans: As for `Experts.upcycled`.
 
     Example:
         >>> ffn = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
@@ -62,6 +63,7 @@ class ContextualMoE(nn.Module):
         eval_seed: int = 0,
         expert_rank: int | None = None,
         recompute: str = "none",
+        plans: dict[Any, Any] | None = None,
     ) -> None:
         super().__init__()
         like = next((p for p in ffn.parameters() if p.is_floating_point()), None)
@@ -82,10 +84,14 @@ class ContextualMoE(nn.Module):
         )
         self.experts: Experts | LowRankExperts
         if expert_rank is None:
-            self.experts = Experts.upcycled(ffn, num_experts, recompute=recompute)
+            self.experts = Experts.upcycled(ffn, num_experts, recompute=recompute, plans=plans)
         else:
             self.experts = LowRankExperts(ffn, num_experts, expert_rank)
         self.train(ffn.training)
+
+    def extra_repr(self) -> str:
+        """How the experts run, for `print`."""
+        return self.experts.way
 
     @property
     def needs_text(self) -> bool:

@@ -67,6 +67,12 @@ class FFNPlan:
                 return plan, ""
         return None, _OTHER_FORM
 
+    @staticmethod
+    def form_of(ffn: nn.Module) -> tuple[Any, ...]:
+        """What FFNs of one ViT have in common that have the same plan: class, modules, functions."""
+        functions = tuple(id(value) for value in vars(ffn).values() if callable(value))
+        return (type(ffn), repr(ffn), functions)
+
     def weights(self, ffn: nn.Module) -> list[Tensor | None]:
         """Weight and bias of each linear layer of an FFN, the last layer's at the end."""
         layers: list[Any] = [ffn.get_submodule(name) for name in (*self.first, self.last)]
