@@ -13,11 +13,13 @@ from covft.text.open_clip import OpenCLIPTextEncoder
 from covft.text.precomputed import PrecomputedFeatures
 from covft.text.resolve import as_text_encoder
 from covft.text.sentence_transformers import SentenceTransformersEncoder
+from covft.text.table import FeatureTable
 
 __all__ = [
     "CachedTextEncoder",
     "CallableTextEncoder",
     "FeatureCache",
+    "FeatureTable",
     "HFTextEncoder",
     "HashTextEncoder",
     "OpenCLIPTextEncoder",

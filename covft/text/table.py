@@ -1,0 +1,164 @@
+"""Features of known texts, computed beforehand and kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from covft.errors import TextEncoderError
+from covft.folder import written_aside
+from covft.text.base import CachedTextEncoder, TextEncoder, check_texts, shown
+
+_CHUNK = 256  # texts between two steps of a progress bar
+
+
+class FeatureTable(CachedTextEncoder):
+    """Looks texts up instead of encoding them: for training over a data set, whose questions are known.
+
+    It goes by the name of the encoder that made the features, so a tower that is trained with it is saved as one that
+    belongs to that encoder.
+
+    Args:
+        digests: SHA-256 of each text, shape `(S, 32)`, uint8.
+        features: Features of each text, shape `(S, C)`.
+        name: Name of the encoder that made them.
+        fallback: Encodes texts that are not in the table; None makes them an error.
+
+    Raises:
+        TextEncoderError: If the two do not fit together, or the fallback is of another width.
+
+    Example:
+        >>> from covft.text import HashTextEncoder
+        >>> table = FeatureTable.precompute(HashTextEncoder(8), ["how many?", "where?"])
+        >>> table.encode(["where?"]).shape
+        torch.Size([1, 8])
+    """
+
+    def __init__(self, digests: Tensor, features: Tensor, name: str, fallback: TextEncoder | None = None) -> None:
+        if digests.shape != (len(features), 32) or features.dim() != 2 or not len(features):
+            raise TextEncoderError(
+                "These are no features of texts.",
+                expected="digests (S, 32) and features (S, C), S >= 1",
+                got=f"{tuple(digests.shape)} and {tuple(features.shape)}",
+            )
+        if fallback is not None and fallback.width != features.shape[1]:
+            raise TextEncoderError(
+                "The fallback is another encoder than the one that made the features.",
+                expected=f"width {features.shape[1]} ({name})",
+                got=f"width {fallback.width} ({fallback.name})",
+            )
+        super().__init__(name, cache_bytes=0)
+        self.width = int(features.shape[1])
+        self.fallback = fallback
+        self._features = features
+        self._rows = {bytes(digest): row for row, digest in enumerate(digests.numpy())}
+
+    def __len__(self) -> int:
+        """Number of texts S."""
+        return len(self._rows)
+
+    @classmethod
+    def precompute(
+        cls, text_encoder: TextEncoder, texts: Iterable[str], path: str | Path | None = None, *, show: bool = False
+    ) -> FeatureTable:
+        """Encode texts, each distinct one once.
+
+        Args:
+            text_encoder: What encodes them; see `covft.text.as_text_encoder`.
+            texts: Any number of texts, with repetitions.
+            path: Where to write the table, a `.safetensors` file; None keeps it in memory.
+            show: Whether to show a progress bar.
+
+        Raises:
+            TextEncoderError: If a text is empty, or there is none.
+        """
+        distinct = list(dict.fromkeys(check_texts(list(texts))))
+        if not distinct:
+            raise TextEncoderError("There are no texts to encode.", expected="at least one text", got="none")
+        rows: list[Tensor] = []
+        with _bar(len(distinct), show) as step:
+            for start in range(0, len(distinct), _CHUNK):
+                chunk = distinct[start : start + _CHUNK]
+                rows.append(text_encoder.encode(chunk).cpu())
+                step(len(chunk))
+        table = cls(_digests(distinct), torch.cat(rows), text_encoder.name)
+        if path is not None:
+            table.save(path)
+        return table
+
+    def save(self, path: str | Path) -> None:
+        """Write the table, aside and then renamed.
+
+        Args:
+            path: A `.safetensors` file.
+        """
+        digests = torch.frombuffer(bytearray(b"".join(self._rows)), dtype=torch.uint8).view(-1, 32)
+        tensors = {"digests": digests.clone(), "features": self._features.contiguous()}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(Path(path)) as aside:
+            save_file(tensors, aside, {"format": "pt", "covft": "text features", "name": self.name})
+
+    @classmethod
+    def load(cls, path: str | Path, fallback: TextEncoder | None = None) -> FeatureTable:
+        """Read a table.
+
+        Args:
+            path: What `save` wrote.
+            fallback: Encodes texts that are not in the table.
+
+        Raises:
+            TextEncoderError: If the file is missing, cut short, or no table.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                if about.get("covft") != "text features":
+                    raise TextEncoderError(
+                        f"{path} holds no text features.", expected="a file that `covft precompute` wrote"
+                    )
+                return cls(file.get_tensor("digests"), file.get_tensor("features"), about["name"], fallback)
+        except (OSError, SafetensorError) as error:
+            raise TextEncoderError(f"{path} cannot be read.", got=str(error)) from error
+
+    def _encode_one(self, text: str) -> Tensor:
+        row = self._rows.get(hashlib.sha256(text.encode()).digest())
+        if row is not None:
+            return self._features[row : row + 1]
+        if self.fallback is None:
+            raise TextEncoderError(
+                f"The table has no features of {shown(text)}.",
+                expected=f"one of the {len(self)} texts that were encoded beforehand",
+                got="another text",
+                fix="FeatureTable.load(path, fallback=text_encoder), or encode the texts of all data",
+            )
+        return self.fallback.encode([text])
+
+
+def _digests(texts: list[str]) -> Tensor:
+    joined = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
+    return torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, 32)
+
+
+class _bar:
+    """A progress bar, or nothing."""
+
+    def __init__(self, total: int, show: bool) -> None:
+        self.bar: Any = None
+        if show:
+            from tqdm.auto import tqdm  # comes with huggingface_hub
+
+            self.bar = tqdm(total=total, unit="text", desc="encoding texts")
+
+    def __enter__(self) -> Any:
+        return self.bar.update if self.bar is not None else lambda _: None
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()

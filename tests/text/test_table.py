@@ -1,0 +1,86 @@
+"""Features that were computed beforehand: the encoder's own, from a file that is whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import covft
+from covft.errors import TextEncoderError
+from covft.text import FeatureTable, HashTextEncoder
+from tests.towers import TOWERS
+
+TEXTS = ["what is left of the cup?", "how many people are there?", "où est le chien ?", "what is left of the cup?"]
+
+
+class Counting(HashTextEncoder):
+    def __init__(self, width):
+        super().__init__(width)
+        self.seen = []
+
+    def encode(self, texts):
+        self.seen += texts
+        return super().encode(texts)
+
+
+def test_precompute__each_distinct_text_once_and_the_same_features(tmp_path):
+    encoder = Counting(16)
+    path = tmp_path / "folder" / "texts.safetensors"
+    table = FeatureTable.precompute(encoder, TEXTS, path)
+    assert encoder.seen == TEXTS[:3]
+    assert len(table) == 3
+    wanted = HashTextEncoder(16).encode(TEXTS)
+    for found in (table, FeatureTable.load(path)):
+        assert found.width == 16
+        assert found.name == encoder.name
+        assert torch.equal(found.encode(TEXTS), wanted)
+    assert [entry.name for entry in path.parent.iterdir()] == ["texts.safetensors"]
+
+
+def test_precompute__more_texts_than_one_step():
+    texts = [f"question {number}?" for number in range(700)]
+    table = FeatureTable.precompute(HashTextEncoder(4), texts)
+    assert torch.equal(table.encode(texts[::-1]), HashTextEncoder(4).encode(texts[::-1]))
+
+
+def test_table__a_text_that_is_not_in_it(tmp_path):
+    table = FeatureTable.precompute(HashTextEncoder(16), TEXTS, tmp_path / "texts.safetensors")
+    with pytest.raises(TextEncoderError, match=r"no features of 'who\?'"):
+        table.encode([TEXTS[0], "who?"])
+    fallback = FeatureTable.load(tmp_path / "texts.safetensors", fallback=Counting(16))
+    assert torch.equal(fallback.encode(["who?", TEXTS[0]]), HashTextEncoder(16).encode(["who?", TEXTS[0]]))
+    assert fallback.fallback.seen == ["who?"]
+    with pytest.raises(TextEncoderError, match="another encoder"):
+        FeatureTable.load(tmp_path / "texts.safetensors", fallback=HashTextEncoder(8))
+
+
+def test_table__stands_where_its_encoder_stood(tmp_path):
+    tower = TOWERS[0]
+    torch.manual_seed(0)
+    vit = tower.build().eval()
+    encoder = covft.wrap(vit, FeatureTable.precompute(HashTextEncoder(16), TEXTS), layers=[1])
+    images = tower.images(2)
+    output = encoder(images, TEXTS[:2])
+    encoder.set_text_encoder(HashTextEncoder(16))
+    assert torch.equal(encoder(images, TEXTS[:2]), output)
+    assert encoder.text_name == HashTextEncoder(16).name
+
+
+def test_load__what_is_no_table(tmp_path):
+    from safetensors.torch import save_file
+
+    FeatureTable.precompute(HashTextEncoder(16), TEXTS, tmp_path / "texts.safetensors")
+    content = (tmp_path / "texts.safetensors").read_bytes()
+    (tmp_path / "short.safetensors").write_bytes(content[:-50])
+    save_file({"features": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    for name, problem in (
+        ("short", "cannot be read"),
+        ("nothing", "cannot be read"),
+        ("other", "holds no text features"),
+    ):
+        with pytest.raises(TextEncoderError, match=problem):
+            FeatureTable.load(tmp_path / f"{name}.safetensors")
+    with pytest.raises(TextEncoderError, match="no texts"):
+        FeatureTable.precompute(HashTextEncoder(16), [])
+    with pytest.raises(TextEncoderError, match="is empty"):
+        FeatureTable.precompute(HashTextEncoder(16), ["what?", " "])
