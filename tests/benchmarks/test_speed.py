@@ -1,0 +1,83 @@
+"""The speed benchmark: its two sides compute the same, and its command writes what it says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks.speed.__main__ import main
+from benchmarks.speed.baseline import ObviousMoE
+from benchmarks.speed.cases import TINY, Block, Tower
+from benchmarks.speed.measure import bytes_for_backward, flops, interleaved
+
+
+@pytest.mark.parametrize("routing", ["dense", "sparse"])
+def test_baseline__has_the_values_and_gradients_of_covft(routing):
+    block = Block(TINY, batch=3, experts=4, routing=routing, dtype=torch.float64)
+    assert isinstance(block.baseline, ObviousMoE)
+    results = []
+    for run in block.ways(("baseline", "none", "activation", "all")).values():
+        output = run()
+        (output * torch.linspace(0, 1, output.numel(), dtype=torch.float64).view_as(output)).sum().backward()
+        gradients = [block.x.grad, *(p.grad for p in block.moe.experts.parameters())]
+        if gradients[1] is None:
+            gradients = [block.x.grad, *(p.grad for p in block.baseline.experts.parameters())]
+        results.append([output.detach(), *(g.clone() for g in gradients)])
+        block.forget()
+    for found in results[1:]:
+        assert all(
+            torch.allclose(one, other, rtol=1e-10, atol=1e-12) for one, other in zip(found, results[0], strict=True)
+        )
+    assert block.check() < 1e-10
+
+
+def test_baseline__other_numbers_are_not_timed():
+    block = Block(TINY, batch=2, experts=2, routing="dense", dtype=torch.float32)
+    with torch.no_grad():
+        block.baseline.gate.bias.add_(torch.tensor([1.0, 0.0]))
+    with pytest.raises(RuntimeError, match="nothing is timed"):
+        block.check()
+
+
+def test_tower__the_obvious_one_has_the_features_of_covft():
+    tower = Tower(TINY, batch=2)
+    own, obvious = tower.wrapped().eval(), tower.obvious().eval()
+    with torch.no_grad():
+        one, other = tower.forward(own)(), tower.forward(obvious)()
+    assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_measure__counts_what_it_says():
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
+    assert flops(lambda: x @ weight.t()) == 2 * 4 * 8 * 16
+    # The product keeps both factors, the exponential its result.
+    assert bytes_for_backward(lambda: (x @ weight.t()).exp(), [weight]) == 4 * 8 * 4 + 4 * 16 * 4
+    timings = interleaved({"a": lambda: None, "b": lambda: torch.ones(2)}, runs=3)
+    assert all(len(timing.runs) == 3 and timing.best <= timing.median for timing in timings.values())
+
+
+def test_command__writes_results_page_and_plots(tmp_path):
+    import typer
+
+    app = typer.Typer()
+    app.command()(main)
+    options = ["--tiny", "--runs", "2", "--output", str(tmp_path / "results"), "--pages", str(tmp_path / "page")]
+    first = CliRunner().invoke(app, [*options, "--part", "block", "--part", "experts", "--part", "tower"])
+    assert first.exit_code == 0, first.output
+    second = CliRunner().invoke(app, [*options, "--part", "compressed", "--part", "wrap"])
+    assert second.exit_code == 0, second.output
+    records = json.loads((tmp_path / "results" / "results.json").read_text())["records"]
+    assert {record["kind"] for record in records} == {"block", "tower", "compressed", "wrap"}
+    page = (tmp_path / "page" / "index.md").read_text()
+    for heading in (
+        "One block, float32",
+        "Over the number of experts",
+        "The whole tower",
+        "Compressed experts",
+        "wrap()",
+    ):
+        assert f"## {heading}" in page
+    assert (tmp_path / "page" / "block.svg").is_file()
