@@ -1,4 +1,4 @@
-"""The `covft` command: describe a ViT, run the miniature benchmark, tell versions."""
+"""The `covft` command: describe a ViT, encode instructions, run the miniature benchmark, tell versions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 from covft import __version__
@@ -273,6 +274,26 @@ def mini(context: typer.Context) -> None:
     from covft.mini.cli import app as mini_app
 
     mini_app(args=context.args, prog_name="covft mini")
+
+
+@app.command()
+def precompute(
+    annotation: Annotated[Path, typer.Argument(help="LLaVA's JSON or JSONL, or InternVL's meta file.")],
+    output: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    text_encoder: Annotated[str, typer.Option(help="Id or folder of the text encoder.")],
+    instruction: Annotated[str, typer.Option(help="Turns of the user: all, first or last.")] = "all",
+    empty: Annotated[str | None, typer.Option(help="What is read where the user says nothing.")] = None,
+) -> None:
+    """Encode the instructions of a data set once, for `covft.text.FeatureTable.load`."""
+    from covft.data import open_rows, questions_of
+    from covft.text import FeatureTable, as_text_encoder
+
+    found = list(questions_of(open_rows(annotation), instruction, empty=empty))
+    texts = [text for text in found if text]
+    table = FeatureTable.precompute(as_text_encoder(text_encoder), texts, output, show=sys.stderr.isatty())
+    typer.echo(f"{len(table)} distinct instructions of {len(found)} rows, {table.width} numbers each: {output}")
+    if len(texts) < len(found):
+        typer.echo(f"{len(found) - len(texts)} rows have none or cannot be read", err=True)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from covft.data.images import ImageFolder, ImageStore, TarImages
 from covft.data.internvl import InternVLRows, MetaEntry, read_meta
 from covft.data.llava import LlavaRows
 from covft.data.placeholders import ImageText
+from covft.data.questions import open_rows, questions_of
 from covft.data.records import JsonRecords
 from covft.data.rows import IMAGE_TAG, Row, RowSource, parse_row
 from covft.data.spans import answer_spans
@@ -53,8 +54,10 @@ __all__ = [
     "drop_dummies",
     "encode_conversation",
     "instruction_text",
+    "open_rows",
     "pad_to_square",
     "parse_row",
+    "questions_of",
     "read_meta",
     "tile_grid",
     "tile_image",

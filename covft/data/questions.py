@@ -1,0 +1,48 @@
+"""The instructions of a whole data set, for text features that are computed beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from covft.data.broken import DataError
+from covft.data.conversation import instruction_text
+from covft.data.internvl import InternVLRows
+from covft.data.llava import LlavaRows
+from covft.data.rows import RowSource
+
+
+def open_rows(path: str | Path) -> RowSource:
+    """The rows of an annotation file, LLaVA's JSON or JSONL, or of InternVL's meta file.
+
+    Args:
+        path: The file; it is a meta file if it holds a JSON object whose values have an `annotation`.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            start = file.read(4096)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    is_meta = start.lstrip().startswith("{") and '"annotation"' in start and '"conversations"' not in start
+    return InternVLRows(path) if is_meta else LlavaRows(path)
+
+
+def questions_of(source: RowSource, instruction: str = "all", *, empty: str | None = None) -> Iterator[str | None]:
+    """What the text encoder reads of each row; no image is opened.
+
+    Args:
+        source: The rows.
+        instruction: Which turns of the user: `"all"`, `"first"` or `"last"`.
+        empty: What stands for an instruction where the user says nothing.
+
+    Yields:
+        The instruction; None for a row that cannot be used.
+    """
+    for number in range(len(source)):
+        try:
+            yield instruction_text(source[number], instruction) or empty
+        except DataError:
+            yield None
