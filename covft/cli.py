@@ -18,6 +18,7 @@ try:
     import typer
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 except ModuleNotFoundError as error:
     raise MissingDependencyError(
@@ -65,7 +66,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 @app.command()
 def describe(
-    model: Annotated[str, typer.Argument(help="timm:NAME, open_clip:NAME or hf:ID_OR_FOLDER.")],
+    model: Annotated[str | None, typer.Argument(help="timm:NAME, open_clip:NAME or hf:ID_OR_FOLDER.")] = None,
+    everything: Annotated[
+        str | None, typer.Option("--all", help="Instead of a model: all of timm, open_clip or transformers.")
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option(help="Blocks, as in 11-22 or 3,5,-2; by default the latter half but the last."),
@@ -80,6 +84,18 @@ def describe(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the blocks of a ViT, what would be wrapped, and what that adds. No weights are loaded."""
+    if (model is None) == (everything is None):
+        raise ConfigError(
+            "covft describe takes a model, or --all and a library.",
+            expected="one of the two",
+            got="neither" if model is None else "both",
+            fix="covft describe timm:test_vit, or covft describe --all timm",
+        )
+    if model is None:
+        from covft.adapters.coverage import load_coverage
+
+        _print_coverage(Console(), load_coverage(str(everything)), as_json=as_json)
+        return
     facts = gather(
         model,
         text_width=text_width,
@@ -262,6 +278,37 @@ def _summary(facts: dict[str, Any]) -> list[str]:
         return [*lines, f"FLOPs added:                   unknown ({reason})"]
     per_image = f"per image of {facts['num_tokens']} tokens, forward"
     return [*lines, f"FLOPs added:                   {facts['net_flops'] / 1e9:,.1f} G  ({per_image})"]
+
+
+def _print_coverage(console: Console, coverage: Any, *, as_json: bool) -> None:
+    """The table of a library: which of its models are wrapped, how many FFNs they have, why others are refused."""
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(coverage), indent=2))
+        return
+    counts = {verdict: coverage.count(verdict) for verdict in ("wrapped", "refused", "failed")}
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    console.print(
+        f"{coverage.library} {coverage.version}: {coverage.count()} models with attention, {told}",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for name in ("class", "verdict", "models", "FFNs", "layouts or reason", "such as"):
+        table.add_column(name, justify="right" if name in ("models", "FFNs") else "left")
+    for row in coverage.rows:
+        fewest, most = row.blocks
+        table.add_row(
+            row.class_name,
+            row.verdict,
+            str(len(row.models)),
+            "" if not most else str(most) if fewest == most else f"{fewest} to {most}",
+            escape(", ".join(row.layouts) if row.verdict == "wrapped" else row.reason),
+            row.models[0],
+        )
+    # As wide as it needs, whatever the terminal, like the table of one model.
+    table.width = Console(width=1000).measure(table).maximum
+    console.print(table, soft_wrap=True, highlight=False)
 
 
 # ------------------------------------------------------------------------------------------ the others

@@ -29,7 +29,7 @@ import math
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class Scope:
         shared: Whether the one text is for all images, however many.
         mask_BN: True where a token counts, shape `(B, N)`; None where all do.
         segments: Which tokens belong to which image, in a run of a packed tower; None elsewhere.
+        num_images: Images in a run of the tower; None where its input does not tell.
         seed: Of random routing in training mode.
         per_row: Images per row of a batch whose rows may all be repeated before the ViT runs, as `generate` does for
             beams; None where nothing is repeated.
@@ -64,6 +65,7 @@ class Scope:
         "index",
         "is_run",
         "mask_BN",
+        "num_images",
         "per_row",
         "seed",
         "segments",
@@ -86,6 +88,7 @@ class Scope:
         self.shared = shared
         self.mask_BN = mask_BN
         self.segments = segments
+        self.num_images: int | None = None
         self.per_row: int | None = None
         self.seed = seed
         self.grad_enabled = torch.is_grad_enabled()
@@ -148,6 +151,11 @@ class Conditioning:
         image_axes: How many leading axes of the ViT's input, and of the mask, count images.
         sizes_argument: Name of the argument of a packed ViT that has the sides of each image, or None.
         sizes_unit: The length of a side that makes one token.
+        mask_padding: Where the mask's argument tells several numbers of each token: what all are for padding.
+        sizes_square: Where sides count squares of tokens: how many tokens such a square is high and wide.
+        merges: Whether tokens of a packed ViT are merged on the way, equally many into one.
+        mask_prefix: Tokens of an image before those that the mask, or its sides, are about; they all count.
+        has_batch_norm: Whether the ViT has batch norms, whose statistics are kept as they are.
     """
 
     def __init__(
@@ -160,6 +168,11 @@ class Conditioning:
         image_axes: int = 1,
         sizes_argument: str | None = None,
         sizes_unit: int = 1,
+        mask_padding: int | None = None,
+        sizes_square: int = 1,
+        merges: bool = False,
+        mask_prefix: int = 0,
+        has_batch_norm: bool = False,
     ) -> None:
         self.needs_text = needs_text
         self.draws_seeds = draws_seeds
@@ -168,6 +181,11 @@ class Conditioning:
         self.image_axes = image_axes
         self.sizes_argument = sizes_argument
         self.sizes_unit = sizes_unit
+        self.mask_padding = mask_padding
+        self.sizes_square = sizes_square
+        self.merges = merges
+        self.mask_prefix = mask_prefix
+        self.has_batch_norm = has_batch_norm
         self._local = _Local()
         self._noted: weakref.WeakKeyDictionary[Any, Scope] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
@@ -243,14 +261,32 @@ class Conditioning:
         return scope
 
     def enter_tower(self, vit: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the ViT: check the batch before any compute and open the run's scope."""
+        """Forward pre-hook of the ViT: check the batch before any compute and open the run's scope.
+
+        Raises:
+            MissingContextError: If no text was given.
+            ShapeError: If the text is for another number of images, or images are packed in a way that is not known.
+        """
         parent = self.require()
         images = _images(vit, args, kwargs)
+        if (
+            self.sizes_argument is None
+            and isinstance(images, Tensor)
+            and images.is_floating_point()
+            and images.dim() == 2
+        ):
+            raise ShapeError(
+                f"{type(vit).__name__} is given patches as one sequence, so which image each belongs to is not known.",
+                expected="images (B, 3, H, W), or tokens (B, N, D)",
+                got=f"shape {tuple(images.shape)}",
+                fix="one call per size of image; or adapter=ViTFamily(..., layout='TD', sizes_argument=...)",
+            )
         segments = self._segments(vit, args, kwargs, images)
-        if parent is not None and segments is not None:
-            parent.text_for(len(segments))
-        elif parent is not None and isinstance(images, Tensor) and (images.dim() in (3, 4) or self.image_axes > 1):
-            parent.text_for(math.prod(images.shape[: self.image_axes]))
+        num_images = self._count(images) if segments is None else len(segments)
+        if parent is not None and num_images is not None:
+            parent.text_for(num_images)
+        if self.has_batch_norm and vit.training:
+            _keep_statistics(vit)
         scope = Scope(
             None if parent is None else parent.text_features,
             None if parent is None else parent.index,
@@ -260,6 +296,7 @@ class Conditioning:
             shared=parent is not None and parent.shared,
         )
         scope.is_run = True
+        scope.num_images = num_images
         if parent is not None:
             scope.grad_enabled = parent.grad_enabled
             scope.per_row = parent.per_row
@@ -277,20 +314,67 @@ class Conditioning:
         Args:
             scope: The scope of the FFN that runs.
             num_tokens: Tokens of each image N.
+
+        Raises:
+            ShapeError: If the mask is for another number of tokens.
         """
         mask = None if scope is None else scope.mask_BN
-        if mask is None or self.mask_unit is None:
-            return mask
+        if mask is None:
+            return None
+        if self.mask_unit is None:
+            return self._with_prefix(mask, num_tokens)
         in_tile = torch.arange(num_tokens // mask.shape[1], device=mask.device) < self.mask_unit
         mask = mask | ~mask.any(dim=1, keepdim=True)  # an image that is all padding has to have some context
         return (mask[..., None] & in_tile).flatten(1)
 
-    def segments_of(self, scope: Scope | None, device: torch.device) -> Segments | None:
+    def images_of(self, scope: Scope | None, num_rows: int, *, folded: bool) -> int:
+        """How many images the rows that an FFN sees are of.
+
+        Args:
+            scope: The scope of the FFN that runs.
+            num_rows: Rows of what it sees.
+            folded: Whether an image may be several rows.
+
+        Raises:
+            ShapeError: If that cannot be known.
+        """
+        if not folded:
+            return num_rows
+        if scope is not None and scope.num_images is not None:
+            return scope.num_images
+        if scope is None or scope.text_features is None or scope.shared:
+            raise ShapeError(
+                "A block whose rows are parts of images runs by itself, so how many images there are is not known.",
+                expected="a call of the tower, or one text per image",
+                got=f"{num_rows} rows",
+            )
+        return len(scope.text_features if scope.index is None else scope.index)
+
+    def check_rows(self, scope: Scope, num_images: int) -> None:
+        """Refuse an FFN that sees other images than the tower, so that no text meets another's image.
+
+        Args:
+            scope: The scope of the FFN that runs.
+            num_images: How many images it sees.
+
+        Raises:
+            ShapeError: If the tower sees another number.
+        """
+        if scope.num_images not in (None, num_images) and not scope.shared:
+            raise ShapeError(
+                "An FFN sees other rows than the images of the batch, so whose text belongs to them is not known.",
+                expected=f"{scope.num_images} rows, one per image",
+                got=f"{num_images} rows",
+                fix="switch off stochastic depth that leaves out images of a batch; if a row is a part of an image, "
+                "say so: adapter=ViTFamily(..., folded=('mlp',))",
+            )
+
+    def segments_of(self, scope: Scope | None, x: Tensor) -> Segments | None:
         """Which tokens of a packed tower's FFN belong to which image; None for other towers.
 
         Args:
             scope: The scope of the FFN that runs.
-            device: Of its tokens.
+            x: What it gets.
 
         Raises:
             ShapeError: If the tower is packed and this is no run of it.
@@ -303,7 +387,8 @@ class Conditioning:
                 expected=f"a call of the tower, with {self.sizes_argument}=",
                 got="a call of the block",
             )
-        return scope.segments.to(device)
+        segments = scope.segments.merged(x.shape[-2]) if self.merges else scope.segments
+        return segments.to(x.device)
 
     def check_gradients(self, scope: Scope | None, *, training: bool) -> None:
         """Refuse a run without gradients whose results a backward pass would be missing.
@@ -339,10 +424,33 @@ class Conditioning:
         # From torch's own generator, whose state a checkpoint restores before it recomputes.
         return int(torch.randint(2**31, ()).item())
 
+    def _count(self, images: Any) -> int | None:
+        """How many images a call of the ViT is about; None if its input does not tell."""
+        if isinstance(images, Mapping):
+            images = images.get("patches")
+        if isinstance(images, Tensor) and (images.dim() in (3, 4) or self.image_axes > 1):
+            return math.prod(images.shape[: self.image_axes])
+        return None
+
+    def _with_prefix(self, mask_BN: Tensor, num_tokens: int) -> Tensor:
+        if mask_BN.shape[1] == num_tokens:
+            return mask_BN
+        if mask_BN.shape[1] + self.mask_prefix != num_tokens:
+            raise ShapeError(
+                f"{self.mask_argument} is not about the tokens that an FFN sees.",
+                expected=f"{num_tokens} entries per image, or that less {self.mask_prefix} prefix tokens",
+                got=f"{mask_BN.shape[1]} entries",
+            )
+        return torch.nn.functional.pad(mask_BN, (self.mask_prefix, 0), value=True)
+
     def _mask(self, vit: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
         if self.mask_argument is None:
             return None
         mask = _argument(vit, args, kwargs, self.mask_argument)
+        if mask is None and args and isinstance(args[0], Mapping):
+            mask = args[0].get(self.mask_argument)
+        if mask is not None and self.mask_padding is not None:
+            mask = (mask != self.mask_padding).any(dim=-1)
         return None if mask is None else mask.flatten(0, self.image_axes - 1).flatten(1).bool()
 
     def _segments(self, vit: nn.Module, args: tuple, kwargs: dict[str, Any], images: Any) -> Segments | None:
@@ -353,7 +461,8 @@ class Conditioning:
             if images.dim() != 4:
                 return None  # the ViT itself says what is missing
             sizes = [images.shape[-2:]] * len(images)
-        return Segments.of_sizes(sizes, self.sizes_unit, images.device)
+        extra = self.mask_prefix
+        return Segments.of_sizes(sizes, self.sizes_unit, images.device, square=self.sizes_square, extra=extra)
 
 
 class _Local(threading.local):
@@ -371,11 +480,23 @@ _SETTINGS = (
     "image_axes",
     "sizes_argument",
     "sizes_unit",
+    "mask_padding",
+    "sizes_square",
+    "merges",
+    "mask_prefix",
+    "has_batch_norm",
 )
 
 
 def _rebuild(settings: dict[str, Any]) -> Conditioning:
     return Conditioning(**settings)
+
+
+def _keep_statistics(vit: nn.Module) -> None:
+    """Leave the statistics of batch norms as they are: they belong to the frozen ViT, as weights do."""
+    for module in vit.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            module.training = False
 
 
 def _images(vit: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from covft.encoder import ContextEncoder
 from covft.errors import CheckpointError
 from covft.folder import compare_tensors
 from covft.nn.context import CrossAttentionContext
+from covft.nn.experts import Experts
 from covft.slot import AdaptedFFN
 
 _LAYER_KEY = re.compile(r"(?:^|.*\.)layers\.(\d+)\.(.+)$")
@@ -70,21 +71,28 @@ def import_reference(encoder: ContextEncoder, path_or_state_dict: str | Path | M
 
 def _check_reference_settings(encoder: ContextEncoder) -> None:
     settings = encoder.covft_config
-    if (settings.routing, settings.context, settings.activation) != ("dense", "cve", "quick_gelu"):
+    found = (settings.routing, settings.context, settings.activation, settings.expert_rank)
+    if found != ("dense", "cve", "quick_gelu", None):
         raise CheckpointError(
             "The encoder does not compute what the released implementation does.",
-            expected="routing='dense', context='cve', activation='quick_gelu'",
-            got=f"routing={settings.routing!r}, context={settings.context!r}, activation={settings.activation!r}",
+            expected="routing='dense', context='cve', activation='quick_gelu', expert_rank=None",
+            got=f"routing={settings.routing!r}, context={settings.context!r}, activation={settings.activation!r}, "
+            f"expert_rank={settings.expert_rank}",
             fix="covft.wrap(vit, text_encoder, layers=..., config=CoVFTConfig.reference())",
         )
     for layer, slot in encoder.slots().items():
-        linears = _linears(slot.experts[0])
+        linears = _linears(slot.experts.prototype)
         if len(linears) != 2 or any(linear.bias is None for linear in linears):
             raise CheckpointError(
                 f"The experts of layer {layer} are not built like the released ones.",
                 expected="two biased linear layers",
-                got=f"{len(linears)} linear layers in {type(slot.experts[0]).__name__}",
+                got=f"{len(linears)} linear layers in {type(slot.experts.prototype).__name__}",
             )
+
+
+def _experts(slot: AdaptedFFN) -> Experts:
+    assert isinstance(slot.experts, Experts), "checked with the settings"
+    return slot.experts
 
 
 def _linears(ffn: nn.Module) -> list[nn.Linear]:
@@ -150,7 +158,7 @@ def _reference_shapes(slot: AdaptedFFN) -> dict[str, tuple]:
     assert isinstance(context, CrossAttentionContext)
     width, embed_dim = context.width, slot.embed_dim
     shapes: dict[str, tuple] = {}
-    for index, expert in enumerate(slot.experts):
+    for index, expert in enumerate(_experts(slot)):
         for place, linear in zip((0, 2), _linears(expert), strict=True):
             shapes[f"experts.{index}.{place}.weight"] = tuple(linear.weight.shape)
             shapes[f"experts.{index}.{place}.bias"] = tuple(linear.bias.shape)
@@ -169,7 +177,7 @@ def _reference_shapes(slot: AdaptedFFN) -> dict[str, tuple]:
 def _fill_from_reference(slot: AdaptedFFN, part: dict[str, Tensor]) -> None:
     context = slot.context
     assert isinstance(context, CrossAttentionContext)
-    for index, expert in enumerate(slot.experts):
+    for index, expert in enumerate(_experts(slot)):
         for place, linear in zip((0, 2), _linears(expert), strict=True):
             linear.weight.copy_(part[f"experts.{index}.{place}.weight"])
             linear.bias.copy_(part[f"experts.{index}.{place}.bias"])

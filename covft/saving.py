@@ -53,7 +53,8 @@ def base_state_dict(encoder: ContextEncoder, gathered: Mapping[str, Tensor] | No
         encoder: A wrapped ViT.
         gathered: Tensors by name that count instead of those of the modules.
     """
-    slots, original = _slot_prefixes(encoder), encoder.original
+    original = encoder.original
+    slots = tuple(f"{path}." for path in original.ffns)  # with other names of the same FFN, and second halves
     state = {name: t for name, t in _state(encoder, gathered).items() if not name.startswith(slots)}
     state.update({name: value for name, value in original.values.items() if name in state})
     for path, ffn in original.ffns.items():

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from covft.conditioning import Conditioning
+from covft.methods import refuse_runtime_names
+from covft.nn.layout import TokenLayout
 from covft.nn.moe import ContextualMoE
 from covft.nn.router import Routing
 
@@ -18,7 +20,7 @@ class Original:
     """What `unwrap` needs to make the ViT what it was; no part of any state dict.
 
     Attributes:
-        ffns: The FFNs that were replaced, by dotted path.
+        ffns: The modules that were replaced, by dotted path: FFNs, and both halves of those that come in two.
         values: Values of the other parameters that covft changes (norms), by name.
         requires_grad: Whether each parameter was trainable, by name.
     """
@@ -49,37 +51,59 @@ class AdaptedFFN(ContextualMoE):
     Args:
         ffn: The pretrained FFN to copy; not changed.
         conditioning: Where the text of a call comes from; shared with the encoder.
+        layout: How tokens lie in what the FFN gets, as in `BlockSpec`.
         **settings: As for `ContextualMoE`.
     """
 
-    def __init__(self, ffn: nn.Module, conditioning: Conditioning, **settings: Any) -> None:
+    def __init__(self, ffn: nn.Module, conditioning: Conditioning, *, layout: str = "BND", **settings: Any) -> None:
         super().__init__(ffn, **settings)
         self.conditioning = conditioning
+        self.layout = TokenLayout(layout)
         self.record: RoutingRecord | None = None
 
+    def train(self, mode: bool = True) -> AdaptedFFN:
+        """Switch to training, but for the statistics of batch norms: an image must not depend on its batch."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = False
+        return self
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """Route and mix; tokens `(B, N, D)` or packed in and out, further arguments go to every expert.
+        """Route and mix; tokens as the layout says in and out, further arguments go to every expert.
 
         Raises:
             MissingContextError: If no text was given.
-            ShapeError: If the text is for another number of images, or a packed tower's tokens are not those of
-                its images.
+            ShapeError: If the text is for another number of images, or the tokens are not those of the images.
             ReentrantCheckpointError: If the experts' gradients would be lost in silence.
         """
         scope = self.conditioning.require()
         self.conditioning.check_gradients(scope, training=self.training)
-        segments = self.conditioning.segments_of(scope, x.device)
-        num_images = x.shape[0] if segments is None else len(segments)
-        text_BC = scope.text_for(num_images) if scope is not None and self.needs_text else None
+        segments = self.conditioning.segments_of(scope, x)
+        tokens, num_images = x, x.shape[0] if segments is None else len(segments)
+        if not self.layout.is_plain:
+            num_images = self.conditioning.images_of(scope, x.shape[0], folded=self.layout.is_folded)
+            tokens = self.layout.tokens(x, num_images)
+        text_BC = None
+        if scope is not None and self.needs_text:
+            self.conditioning.check_rows(scope, num_images)
+            text_BC = scope.text_for(num_images)
         routing, context_BW = self.route(
-            x,
+            tokens,
             text_BC,
-            mask_BN=self.conditioning.mask_of(scope, x.shape[1]) if x.dim() > 2 else None,
+            mask_BN=self.conditioning.mask_of(scope, tokens.shape[1]) if tokens.dim() > 2 else None,
             segments=segments,
             seed=None if scope is None else scope.seed,
         )
         self._remember(routing, context_BW)
+        if self.layout.is_folded:
+            routing = routing.per_token(self.layout.image_of_rows(x, num_images))
         return self.mix(x, routing, segments, *args, **kwargs)
+
+    @property
+    def _tied_weights_keys(self) -> None:
+        # transformers asks every module for these right before it writes a file.
+        refuse_runtime_names(self)
 
     def _remember(self, routing: Routing, context_BW: Tensor | None) -> None:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from covft import native
 from covft.adapters.registry import describe
 from covft.adapters.spec import Adapter, ViTSpec
 from covft.conditioning import Conditioning
@@ -125,6 +126,9 @@ def wrap(
         image_axes=spec.image_axes,
         sizes_argument=spec.sizes_argument,
         sizes_unit=spec.sizes_unit,
+        mask_padding=spec.mask_padding,
+        sizes_square=spec.sizes_square,
+        merges=spec.merges,
         mask_prefix=spec.num_prefix_tokens or 0,
         has_batch_norm=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in vit.modules()),
     )
@@ -134,7 +138,9 @@ def wrap(
     leave_out(vit, spec, last)
     vit.register_forward_pre_hook(conditioning.enter_tower, with_kwargs=True)
     vit.register_forward_hook(conditioning.leave_tower, always_call=True)
-    return ContextEncoder(vit, texts, settings, spec, conditioning, original)
+    encoder = ContextEncoder(vit, texts, settings, spec, conditioning, original)
+    native.stand_in(encoder)
+    return encoder
 
 
 def unwrap(encoder: ContextEncoder) -> nn.Module:
@@ -168,6 +174,7 @@ def unwrap(encoder: ContextEncoder) -> nn.Module:
             for table in (hooks, vit._forward_pre_hooks_with_kwargs, vit._forward_hooks_always_called):
                 table.pop(key, None)
     run_again(vit)
+    native.step_back(vit)
     for path, ffn in original.ffns.items():
         slot = vit.get_submodule(path)
         _follow(ffn, _first_expert(slot))

@@ -186,6 +186,37 @@ def test_python_m_covft_and_version_import_no_torch():
     assert done.stdout.endswith("[]\n")
 
 
+def test_describe_all__prints_what_was_found_for_a_library(run):
+    from covft.adapters.coverage import load_coverage
+
+    coverage = load_coverage("transformers")
+    code, out, err = run("describe", "--all", "transformers")
+    assert (code, err) == (0, "")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[0].startswith(f"transformers {coverage.version}: {coverage.count()} models with attention, ")
+    assert f"{coverage.count('wrapped')} wrapped, {coverage.count('refused')} refused" in lines[0]
+    assert any(line.startswith("CLIPVisionModel wrapped 1 ") and " BND clip." in line for line in lines)
+    assert any(line.startswith("MobileViTModel wrapped 1 ") and " (BF)ND mobilevit." in line for line in lines)
+    assert any(line.startswith("EdgeTamVisionModel refused 1 it has no attention.") for line in lines)
+    code, out, _ = run("describe", "--all", "transformers", "--json")
+    assert code == 0
+    assert len(json.loads(out)["rows"]) == len(coverage.rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--all", "keras"), "There is no table for 'keras'"),
+        ((), "takes a model, or --all and a library"),
+        (("timm:test_vit", "--all", "timm"), "takes a model, or --all and a library"),
+    ],
+)
+def test_describe__takes_a_model_or_a_library(run, arguments, told):
+    code, out, err = run("describe", *arguments)
+    assert (code, out) == (2, "")
+    assert told in err
+
+
 def test_mini_hands_its_arguments_on(run, monkeypatch):
     import covft.mini.cli
 
@@ -201,9 +232,10 @@ def test_help_names_every_command(run):
     assert {command.name or command.callback.__name__ for command in app.registered_commands} == {
         "describe",
         "mini",
+        "precompute",
         "version",
     }
-    for name in ("describe", "mini", "version"):
+    for name in ("describe", "mini", "precompute", "version"):
         assert name in out
 
 

@@ -17,6 +17,7 @@ BUILTINS = {
     "ShapeError": ValueError,
     "MissingContextError": RuntimeError,
     "ReentrantCheckpointError": RuntimeError,
+    "MissingGradientError": RuntimeError,
     "TextEncoderError": ValueError,
     "CheckpointError": RuntimeError,
     "MergeError": TypeError,

@@ -142,6 +142,9 @@ TOWERS = [
     Tower("timm-deit", _timm("deit_tiny_patch16_224")),
     Tower("timm-eva02", _timm("eva02_tiny_patch14_224")),
     Tower("timm-beit", _timm("beit_base_patch16_224")),
+    # Pixels of a patch are rows of their own; two FFNs in a block.
+    Tower("timm-tnt", _timm("tnt_s_patch16_224", num_heads=None, num_heads_outer=4)),
+    Tower("timm-naflex", _timm("naflexvit_base_patch16_gap", img_size=None)),
     Tower("open_clip-native", _open_clip(layers=DEPTH, width=WIDTH, head_width=8, patch_size=PATCH)),
     Tower("open_clip-timm", _open_clip(timm_model_name="test_vit", timm_pool="avg", timm_proj="linear")),
     Tower("hf-clip", _hf("CLIPVisionModel", "CLIPVisionConfig")),

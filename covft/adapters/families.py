@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from covft.adapters.discovery import find_blocks
+from covft.adapters.discovery import find_blocks, why_none
 from covft.adapters.spec import ViTSpec, class_names
 from covft.errors import UnknownViTError, UnsupportedViTError
 
@@ -39,16 +39,25 @@ class ViTFamily:
             A name that ends in a dot knows every class below that package.
         library: What to call the library in tables and messages.
         blocks: Dotted path of the list of blocks; None finds it by structure.
-        mlp: Attribute of a block that holds its FFN; None finds it by structure.
+        mlp: Attribute of a block that holds its FFN, or several of them, of which a block has some: one index each;
+            None finds it by structure.
+        block_class: Class name of the blocks, where neither a path nor structure tells them from other modules.
+        folded: Attributes of those FFNs for which an image is several rows, one after another, such as its windows.
         prefix_tokens: Tokens before the patches, added up: numbers, and dotted attributes of the model.
         mask_argument: Argument of the model's forward that marks real tokens, shape `(B, N)`.
         mask_unit: Where an entry of the mask stands for a tile, how many of its tokens are real: a dotted attribute
             of the model.
+        mask_padding: Where that argument tells several numbers of each token rather than whether it is real: what all
+            of them are for padding.
         image_axes: How many leading axes of the model's input, and of the mask, count images.
         layout: Shape of the tokens at the FFNs: `"BND"`, or `"TD"` or `"1TD"` where those of all images of a batch
             are one sequence; see `ViTSpec`.
         sizes_argument: Argument of a packed model's forward that has the sides of each image.
         sizes_unit: The length of a side that makes one token: a number, or a dotted attribute of the model.
+        sizes_square: Where sides count squares of tokens: how many tokens such a square is high and wide, a number or
+            a dotted attribute of the model.
+        merges: Whether tokens of a packed model are merged on the way, equally many into one.
+        refused: Why these models cannot be wrapped, and the nearest thing that can; None for all that can.
 
     Example:
         >>> ViTFamily(name="mine", classes=("mylib.vit.ViT",), library="mylib", blocks="layers").name
@@ -59,14 +68,20 @@ class ViTFamily:
     classes: tuple[str, ...]
     library: str
     blocks: str | None = None
-    mlp: str | None = None
+    mlp: str | tuple[str, ...] | None = None
+    block_class: str | None = None
+    folded: tuple[str, ...] = ()
     prefix_tokens: tuple[int | str, ...] = ()
     mask_argument: str | None = None
     mask_unit: str | None = None
+    mask_padding: int | None = None
     image_axes: int = 1
     layout: str = "BND"
     sizes_argument: str | None = None
     sizes_unit: int | str = 1
+    sizes_square: int | str = 1
+    merges: bool = False
+    refused: tuple[str, str] | None = None
 
     def matches(self, vit: nn.Module) -> bool:
         """Whether the model's class is one of `classes`, or derives from one."""
@@ -79,8 +94,12 @@ class ViTFamily:
 
         Raises:
             UnknownViTError: If the model has a text side, or no transformer blocks.
-            UnsupportedViTError: If it packs images into one sequence, and nothing says where each begins.
+            UnsupportedViTError: If it packs images into one sequence, and nothing says where each begins; or if it
+                cannot be wrapped for a reason that is known.
         """
+        if self.refused is not None:
+            reason, nearest = self.refused
+            raise UnsupportedViTError(f"{type(vit).__name__} cannot be wrapped: {reason}.", fix=nearest)
         if _TEXT_CLASS.search(type(vit).__name__):
             raise UnknownViTError(
                 f"{type(vit).__name__} is a text model.",
@@ -95,13 +114,16 @@ class ViTFamily:
                 got=f"a model with {', '.join(sides)}",
                 fix="covft.wrap(model.vision_model, ...), or model.visual, model.vision_tower",
             )
-        blocks = find_blocks(vit, self.blocks, self.mlp)
+        blocks = find_blocks(
+            vit, self.blocks, self.mlp, block_class=self.block_class, folded=self.folded, packing=self.layout
+        )
         if not blocks:
+            reason, nearest = why_none(vit)
             raise UnknownViTError(
-                f"{type(vit).__name__} has no transformer blocks with an FFN.",
+                f"{type(vit).__name__} has no transformer blocks with an FFN: {reason}.",
                 expected="a list of blocks, each with an attention and a feed-forward child module",
                 got=", ".join(name for name, _ in vit.named_children()) or "no child modules",
-                fix="adapter=ViTFamily(blocks='path.of.the.blocks', mlp='name_of_the_ffn', ...)",
+                fix=f"{nearest}; or adapter=ViTFamily(blocks='path.of.the.blocks', mlp='name_of_the_ffn', ...)",
             )
         prefix, packed = self._prefix(vit), self.sizes_argument is not None
         self._check_packing(vit)
@@ -115,7 +137,10 @@ class ViTFamily:
             mask_unit=None if self.mask_unit is None else int(_lookup(vit, self.mask_unit)),
             image_axes=self.image_axes,
             sizes_argument=self.sizes_argument,
-            sizes_unit=self.sizes_unit if isinstance(self.sizes_unit, int) else int(_lookup(vit, self.sizes_unit)),
+            mask_padding=self.mask_padding,
+            sizes_unit=_number(vit, self.sizes_unit),
+            sizes_square=_number(vit, self.sizes_square),
+            merges=self.merges,
             image_size=None if packed else _image_size(vit),
             num_tokens=None if packed else _num_tokens(vit, prefix),
         )
@@ -147,6 +172,10 @@ def _lookup(root: Any, path: str) -> Any:
     return root
 
 
+def _number(vit: nn.Module, value: int | str) -> int:
+    return value if isinstance(value, int) else int(_lookup(vit, value))
+
+
 def _first(root: Any, *paths: str) -> Any:
     return next((value for path in paths if (value := _lookup(root, path)) is not None), None)
 
@@ -172,6 +201,16 @@ def _num_tokens(vit: nn.Module, prefix: int | None) -> int | None:
     return None if patches is None or prefix is None else int(patches) + prefix
 
 
+def _timm(name: str, *classes: str, **known: Any) -> ViTFamily:
+    return ViTFamily(
+        name=f"timm/{name}",
+        classes=tuple(f"timm.models.{cls}" for cls in classes),
+        library="timm",
+        prefix_tokens=("num_prefix_tokens",),
+        **known,
+    )
+
+
 def _hf(model: str, *classes: str, prefix: tuple[int | str, ...], mask: str | None = None) -> ViTFamily:
     module = f"transformers.models.{model}.modeling_{model}"
     return ViTFamily(
@@ -183,8 +222,10 @@ def _hf(model: str, *classes: str, prefix: tuple[int | str, ...], mask: str | No
     )
 
 
-def _packed(model: str, *classes: str, layout: str, sizes: str, unit: int | str = 1) -> ViTFamily:
-    family = _hf(model, *classes, prefix=(0,))
+def _packed(
+    model: str, *classes: str, layout: str = "TD", sizes: str = "grid_thw", unit: int | str = 1, prefix: int = 0
+) -> ViTFamily:
+    family = _hf(model, *classes, prefix=(prefix,))
     return replace(family, layout=layout, sizes_argument=sizes, sizes_unit=unit)
 
 
@@ -198,7 +239,7 @@ FAMILIES: tuple[ViTFamily, ...] = (
         ),
         library="timm",
         blocks="blocks",
-        mlp="mlp",
+        mlp=("mlp", "ffns.0.mlp", "ffns.1.mlp"),  # the latter two where a block has two of each, side by side
         prefix_tokens=("num_prefix_tokens",),
     ),
     ViTFamily(
@@ -215,6 +256,22 @@ FAMILIES: tuple[ViTFamily, ...] = (
         library="open_clip",
         prefix_tokens=("trunk.num_prefix_tokens",),
     ),
+    # Padded: the mask is about patches alone.
+    replace(
+        _timm("naflex", "naflexvit.NaFlexVit", "gemma4_vit.Gemma4VitEncoder", "gemma4_vit.Gemma4VitClassifier"),
+        mask_argument="patch_valid",
+    ),
+    # Pixels of a patch, and positions within patches, are rows of their own.
+    _timm("tnt", "tnt.TNT", blocks="blocks", mlp=("mlp_in", "mlp"), folded=("mlp_in",)),
+    _timm("byobnet", "byobnet.ByobNet", folded=("mlp",)),
+    _timm(
+        "efficientvit_msra",
+        "efficientvit_msra.EfficientVitMsra",
+        block_class="EfficientVitBlock",
+        mlp=("ffn0.m", "ffn1.m"),
+    ),
+    # Attention and FFN are items of one list.
+    _timm("iformer", "iformer.IFormer", block_class="FFN", mlp="mixer.module"),
     _hf("clip", "CLIPVisionModel", "CLIPVisionModelWithProjection", prefix=(1,)),
     _hf("siglip", "SiglipVisionModel", prefix=(0,)),
     _hf("siglip2", "Siglip2VisionModel", prefix=(0,), mask="pixel_attention_mask"),
@@ -226,16 +283,111 @@ FAMILIES: tuple[ViTFamily, ...] = (
     replace(
         _hf("mllama", "MllamaVisionModel", prefix=(), mask="aspect_ratio_mask"), mask_unit="num_patches", image_axes=2
     ),
-    _packed("exaone4_5", "Exaone4_5_VisionModel", layout="TD", sizes="grid_thw"),
-    _packed("glm4v", "Glm4vVisionModel", layout="TD", sizes="grid_thw"),
-    _packed("glm4v_moe", "Glm4vMoeVisionModel", layout="TD", sizes="grid_thw"),
+    # Padded.
+    _hf("idefics2", "Idefics2VisionTransformer", prefix=(0,), mask="patch_attention_mask"),
+    _hf("idefics3", "Idefics3VisionTransformer", prefix=(0,), mask="patch_attention_mask"),
+    _hf("kosmos2_5", "Kosmos2_5VisionEncoder", prefix=(0,), mask="attention_mask"),
+    _hf("phi4_multimodal", "Phi4MultimodalVisionModel", prefix=(0,), mask="patch_attention_mask"),
+    _hf("smolvlm", "SmolVLMVisionTransformer", prefix=(0,), mask="patch_attention_mask"),
+    replace(
+        _hf("gemma4", "Gemma4VisionModel", prefix=(0,), mask="pixel_position_ids"),
+        mask_padding=-1,  # the row and the column of a patch that is not there
+    ),
+    # A mask may be left out there: patches have their row and column, from 1, before their pixels.
+    replace(
+        _hf("kosmos2_5", "Kosmos2_5VisionModel", prefix=(0,), mask="flattened_patches"),
+        name="transformers/kosmos2_5/model",
+        mask_padding=0,
+    ),
+    replace(_hf("pix2struct", "Pix2StructVisionModel", prefix=(0,), mask="flattened_patches"), mask_padding=0),
+    # Packed.
+    _packed("cohere_compass", "CohereCompassVisionModel"),
+    _packed("cosmos3_edge", "Cosmos3EdgeVisionModel"),
+    _packed("dots3_note", "Dots3NoteVisionModel"),
+    _packed("ernie4_5_vl_moe", "Ernie4_5_VLMoeVisionTransformerPretrainedModel"),
+    _packed("exaone4_5", "Exaone4_5_VisionModel"),
+    _packed("glm4v", "Glm4vVisionModel"),
+    _packed("glm4v_moe", "Glm4vMoeVisionModel"),
+    _packed("glm5_next", "Glm5NextVisionModel"),
+    _packed("glm_image", "GlmImageVisionModel"),
+    _packed("glm_ocr", "GlmOcrVisionModel"),
+    _packed("hunyuan_vl", "HunYuanVLVisionTransformer", layout="1TD"),
+    replace(
+        _packed("inkling2", "Inkling2VisionModel", sizes="image_grid_thw", prefix=1),
+        sizes_square="config.spatial_merge_size",
+    ),
+    _packed("kimi_k25", "Kimi_K25VisionModel"),
+    _packed("lfm3_vl", "Lfm3VlVisionModel"),
+    replace(_packed("minicpm_ocr", "MiniCPMOcrVisionModel", layout="1TD", sizes="target_sizes"), merges=True),
+    replace(_packed("minicpmv4_6", "MiniCPMV4_6VisionModel", layout="1TD", sizes="target_sizes"), merges=True),
+    replace(_packed("minicpmv4_7", "MiniCPMV4_7VisionModel", layout="1TD", sizes="target_sizes"), merges=True),
+    _packed("minimax_m3_vl", "MiniMaxM3VLVisionModel", layout="1TD"),
+    _packed("muse_glimmer", "MuseGlimmerVisionModel"),
+    _packed("muse_spark", "MuseSparkVisionModel"),
+    _packed("paddleocr_vl", "PaddleOCRVisionTransformer", "PaddleOCRVisionModel"),
     _packed("pixtral", "PixtralVisionModel", layout="1TD", sizes="image_sizes", unit="config.patch_size"),
-    _packed("qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel", layout="TD", sizes="grid_thw"),
-    _packed("qwen2_vl", "Qwen2VisionTransformerPretrainedModel", layout="TD", sizes="grid_thw"),
-    _packed("qwen3_5", "Qwen3_5VisionModel", layout="TD", sizes="grid_thw"),
-    _packed("qwen3_5_moe", "Qwen3_5MoeVisionModel", layout="TD", sizes="grid_thw"),
-    _packed("qwen3_vl", "Qwen3VLVisionModel", layout="TD", sizes="grid_thw"),
-    _packed("qwen3_vl_moe", "Qwen3VLMoeVisionModel", layout="TD", sizes="grid_thw"),
+    _packed("qwen2_5_omni", "Qwen2_5OmniVisionEncoder"),
+    _packed("qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel"),
+    _packed("qwen2_vl", "Qwen2VisionTransformerPretrainedModel"),
+    _packed("qwen3_5", "Qwen3_5VisionModel"),
+    _packed("qwen3_5_moe", "Qwen3_5MoeVisionModel"),
+    _packed("qwen3_omni_moe", "Qwen3OmniMoeVisionEncoder"),
+    _packed("qwen3_vl", "Qwen3VLVisionModel"),
+    _packed("qwen3_vl_moe", "Qwen3VLMoeVisionModel"),
+    _packed("qwen4_exp", "Qwen4ExpVisionModel"),
+    _packed("video_llama_3", "VideoLlama3VisionModel"),
+    # Frames, windows and pixel positions of an image are rows of their own.
+    *(
+        replace(_hf(model, *classes, prefix=()), folded=("intermediate", "mlp"))
+        for model, classes in {
+            "mobilevit": ("MobileViTModel",),
+            "pe_audio_video": ("PeAudioVideoEncoder",),
+            "pe_video": ("PeVideoEncoder",),
+            "rf_detr": ("RfDetrDinov2Backbone",),
+            "lw_detr": ("LwDetrViTBackbone",),
+            "videoprism": ("VideoPrismVisionModel", "VideoPrismVideoModel"),
+        }.items()
+    ),
+    # What cannot be wrapped.
+    *(
+        replace(_hf(model, cls, prefix=()), refused=(reason, nearest))
+        for model, cls, reason, nearest in (
+            (
+                "bridgetower",
+                "BridgeTowerVisionModel",
+                "its blocks call the parts of their FFN one by one",
+                "a CLIP tower, from which it is made: transformers.CLIPVisionModel",
+            ),
+            (
+                "levit",
+                "LevitModel",
+                "attention and FFN are items of one list, so there are no blocks",
+                "the same model of timm, such as timm.create_model('levit_256')",
+            ),
+            (
+                "seggpt",
+                "SegGptModel",
+                "images and their examples are rows of one batch, all examples behind all images",
+                "a ViT of images alone, such as transformers.ViTModel",
+            ),
+            (
+                "table_transformer",
+                "TableTransformerModel",
+                "it is a convnet, and the layers behind it have no FFN module",
+                "a ViT, such as transformers.ViTModel; for the convnet there is covft.tune",
+            ),
+        )
+    ),
+    # The vision tower of a whole segmentation model.
+    *(
+        replace(_hf(model, cls, prefix=(0,)), blocks=f"vision_encoder.{path}", mlp="mlp")
+        for model, cls, path in (
+            ("sam", "SamModel", "layers"),
+            ("sam_hq", "SamHQModel", "layers"),
+            ("sam2", "Sam2Model", "backbone.blocks"),
+            ("sam3_tracker", "Sam3TrackerModel", "backbone.layers"),
+        )
+    ),
     # Everything else of these libraries: by structure, prefix tokens unknown.
     ViTFamily(name="timm", classes=("timm.models.",), library="timm", prefix_tokens=("num_prefix_tokens",)),
     ViTFamily(name="open_clip", classes=("open_clip.",), library="open_clip"),

@@ -1,13 +1,8 @@
-"""The callables that stand for a model's methods on the instance, while it is attached.
-
-They are objects and not functions: a copy or a pickle of the model takes them along, and they then
-call the copy's own method. They have no `__func__`, which accelerate would tear off its owner.
-"""
+"""The callables that stand for a model's methods on the instance, while it is attached."""
 
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -16,9 +11,10 @@ from torch import nn
 from covft.integrations.attachment import Attachment
 from covft.integrations.dummies import without_dummies
 from covft.integrations.saving import save
+from covft.methods import Method
 
 
-class Call(ABC):
+class Call(Method):
     """Stands for one method of an attached model.
 
     Args:
@@ -27,41 +23,13 @@ class Call(ABC):
     """
 
     def __init__(self, attachment: Attachment, name: str) -> None:
-        self.attachment, self.name = attachment, name
-        self.replaced = self.owner.__dict__.get(name)  # by another library, on the instance
+        self.attachment = attachment
+        super().__init__(self.owner, name)
 
     @property
     def owner(self) -> Any:
         """The module whose method it is."""
         return self.attachment.model
-
-    @property
-    def inner(self) -> Any:
-        """The owner's own method."""
-        if self.replaced is not None:
-            return self.replaced
-        return getattr(type(self.owner), self.name).__get__(self.owner)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.inner)
-
-    @abstractmethod
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model's own method, prepared."""
-
-    def _own(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # accelerate's unwrapping binds what it finds at `forward` to the model.
-        return args[1:] if args and args[0] is self.owner else args
-
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by name, those in **kwargs among them."""
-        signature = inspect.signature(self.inner)
-        values = dict(signature.bind_partial(*args, **kwargs).arguments)
-        for parameter in signature.parameters.values():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                values.update(values.pop(parameter.name, {}))
-        return values
 
 
 class TextCall(Call):

@@ -47,7 +47,13 @@ class Segments:
 
     @classmethod
     def of_sizes(
-        cls, sizes: Tensor | Sequence[Sequence[int]], unit: int = 1, device: torch.device | str | None = None
+        cls,
+        sizes: Tensor | Sequence[Sequence[int]],
+        unit: int = 1,
+        device: torch.device | str | None = None,
+        *,
+        square: int = 1,
+        extra: int = 0,
     ) -> Segments:
         """Segments of images whose sizes are known.
 
@@ -55,13 +61,31 @@ class Segments:
             sizes: Sides of each image, such as (frames, height, width), shape `(B, sides)`.
             unit: The length of a side that makes one token, such as the patch size where sides are pixels.
             device: Where the indices are put.
+            square: Where sides count squares of tokens: how many tokens such a square is high and wide.
+            extra: Tokens that each image has besides, such as a class token.
 
         Example:
             >>> Segments.of_sizes([(28, 56), (14, 14)], unit=14).lengths
             (8, 1)
+            >>> Segments.of_sizes([(1, 2, 3)], square=2, extra=1).lengths
+            (25,)
         """
         rows = sizes.tolist() if isinstance(sizes, Tensor) else sizes
-        return cls([math.prod(int(side) // unit for side in row) for row in rows], device)
+        return cls([math.prod(int(side) // unit for side in row) * square**2 + extra for row in rows], device)
+
+    def merged(self, num_tokens: int) -> Segments:
+        """The images after neighbouring tokens of each were merged, equally many into one.
+
+        Args:
+            num_tokens: How many tokens of all images are left.
+
+        Returns:
+            Segments of so many tokens; itself if there are as many, or no such merging explains the number.
+        """
+        share, rest = divmod(self.num_tokens, num_tokens) if num_tokens else (1, 0)
+        if share == 1 or rest or any(length % share for length in self.lengths):
+            return self
+        return Segments([length // share for length in self.lengths], self.ids_T.device)
 
     def __len__(self) -> int:
         """Number of images B."""

@@ -89,6 +89,98 @@ def test_blocks_of_several_stages_are_numbered_in_order():
     assert [b.path for b in found] == ["stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1"]
 
 
+def conv_ffn():
+    return nn.Sequential(nn.Conv2d(D, F, 1), nn.BatchNorm2d(F), nn.GELU(), nn.Conv2d(F, D, 1))
+
+
+def test_an_ffn_of_convolutions_has_channels_second():
+    first, second = find_blocks(model(block(mlp=ffn()), block(mlp=conv_ffn())))
+    assert (first.layout, second.layout) == ("BND", "BCHW")
+    assert (second.embed_dim, second.ffn_dim) == (D, F)
+
+
+def test_the_first_layer_tells_the_layout():
+    part = nn.Sequential(nn.Linear(D, F), nn.Conv2d(F, F, 3, 1, 1, groups=F), nn.Linear(F, D))
+    (found,) = find_blocks(model(block(mlp=part)))
+    assert (found.layout, found.embed_dim, found.ffn_dim) == ("BND", D, F)
+
+
+def test_a_block_may_be_the_child_of_an_item():
+    item = nn.Module()
+    item.conv, item.attn_block, item.attn_grid = nn.Conv2d(3, 3, 1), block(mlp=ffn()), block(mlp=ffn())
+    found = find_blocks(model(item, item.attn_block))
+    assert [b.mlp_path for b in found] == ["layers.0.attn_block.mlp", "layers.0.attn_grid.mlp"]
+    assert found[0].aliases == ("layers.1.mlp",)
+
+
+def test_what_is_inside_of_a_block_is_no_block():
+    inner = block(mlp=ffn())
+    assert [b.mlp_path for b in find_blocks(model(block(mlp=ffn(), attn=inner)))] == ["layers.0.mlp"]
+
+
+def residual(inner):
+    wrapper = type("Residual", (nn.Module,), {})()
+    wrapper.m, wrapper.drop = inner, nn.Identity()
+    return wrapper
+
+
+def test_residuals_are_left_where_they_are():
+    attention = residual(type("TinyAttention", (nn.Linear,), {})(D, D))
+    part = nn.ModuleDict({"mixer": attention, "ffn": residual(residual(ffn()))})
+    (found,) = find_blocks(model(part))
+    assert (found.mlp, found.mlp_class, found.embed_dim) == ("ffn.m.m", "Sequential", D)
+    assert find_blocks(model(nn.ModuleDict({"attn": nn.Identity(), "ffn": ffn()}))) == ()
+
+
+def test_several_ffns_of_a_block_are_found_by_their_names():
+    both = block(mlp_in=ffn(), mlp=nn.Sequential(nn.LayerNorm(D), *ffn()), norm2=nn.LayerNorm(D))
+    vit = model(both, block(mlp=ffn()))
+    found = find_blocks(vit, "layers", ("mlp_in", "mlp"), folded=("mlp_in",))
+    assert [(b.index, b.path, b.mlp, b.layout) for b in found] == [
+        (0, "layers.0", "mlp_in", "(BF)ND"),
+        (1, "layers.0", "mlp", "BND"),
+        (2, "layers.1", "mlp", "BND"),
+    ]
+    assert found[0].norms == found[1].norms == ("norm1", "norm2")
+    assert [b.mlp_path for b in find_blocks(vit, None, ("mlp",))] == ["layers.0.mlp", "layers.1.mlp"]
+
+
+def test_ffns_that_are_items_of_their_own_are_found_by_their_class():
+    def item(class_name):
+        part = type(class_name, (nn.Module,), {})()
+        part.mixer = ffn()
+        return part
+
+    found = find_blocks(model(item("Attention"), item("FFN"), item("FFN")), None, "mixer", block_class="FFN")
+    assert [b.mlp_path for b in found] == ["layers.1.mixer", "layers.2.mixer"]
+
+
+def halves(output):
+    part = block()
+    part.intermediate, part.output = nn.Sequential(nn.Linear(D, F), nn.GELU()), output
+    return part
+
+
+class Adds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(F, D)
+
+    def forward(self, h, residual):
+        return self.dense(h) + residual
+
+
+@pytest.mark.parametrize(("output", "adds"), [(nn.Sequential(nn.Linear(F, D)), False), (Adds(), True)])
+def test_two_halves_are_one_ffn(output, adds):
+    (found,) = find_blocks(model(halves(output)))
+    assert (found.mlp_path, found.output_path, found.adds_residual) == (
+        "layers.0.intermediate",
+        "layers.0.output",
+        adds,
+    )
+    assert (found.embed_dim, found.ffn_dim, found.ffn_parameters) == (D, F, D * F + F + F * D + D)
+
+
 class RMSNorm(nn.Module):
     """A norm of someone's own."""
 
@@ -164,20 +256,20 @@ def test_inner_width_of_gated_ffns_is_that_of_the_last_layer():
 def test_a_resnet_is_refused_by_name():
     timm = pytest.importorskip("timm")
     for vit in (timm.create_model("resnet10t"), timm.create_model("test_convnext")):
-        with pytest.raises(UnknownViTError, match=f"{type(vit).__name__} has no transformer blocks with an FFN"):
+        reason = f"{type(vit).__name__} has no transformer blocks with an FFN: it has no attention"
+        with pytest.raises(UnknownViTError, match=reason) as caught:
             covft.wrap(vit, 8)
+        assert "vit_base_patch16_224" in caught.value.fix
 
 
-@pytest.mark.parametrize(
-    ("class_name", "child"), [("ParallelScalingBlock", "in_proj"), ("ParallelThingsBlock", "ffns")]
-)
-def test_blocks_that_fuse_attention_and_ffn_are_refused_by_name(class_name, child):
+def test_blocks_that_fuse_attention_and_ffn_are_refused_with_the_reason():
     timm = pytest.importorskip("timm")
-    fused = getattr(timm.models.vision_transformer, class_name)
+    fused = timm.models.vision_transformer.ParallelScalingBlock
     vit = tiny("vit_base_patch16_224", block_fn=fused)
-    with pytest.raises(UnsupportedViTError, match=r"Block blocks\.0 has no FFN where one was expected") as caught:
+    with pytest.raises(UnsupportedViTError, match=r"blocks\.0 has no FFN .* ParallelScalingBlock computes") as caught:
         covft.wrap(vit, 8)
-    assert child in caught.value.got
+    assert "in_proj" in caught.value.got
+    assert "vit_base_patch16_224" in caught.value.fix
 
 
 def test_two_towers_are_refused_with_the_way_to_the_vision_tower():

@@ -687,8 +687,8 @@ def test_refused__models_without_a_tower_that_can_be_served():
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
-        VideoLlama3Config,
-        VideoLlama3ForConditionalGeneration,
+        MiniCPMV4_6Config,
+        MiniCPMV4_6ForConditionalGeneration,
     )
 
     with pytest.raises(UnsupportedViTError, match="no model of transformers"):
@@ -697,9 +697,9 @@ def test_refused__models_without_a_tower_that_can_be_served():
     with pytest.raises(UnsupportedViTError, match="no vision tower"):
         attach(LlamaForCausalLM(LlamaConfig(vocab_size=32, **small)), TEXTS, tokenizer=None)
     with torch.device("meta"):
-        settings = VideoLlama3Config(vision_config=small, text_config={**small, "vocab_size": 32})
-        packed = VideoLlama3ForConditionalGeneration(settings)
-    with pytest.raises(UnsupportedViTError, match="one sequence"):
+        text = {**small, "model_type": "qwen3_5_text", "vocab_size": 32}
+        packed = MiniCPMV4_6ForConditionalGeneration(MiniCPMV4_6Config(vision_config=small, text_config=text))
+    with pytest.raises(UnsupportedViTError, match="target_sizes="):
         attach(packed, TEXTS, tokenizer=None)
     towerless = BY_NAME["llava"].build()
     towerless.model.vision_tower = nn.Linear(2, 2)

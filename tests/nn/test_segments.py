@@ -52,6 +52,19 @@ def test_a_tokens_decision_is_that_of_its_image():
     assert Routing(torch.rand(3, 4)).per_token(torch.tensor([0, 2])).expert_ids_BK is None
 
 
+def test_of_sizes__squares_of_tokens_and_tokens_besides():
+    assert Segments.of_sizes(torch.tensor([[1, 2, 3], [2, 1, 1]]), square=2, extra=1).lengths == (25, 9)
+    assert Segments.of_sizes([(32, 16), (8, 8)], 8, extra=2).lengths == (10, 3)
+
+
+def test_merged__every_image_keeps_its_share():
+    segments = Segments([16, 8])
+    assert segments.merged(6).lengths == (4, 2)
+    assert segments.merged(12).lengths == (8, 4)
+    # What no merging explains is left as it is, for the check of the tokens to find.
+    assert all(segments.merged(num_tokens) is segments for num_tokens in (24, 23, 8, 5, 1, 0))
+
+
 @pytest.mark.parametrize("leading", [(), (1,)], ids=["TD", "1TD"])
 @pytest.mark.parametrize(("context", "routing"), VARIANTS)
 @settings(max_examples=15, deadline=None)
