@@ -135,7 +135,7 @@ def save(encoder: ContextEncoder, model: nn.Module, save_pretrained: Any, given:
     state, writes = given.get("state_dict"), given.get("is_main_process", True) and is_main_process()
     if state is None:
         state = _whole_state(model, writes=writes)
-    prefix = _path(encoder, model)
+    prefix = prefix_of(encoder.vit, model)
     if state or writes:  # those who only took part have nothing
         save_pretrained(**{**given, "state_dict": original_state(encoder, state, prefix)})
     vit = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
@@ -201,6 +201,12 @@ def _whole_state(model: nn.Module, *, writes: bool) -> dict[str, Tensor]:
     return whole
 
 
-def _path(encoder: ContextEncoder, model: nn.Module) -> str:
-    path = next(name for name, module in model.named_modules() if module is encoder.vit)
+def prefix_of(module: nn.Module, model: nn.Module) -> str:
+    """What the names of a module's tensors begin with in a model: its path and a dot, or nothing.
+
+    Args:
+        module: A part of the model, or the model itself.
+        model: The model.
+    """
+    path = next(name for name, part in model.named_modules() if part is module)
     return f"{path}." if path else ""

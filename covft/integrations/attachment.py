@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from covft.encoder import ContextEncoder
 from covft.errors import MissingContextError, ShapeError
 from covft.integrations.images import map_images
-from covft.integrations.models import MLLMFamily
+from covft.integrations.models import MLLMFamily, base_of
 from covft.integrations.prompt import PromptReader
 
 
@@ -101,7 +101,7 @@ class Attachment:
         return self.reader.read(input_ids, rows, attention_mask=given.get("attention_mask"), labels=given.get("labels"))
 
     def _per_image(self, given: Mapping[str, Any], context_text: Any) -> AbstractContextManager[Any]:
-        base: Any = getattr(self.model, "base_model", self.model)
+        base = base_of(self.model)
         videos = given.get("pixel_values") is None
         placeholder = getattr(base.config, "video_token_id", None) if videos else image_id(self.model)
         placement = map_images(self.family.layout, base, given, placeholder, videos=videos)

@@ -151,18 +151,12 @@ class CoVFTCallback(TrainerCallback):
         if self._reached is not None:  # Trainers of old have no on_pre_optimizer_step
             self._check_gradients(kwargs["model"])
 
-    def figures(self) -> dict[str, float]:
-        """What is logged: the figures of `RoutingMonitor` since the last call."""
-        return {} if self._monitor is None else self._monitor.figures()
-
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """Add the figures to the log entry; callbacks that come later see them, too."""
-        figures = self.figures()
-        if figures and logs is not None:
-            logs.update(figures)
-            state.log_history[-1].update(figures)
+        if self._monitor is not None:
+            self._monitor.log(logs, state)
 
     def _watch_gradients(self, model: nn.Module) -> None:
         reached: set[str] = set()

@@ -10,6 +10,7 @@ from torch import nn
 
 from covft.integrations.attachment import Attachment
 from covft.integrations.dummies import without_dummies
+from covft.integrations.models import base_of
 from covft.integrations.saving import save
 from covft.methods import Method
 
@@ -73,7 +74,7 @@ class BatchCall(TextCall):
         if not args and kwargs.get("pixel_values") is None and kwargs.get("pixel_values_videos") is None:
             return self.inner(**kwargs)  # the short way for every token that is generated
         given = self._named(args, kwargs)
-        base = getattr(self.attachment.model, "base_model", self.attachment.model)
+        base = base_of(self.attachment.model)
         with self.attachment.conditioned(given, context_text, image_to_row), without_dummies(base, image_flags):
             return self.inner(*args, **kwargs)
 
@@ -87,7 +88,7 @@ class BaseCall(BatchCall):
     @property
     def owner(self) -> Any:
         """The model without its head."""
-        return self.attachment.model.base_model
+        return base_of(self.attachment.model)
 
 
 class FeaturesCall(TextCall):
@@ -134,22 +135,19 @@ CALLS: dict[str, type[Call]] = {
 def stand_in(attachment: Attachment) -> None:
     """Put the callables on the model."""
     model = attachment.model
-    calls = {name: kind(attachment, name) for name, kind in CALLS.items() if hasattr(type(model), name)}
-    model.__dict__.update(calls)
-    if getattr(model, "base_model", model) is not model:
-        base: Any = model.base_model
-        base.__dict__["forward"] = BaseCall(attachment, "forward")
+    for name, kind in CALLS.items():
+        if hasattr(type(model), name):
+            kind(attachment, name).stand_in()
+    if base_of(model) is not model:
+        BaseCall(attachment, "forward").stand_in()
 
 
 def step_back(model: nn.Module) -> None:
     """Take them away again."""
-    base: Any = getattr(model, "base_model", model)
-    for owner, name in [*((model, name) for name in CALLS), (base, "forward")]:
+    for owner, name in [*((model, name) for name in CALLS), (base_of(model), "forward")]:
         call = owned(owner, name)
         if call is not None:
-            del owner.__dict__[name]
-            if call.replaced is not None:
-                owner.__dict__[name] = call.replaced
+            call.step_back()
 
 
 def owned(model: nn.Module, name: str) -> Call | None:

@@ -61,6 +61,15 @@ _TOWER_NAMES = ("vision_tower", "vision_model", "vision_encoder", "visual")
 _PACKED_LAYOUTS: dict[str, Layout] = {"grid_thw": "grid", "image_sizes": "sizes"}
 
 
+def base_of(model: nn.Module) -> Any:
+    """A model without its head, whose forward calls the tower; itself if it has none.
+
+    Args:
+        model: A model of transformers.
+    """
+    return getattr(model, "base_model", model)
+
+
 def find_tower(model: nn.Module, adapter: Adapter | None = None) -> tuple[nn.Module, MLLMFamily]:
     """The tower of a multimodal LLM, and how images reach it.
 
@@ -80,7 +89,7 @@ def find_tower(model: nn.Module, adapter: Adapter | None = None) -> tuple[nn.Mod
             got=type(model).__name__,
             fix="covft.wrap(model.vision_tower, text_encoder), and `with encoder.condition(texts):` around calls",
         )
-    base: Any = getattr(model, "base_model", model)
+    base = base_of(model)
     family = FAMILIES.get(kind)
     if family is None or not isinstance(getattr(base, family.tower, None), nn.Module):
         family = _by_structure(model, base, kind)

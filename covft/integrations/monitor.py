@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,18 @@ class RoutingMonitor:
                 found[f"covft/layer_{layer}/gate_grad_norm"] = gates[row].item()
         self._sums, self._gates = {}, []
         return found
+
+    def log(self, logs: dict[str, float] | None, state: Any) -> None:
+        """Add the figures to a log entry of a trainer; callbacks that come later see them, too.
+
+        Args:
+            logs: The entry, as `on_log` gets it.
+            state: The trainer's state, which keeps a copy of it.
+        """
+        figures = self.figures()
+        if figures and logs is not None:
+            logs.update(figures)
+            state.log_history[-1].update(figures)
 
     def _nothing(self) -> Tensor:
         device = next(self.encoder.parameters()).device

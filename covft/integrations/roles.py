@@ -11,6 +11,7 @@ from torch import nn
 from covft.errors import ConfigError
 from covft.integrations.attaching import attachment_of, without_peft
 from covft.integrations.models import find_tower
+from covft.native import prefix_of
 from covft.sharding import shape_of
 
 PARTS = ("experts", "router", "norms", "vision", "projector", "llm")
@@ -37,7 +38,7 @@ def parts_of(model: nn.Module) -> dict[str, str]:
     """
     attachment = attachment_of(model)
     tower = attachment.encoder.vit if attachment else find_tower(without_peft(model))[0]
-    prefix = next(name for name, module in model.named_modules() if module is tower) + "."
+    prefix = prefix_of(tower, model)
     parts: dict[str, str] = {}
     for name, _ in model.named_parameters():
         if not _PROJECTORS.isdisjoint(name.split(".")):

@@ -17,7 +17,9 @@ from covft.integrations.attaching import attachment_of, without_peft
 from covft.integrations.callback import CoVFTCallback, SealCallback
 from covft.integrations.checkpoints import check_checkpoint, check_trained, last_checkpoint
 from covft.integrations.dummies import without_dummies
+from covft.integrations.models import base_of
 from covft.integrations.roles import param_groups
+from covft.native import prefix_of
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -116,6 +118,8 @@ class MLLMTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
+        # Before the reporters, which then see the figures of the routing in each entry.
+        self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, CoVFTCallback))
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Train, from the start or from a checkpoint.
@@ -157,14 +161,6 @@ class MLLMTrainer(Trainer):
         self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the figures of the routing where tensorboard and wandb see them, too."""
-        if "loss" in logs:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, CoVFTCallback):
-                    logs.update(callback.figures())
-        super().log(logs, *args, **kwargs)
-
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's loss; a model that is not attached does not see what is for the tower."""
         own: Any = self.model
@@ -172,8 +168,7 @@ class MLLMTrainer(Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
         flags = inputs.get("image_flags")
         inputs = {name: value for name, value in inputs.items() if name not in _FOR_THE_TOWER}
-        inner = without_peft(own)
-        with without_dummies(getattr(inner, "base_model", inner), flags):
+        with without_dummies(base_of(without_peft(own)), flags):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -197,9 +192,9 @@ class MLLMTrainer(Trainer):
         own: Any = self.model
         attachment = attachment_of(own)
         if attachment is not None:
-            tower = next(name for name, module in own.named_modules() if module is attachment.encoder.vit)
+            tower = prefix_of(attachment.encoder.vit, own)
             for keys in (load_result.missing_keys, load_result.unexpected_keys):
-                keys[:] = [key for key in keys if not key.startswith(f"{tower}.")]
+                keys[:] = [key for key in keys if not key.startswith(tower)]
         super()._issue_warnings_after_load(load_result)
 
 

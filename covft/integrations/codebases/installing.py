@@ -121,7 +121,7 @@ def install(
     model.__dict__[KEY] = attachment
     for name, kind in {**calls, "save_pretrained": SaveCall}.items():
         if hasattr(type(model), name):
-            model.__dict__[name] = kind(attachment, name)
+            kind(attachment, name).stand_in()
 
 
 def _make_known(tower: nn.Module) -> None:

@@ -144,10 +144,7 @@ class WatchTower(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add the figures to the log entry."""
-        figures = self.monitor.figures()
-        if figures and logs is not None:
-            logs.update(figures)
-            state.log_history[-1].update(figures)
+        self.monitor.log(logs, state)
 
     def _reached(self, name: str, gradient: Tensor) -> None:
         self.missing.discard(name)

@@ -28,6 +28,7 @@ from covft.integrations.codebases.conversations import template_of
 from covft.integrations.codebases.installing import NO_IMAGE
 from covft.integrations.codebases.launch import Flags, parse
 from covft.integrations.saving import FOLDER
+from covft.native import prefix_of
 
 VARIABLE = "COVFT_FLAGS"
 # The name by which transformers' own Trainer looks for weights when it resumes.
@@ -102,7 +103,7 @@ def save_pretrained(
     assert attachment is not None, "attached by prepare_model"
     folder = Path(save_directory)
     encoder, gathered = attachment.encoder, dict(state_dict or {})
-    prefix = next(name for name, module in model.named_modules() if module is encoder.vit) + "."
+    prefix = prefix_of(encoder.vit, model)
     tower = {name.removeprefix(prefix): tensor for name, tensor in gathered.items() if name.startswith(prefix)}
     saving.save(encoder, folder / FOLDER, gathered=tower, writes=True)
     tensors = {name: gathered.get(name, parameter) for name, parameter in trained_outside(model).items()}
