@@ -7,12 +7,7 @@ where their config says how many there are. One JSON line per config; a run that
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
 import sys
-import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +18,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.coverage import batch
 from benchmarks.coverage.check import Result, check
 
 _SIZES = (64, 96, 112, 128, 160, 192, 224, 256)
@@ -78,37 +74,14 @@ def check_model(name: str, largest: int) -> Result:
     config = open_clip.get_model_config(name)
     if result.verdict != "wrapped" or config is None or not isinstance(config["vision_cfg"].get("layers"), int):
         return result
-    shallow = run("cpu", layers=2)
-    result.change, result.ffn_change = shallow.change, shallow.ffn_change
-    result.missing_gradients, result.device = shallow.missing_gradients, "meta, and two blocks on the cpu"
-    if shallow.verdict != "wrapped":
-        result.verdict, result.reason = shallow.verdict, f"with two blocks: {shallow.reason}"
-    return result
+    return batch.with_two_blocks(result, run("cpu", layers=2))
 
 
 def main() -> None:
     """Check the towers that the output file does not have yet."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines")
-    parser.add_argument("--largest", type=int, default=150, help="million parameters up to which a tower is run")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    start = time.perf_counter()
-    done = set()
-    if arguments.out.exists():
-        done = {json.loads(line)["name"] for line in arguments.out.read_text().splitlines()}
-    with arguments.out.open("a") as file:
-        for name in open_clip.list_models():
-            if name in done:
-                continue
-            if time.perf_counter() - start > arguments.seconds:
-                break
-            file.write(json.dumps(check_model(name, arguments.largest * 10**6).to_dict()) + "\n")
-            file.flush()
-            gc.collect()
-    lines = [json.loads(line) for line in arguments.out.read_text().splitlines()]
-    print(dict(Counter(line["verdict"] for line in lines)))
+    arguments = batch.options(__doc__).parse_args()
+    largest = arguments.largest * 10**6
+    batch.run(arguments, open_clip.list_models(), lambda name: check_model(name, largest).to_dict())
 
 
 if __name__ == "__main__":

@@ -7,13 +7,8 @@ run with two blocks. One JSON line per model; a run that is cut short goes on wh
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
 import re
 import sys
-import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +18,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.coverage import batch
 from benchmarks.coverage.check import Result, check
 
 # Attention by the name of a class, without that over the channels or branches of a convolution.
@@ -94,12 +90,7 @@ def check_model(name: str, largest: int) -> Result | None:
     result = run("meta", build(name, "meta", **options), gradients=not two_blocks)
     if result.verdict != "wrapped" or not two_blocks:
         return result
-    shallow = run("cpu", build(name, "cpu", **options, **two_blocks))
-    result.change, result.ffn_change = shallow.change, shallow.ffn_change
-    result.missing_gradients, result.device = shallow.missing_gradients, "meta, and two blocks on the cpu"
-    if shallow.verdict != "wrapped":
-        result.verdict, result.reason = shallow.verdict, f"with two blocks: {shallow.reason}"
-    return result
+    return batch.with_two_blocks(result, run("cpu", build(name, "cpu", **options, **two_blocks)))
 
 
 def _can_be_built(name: str, **options: Any) -> bool:
@@ -112,30 +103,15 @@ def _can_be_built(name: str, **options: Any) -> bool:
 
 def main() -> None:
     """Check the models that the output file does not have yet."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines")
+    parser = batch.options(__doc__)
     parser.add_argument("--models", default="*", help="pattern of names")
-    parser.add_argument("--largest", type=int, default=150, help="million parameters up to which a model is run")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    start = time.perf_counter()
-    done = set()
-    if arguments.out.exists():
-        done = {json.loads(line)["name"] for line in arguments.out.read_text().splitlines()}
-    with arguments.out.open("a") as file:
-        for name in timm.list_models(arguments.models):
-            if name in done:
-                continue
-            if time.perf_counter() - start > arguments.seconds:
-                break
-            found = check_model(name, arguments.largest * 10**6)
-            line = {"name": name, "library": "timm", "verdict": "no attention"} if found is None else found.to_dict()
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            gc.collect()
-    lines = [json.loads(line) for line in arguments.out.read_text().splitlines()]
-    print(dict(Counter(line["verdict"] for line in lines)))
+
+    def line(name: str) -> dict[str, Any]:
+        found = check_model(name, arguments.largest * 10**6)
+        return {"name": name, "library": "timm", "verdict": "no attention"} if found is None else found.to_dict()
+
+    batch.run(arguments, timm.list_models(arguments.models), line)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-import gc
 import inspect
-import json
-import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import covft
+from benchmarks.coverage import batch
 from benchmarks.coverage.check import CONTEXT_DIM, EXPERTS, Result, check, tensors
 from benchmarks.coverage.transformers_cases import Case, all_cases, build
 from covft.text import HashTextEncoder
@@ -120,25 +115,8 @@ def _double(value: Any) -> Any:
 
 def main() -> None:
     """Check the classes that the output file does not have yet."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    start, done = time.perf_counter(), set()
-    if arguments.out.exists():
-        done = {json.loads(line)["class_name"] for line in arguments.out.read_text().splitlines()}
-    with arguments.out.open("a") as file:
-        for name in names():
-            if name in done:
-                continue
-            if time.perf_counter() - start > arguments.seconds:
-                break
-            file.write(json.dumps(run(name).to_dict()) + "\n")
-            file.flush()
-            gc.collect()
-    lines = [json.loads(line) for line in arguments.out.read_text().splitlines()]
-    print(dict(Counter(line["verdict"] for line in lines)))
+    arguments = batch.options(__doc__, sized=False).parse_args()
+    batch.run(arguments, names(), lambda name: run(name).to_dict(), key="class_name")
 
 
 if __name__ == "__main__":
