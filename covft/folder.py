@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,13 @@ def write_folder(folder: str | Path, tensors: dict[str, Tensor], config: dict[st
         CheckpointError: If `folder` is a file, or a tensor is empty or a part of one.
     """
     folder = Path(folder)
-    _refuse_parts(tensors)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file.", expected="a folder, or a path that does not exist yet")
-    folder.mkdir(parents=True, exist_ok=True)
-    with written_aside(folder / WEIGHTS_NAME) as aside:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, aside, {"format": "pt"})
-        digest, size = file_sha256(aside), aside.stat().st_size
+    stated = write_tensors(folder / WEIGHTS_NAME, tensors)
     if not (folder / CARD_NAME).exists():
         with written_aside(folder / CARD_NAME) as aside:
             aside.write_text(card, encoding="utf-8")
-    whole = {"format": FORMAT, **config, "weights": {"file": WEIGHTS_NAME, "bytes": size, "sha256": digest}}
+    whole = {"format": FORMAT, **config, "weights": {"file": WEIGHTS_NAME, **stated}}
     with written_aside(folder / CONFIG_NAME) as aside:
         aside.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
@@ -73,15 +69,56 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path, stated = folder / WEIGHTS_NAME, config["weights"]
     if not path.is_file():
         raise CheckpointError(f"{folder} has no weights.", expected=WEIGHTS_NAME, got=_listing(folder))
-    if path.stat().st_size != stated["bytes"] or file_sha256(path) != stated["sha256"]:
+    return read_tensors(path, stated, CONFIG_NAME), config
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], **about: str) -> dict[str, Any]:
+    """Write tensors to a file, aside and then renamed.
+
+    Args:
+        path: A `.safetensors` file; its folder is made if it does not exist.
+        tensors: By name, on any device.
+        **about: Texts that are kept beside them.
+
+    Returns:
+        The file's statement, to be written down: `bytes` and `sha256`.
+
+    Raises:
+        CheckpointError: If a tensor is empty or a part of one.
+    """
+    _refuse_parts(tensors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with written_aside(path) as aside:
+        save_file(whole, aside, {"format": "pt", **about})
+        return _statement(aside)
+
+
+def _statement(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def read_tensors(path: Path, stated: Mapping[str, Any], stated_in: str) -> dict[str, Tensor]:
+    """Read tensors from a file that is the one that was written.
+
+    Args:
+        path: A `.safetensors` file.
+        stated: Its statement, as `write_tensors` returned it.
+        stated_in: The file that has the statement.
+
+    Raises:
+        CheckpointError: If the file is missing, cut short, damaged, or of another save.
+    """
+    found = _statement(path) if path.is_file() else {"bytes": 0, "sha256": ""}
+    if (found["bytes"], found["sha256"]) != (stated["bytes"], stated["sha256"]):
         raise CheckpointError(
-            f"{path} is not the file that {CONFIG_NAME} was written for: cut short, damaged, or of another save.",
+            f"{path} is not the file that {stated_in} was written for: cut short, damaged, or of another save.",
             expected=f"{stated['bytes']} bytes, sha256 {stated['sha256'][:12]}...",
-            got=f"{path.stat().st_size} bytes, sha256 {file_sha256(path)[:12]}...",
+            got=f"{found['bytes']} bytes, sha256 {found['sha256'][:12]}..." if path.is_file() else "no such file",
             fix="save again, or copy the whole folder again",
         )
     try:
-        return load_file(path), config
+        return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be read.", got=str(error)) from error
 
@@ -162,7 +199,7 @@ def compare_tensors(wanted: dict[str, tuple], found: dict[str, tuple], source: s
         )
 
 
-def _refuse_parts(tensors: dict[str, Tensor]) -> None:
+def _refuse_parts(tensors: Mapping[str, Tensor]) -> None:
     parts = [name for name, tensor in tensors.items() if is_sharded(tensor) or not tensor.numel()]
     if parts:
         raise CheckpointError(

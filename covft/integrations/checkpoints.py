@@ -19,12 +19,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from covft.checkpoint import load_into
 from covft.errors import CheckpointError
-from covft.folder import compare_tensors, file_sha256, written_aside
+from covft.folder import compare_tensors, read_tensors, write_tensors, written_aside
 from covft.integrations.attaching import attachment_of
 from covft.integrations.saving import FOLDER
 from covft.sharding import assign, full, shape_of
@@ -49,15 +48,12 @@ def write_trained(model: nn.Module, folder: Path, *, main: bool = True) -> None:
     for name, parameter in trained_outside(model).items():
         tensor = full(parameter)
         if main:
-            tensors[name] = tensor.detach().cpu().contiguous()
+            tensors[name] = tensor.cpu()
     if not main:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with written_aside(folder / TRAINED) as aside:
-        save_file(tensors, aside, {"format": "pt"})
-        digest, size = file_sha256(aside), aside.stat().st_size
+    stated = write_tensors(folder / TRAINED, tensors)
     with written_aside(folder / TRAINED_NAMES) as aside:
-        index = {"format": 1, "names": sorted(tensors), "bytes": size, "sha256": digest}
+        index = {"format": 1, "names": sorted(tensors), **stated}
         aside.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -196,15 +192,7 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def _read_trained(folder: Path) -> dict[str, Tensor]:
-    index, path = _read_index(folder / TRAINED_NAMES), folder / TRAINED
-    stated = index["bytes"], index["sha256"]
-    if not path.is_file() or (path.stat().st_size, file_sha256(path)) != stated:
-        raise CheckpointError(
-            f"{path} is not the file that {TRAINED_NAMES} was written for: cut short, damaged, or of another save.",
-            expected=f"{stated[0]} bytes, sha256 {stated[1][:12]}...",
-            got=f"{path.stat().st_size} bytes" if path.is_file() else "no such file",
-        )
-    return load_file(path)
+    return read_tensors(folder / TRAINED, _read_index(folder / TRAINED_NAMES), TRAINED_NAMES)
 
 
 def _read_index(path: Path) -> dict[str, Any]:

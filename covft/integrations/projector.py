@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from covft.errors import CheckpointError, UnsupportedViTError
-from covft.folder import written_aside
+from covft.folder import write_tensors
 from covft.sharding import full, is_main_process
 
 PROJECTOR_NAME = "projector.safetensors"
@@ -34,12 +34,10 @@ def save_projector(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         UnsupportedViTError: If the model has no projector.
     """
     values = find_projector(model).state_dict(keep_vars=True)
-    state = {name: full(value).cpu().contiguous() for name, value in values.items()}
+    state = {name: full(value).cpu() for name, value in values.items()}
     path = Path(folder) / PROJECTOR_NAME
     if is_main_process():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as aside:
-            save_file(state, aside, {"format": "pt"})
+        write_tensors(path, state)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()  # whoever goes on finds the file
     return path

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from covft.errors import TextEncoderError
-from covft.folder import written_aside
+from covft.folder import write_tensors
 from covft.text.base import CachedTextEncoder, TextEncoder, check_texts, shown
 
 _CHUNK = 256  # texts between two steps of a progress bar
@@ -100,10 +99,8 @@ class FeatureTable(CachedTextEncoder):
             path: A `.safetensors` file.
         """
         digests = torch.frombuffer(bytearray(b"".join(self._rows)), dtype=torch.uint8).view(-1, 32)
-        tensors = {"digests": digests.clone(), "features": self._features.contiguous()}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(Path(path)) as aside:
-            save_file(tensors, aside, {"format": "pt", "covft": "text features", "name": self.name})
+        tensors = {"digests": digests, "features": self._features}
+        write_tensors(Path(path), tensors, covft="text features", name=self.name)
 
     @classmethod
     def load(cls, path: str | Path, fallback: TextEncoder | None = None) -> FeatureTable:

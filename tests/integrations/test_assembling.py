@@ -608,7 +608,7 @@ def test_a_save_that_fails_leaves_the_old_projector(parts, tokenizer, tmp_path, 
         file.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("covft.integrations.projector.save_file", full_disk)
+    monkeypatch.setattr("covft.folder.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_projector(model, tmp_path)
     assert path.read_bytes() == before

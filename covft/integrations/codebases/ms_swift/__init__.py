@@ -16,12 +16,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from covft import saving
 from covft.errors import CheckpointError, ConfigError
-from covft.folder import compare_tensors, written_aside
+from covft.folder import compare_tensors, write_tensors
 from covft.integrations.attaching import attach, attachment_of
 from covft.integrations.checkpoints import trained_outside
 from covft.integrations.codebases.conversations import template_of
@@ -107,8 +107,7 @@ def save_pretrained(
     tower = {name.removeprefix(prefix): tensor for name, tensor in gathered.items() if name.startswith(prefix)}
     saving.save(encoder, folder / FOLDER, gathered=tower, writes=True)
     tensors = {name: gathered.get(name, parameter) for name, parameter in trained_outside(model).items()}
-    with written_aside(folder / WEIGHTS) as aside:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, aside, {"format": "pt"})
+    write_tensors(folder / WEIGHTS, tensors)
 
 
 def from_pretrained(model: nn.Module, model_id: str, **kwargs: Any) -> nn.Module:
