@@ -141,8 +141,12 @@ def in_engine(module: nn.Module) -> bool:
 
 def is_main_process() -> bool:
     """Whether this is the process that writes: the first of all, or the only one."""
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    return not is_distributed() or torch.distributed.get_rank() == 0
+
+
+def is_distributed() -> bool:
+    """Whether there are several processes that talk to each other."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _is_zero(tensor: Tensor) -> bool:

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from covft.adapters.spec import ViTSpec
 from covft.errors import ConfigError, LayerIndexError
+from covft.methods import Method
 
-_METHOD = "forward"
 
-
-class HandOn:
+class HandOn(Method):
     """Stands for the forward of a block that nobody reads. The first call runs it, to see the form of what it returns.
 
     Args:
@@ -24,13 +23,18 @@ class HandOn:
     """
 
     def __init__(self, block: nn.Module) -> None:
-        self.block = block
+        super().__init__(block, "forward")
         self.in_tuple: bool | None = None
+
+    @property
+    def block(self) -> nn.Module:
+        """The block."""
+        return self.owner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The tokens as they came, in the form in which the block returns them."""
         if self.in_tuple is None:
-            output = type(self.block).forward(self.block, *args, **kwargs)
+            output = self.inner(*args, **kwargs)
             self.in_tuple = isinstance(output, tuple)
             return output
         tokens = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
@@ -99,8 +103,7 @@ def leave_out(vit: nn.Module, spec: ViTSpec, last: int) -> None:
         last: The last block whose output is read.
     """
     for index in range(last + 1, spec.depth):
-        block = vit.get_submodule(spec.blocks[index].path)
-        block.__dict__[_METHOD] = HandOn(block)
+        HandOn(vit.get_submodule(spec.blocks[index].path)).stand_in()
 
 
 def run_again(vit: nn.Module) -> None:
@@ -110,5 +113,6 @@ def run_again(vit: nn.Module) -> None:
         vit: The ViT.
     """
     for module in vit.modules():
-        if isinstance(module.__dict__.get(_METHOD), HandOn):
-            del module.__dict__[_METHOD]
+        method = module.__dict__.get("forward")
+        if isinstance(method, HandOn):
+            method.step_back()

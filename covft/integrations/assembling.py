@@ -11,7 +11,7 @@ from torch import nn
 from covft.adapters.registry import describe
 from covft.data.placeholders import ImageText
 from covft.errors import ConfigError, UnsupportedViTError
-from covft.integrations.parts import class_of, load_image_processor, load_language_model, load_tower, whole_weights
+from covft.integrations.loading import class_of, load_image_processor, load_language_model, load_tower, whole_weights
 from covft.integrations.projector import load_projector, save_projector
 
 __all__ = [

@@ -158,17 +158,27 @@ class Attachment:
         return texts[0]
 
 
-def _refuse_packed(input_ids: Tensor, given: Mapping[str, Any]) -> None:
-    """Refuse rows that hold several samples, whose questions would become one."""
+def starts_again(input_ids: Tensor, given: Mapping[str, Any]) -> bool:
+    """Whether the positions of a row start more than once, as those of several samples in one row do.
+
+    Args:
+        input_ids: Shape `(R, L)`.
+        given: Arguments of the call, by name: `position_ids`, `attention_mask`.
+    """
     positions, mask = given.get("position_ids"), given.get("attention_mask")
-    packed = given.get("cu_seq_lens_q") is not None
     if isinstance(positions, Tensor) and positions.dim() == 3 and len(positions) == 4:
         positions = positions[0]  # of the text, above those of time, height and width
-    if isinstance(positions, Tensor) and positions.shape == input_ids.shape:
-        starts = positions == 0
-        if isinstance(mask, Tensor) and mask.shape == starts.shape:
-            starts = starts & mask.bool()
-        packed = packed or bool((starts.sum(dim=1) > 1).any())
+    if not isinstance(positions, Tensor) or positions.shape != input_ids.shape:
+        return False
+    starts = positions == 0
+    if isinstance(mask, Tensor) and mask.shape == starts.shape:
+        starts = starts & mask.bool()
+    return bool((starts.sum(dim=1) > 1).any())
+
+
+def _refuse_packed(input_ids: Tensor, given: Mapping[str, Any]) -> None:
+    """Refuse rows that hold several samples, whose questions would become one."""
+    packed = given.get("cu_seq_lens_q") is not None or starts_again(input_ids, given)
     if packed:
         raise ShapeError(
             "The rows of input_ids are packed from several samples, so the prompt has several instructions.",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from covft.encoder import ContextEncoder
+from covft.sharding import is_distributed
 
 
 @dataclass
@@ -95,6 +96,6 @@ def _gradient_norm(router: nn.Module) -> Tensor | None:
 
 
 def _over_processes(sums: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         torch.distributed.all_reduce(sums)
     return sums

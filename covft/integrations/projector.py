@@ -12,7 +12,7 @@ from torch import nn
 
 from covft.errors import CheckpointError, UnsupportedViTError
 from covft.folder import write_tensors
-from covft.sharding import full, is_main_process
+from covft.sharding import full, is_distributed, is_main_process
 
 PROJECTOR_NAME = "projector.safetensors"
 
@@ -38,7 +38,7 @@ def save_projector(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     path = Path(folder) / PROJECTOR_NAME
     if is_main_process():
         write_tensors(path, state)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         torch.distributed.barrier()  # whoever goes on finds the file
     return path
 

@@ -17,6 +17,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from covft.errors import ConfigError, ShapeError, UnsupportedViTError
+from covft.integrations.attachment import starts_again
 from covft.integrations.calls import Call
 from covft.integrations.codebases.conversations import prompt_reader
 from covft.integrations.codebases.installing import NO_IMAGE, TowerAttachment, install, unattached
@@ -193,13 +194,9 @@ def texts_of_tiles(attachment: TowerAttachment, given: Mapping[str, Any]) -> tup
 
 def _refuse_packed(given: Mapping[str, Any]) -> None:
     """Refuse rows that hold several samples, whose questions would become one."""
-    input_ids, mask, positions = given["input_ids"], given.get("attention_mask"), given.get("position_ids")
+    input_ids, mask = given["input_ids"], given.get("attention_mask")
     # Packed, their attention_mask says where samples begin, and is no mask.
-    packed = isinstance(mask, Tensor) and mask.shape != input_ids.shape
-    if not packed and isinstance(positions, Tensor) and positions.shape == input_ids.shape:
-        starts = positions == 0
-        starts = starts & mask.bool() if isinstance(mask, Tensor) else starts
-        packed = bool((starts.sum(dim=1) > 1).any())
+    packed = (isinstance(mask, Tensor) and mask.shape != input_ids.shape) or starts_again(input_ids, given)
     if packed:
         raise ShapeError(
             "The rows of input_ids are packed from several samples, so the prompt has several instructions.",

@@ -19,9 +19,9 @@ from torch import nn
 
 from covft.errors import ConfigError
 from covft.integrations.saving import FOLDER
+from covft.wrapping import DEFAULTS
 
 DEFAULT_TEXT_ENCODER = "bert-base-uncased"
-_SETTINGS = ("layers", "experts", "routing", "top_k", "context", "train_norms", "activation", "num_heads")
 _READING = ("turns", "system", "default_text")
 
 # How a launcher attaches: (model, tokenizer, flags, pretrained).
@@ -115,7 +115,7 @@ def parse(program: str, arguments: Sequence[str]) -> Flags:
         text_encoder=ours.get("text_encoder"),
         pretrained=ours.get("pretrained"),
         chat_template=ours.get("chat_template"),
-        settings={name: ours[name] for name in _SETTINGS if name in ours},
+        settings={name: ours[name] for name in DEFAULTS if name in ours},
         reading={name: ours[name] for name in _READING if name in ours},
     )
 
