@@ -20,7 +20,8 @@ from covft.errors import (
 from covft.extras import import_library
 from covft.integrations.attaching import attach, attachment_of
 from covft.integrations.attachment import Attachment
-from covft.integrations.checkpoints import restore, seal, write_trained
+from covft.integrations.checkpoints import checkpoint_folder, restore, seal, write_trained
+from covft.integrations.gradients import GradientWatch
 from covft.integrations.monitor import RoutingMonitor
 from covft.integrations.roles import COVFT, parts_of
 from covft.integrations.saving import FOLDER
@@ -92,8 +93,7 @@ class CoVFTCallback(TrainerCallback):
         self.resume_from = resume_from
         self.missing_gradients, self.per_layer = missing_gradients, per_layer
         self._monitor: RoutingMonitor | None = None
-        self._reached: set[str] | None = None  # parameters that backward reached; None once that was checked
-        self._hooks: list[Any] = []
+        self._watch: GradientWatch | None = None  # until it was checked that all gradients came
 
     # When the trainer is made
 
@@ -122,9 +122,9 @@ class CoVFTCallback(TrainerCallback):
         if state.global_step > 0 and not _restores_itself():
             restore(model, self.resume_from or _checkpoint_of(args, state))
         self._monitor = RoutingMonitor(encoder, self.per_layer)
-        self._forget_hooks()
+        self._stop_watching()
         if self.missing_gradients != "ignore":
-            self._watch_gradients(model)
+            self._watch = GradientWatch(model.named_parameters())
 
     # At every step
 
@@ -142,14 +142,14 @@ class CoVFTCallback(TrainerCallback):
         if self._monitor is not None:
             self._monitor.note_routing()
             self._monitor.note_gates()
-        if self._reached is not None:
-            self._check_gradients(kwargs["model"])
+        if self._watch is not None:
+            self._check_gradients(kwargs["model"], self._watch)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forget which folder was saved last: its tensors are older than the model's now."""
         _attachment(kwargs["model"]).saved_in = None
-        if self._reached is not None:  # Trainers of old have no on_pre_optimizer_step
-            self._check_gradients(kwargs["model"])
+        if self._watch is not None:  # Trainers of old have no on_pre_optimizer_step
+            self._check_gradients(kwargs["model"], self._watch)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -158,28 +158,16 @@ class CoVFTCallback(TrainerCallback):
         if self._monitor is not None:
             self._monitor.log(logs, state)
 
-    def _watch_gradients(self, model: nn.Module) -> None:
-        reached: set[str] = set()
-        self._reached = reached
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                note = _Note(reached, name)
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(note))
-
-    def _check_gradients(self, model: nn.Module) -> None:
-        reached = self._reached or set()
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        # FSDP hands gradients over without the parameters' own hooks.
-        missing = [name for name, p in trained.items() if name not in reached and p.grad is None]
+    def _check_gradients(self, model: nn.Module, watch: GradientWatch) -> None:
+        missing = watch.missing()
         if missing and not _attachment(model).encoder.routing_weights():
             inside = {name for name, part in parts_of(model).items() if part not in ("llm",)}
             if set(missing) <= inside:
                 return  # rows without images so far: look again after the next step
-        self._reached = None
-        self._forget_hooks()
+        self._stop_watching()
         if not missing:
             return
-        message = f"{len(missing)} of {len(trained)} trained parameters got no gradient in the first step."
+        message = f"{len(missing)} of {len(watch.trained)} trained parameters got no gradient in the first step."
         error = MissingGradientError(
             message,
             expected="a gradient for every parameter with requires_grad",
@@ -191,10 +179,10 @@ class CoVFTCallback(TrainerCallback):
             raise error
         warnings.warn(str(error), UserWarning, stacklevel=2)
 
-    def _forget_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = None
 
     # Checkpoints
 
@@ -203,7 +191,7 @@ class CoVFTCallback(TrainerCallback):
         from accelerate.utils import broadcast_object_list
 
         model = kwargs["model"]
-        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        checkpoint = checkpoint_folder(args, state)
         if args.should_save and not checkpoint.is_dir():
             warnings.warn(
                 f"covft writes beside the trainer, and there is no {checkpoint}: nothing of it is saved here.",
@@ -222,8 +210,7 @@ class CoVFTCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Load the tower of the best checkpoint where the trainer has loaded the rest of it."""
-        self._reached = None
-        self._forget_hooks()
+        self._stop_watching()
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and not _restores_itself():
             restore(kwargs["model"], best)
@@ -234,9 +221,7 @@ class SealCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write `complete.json`."""
-        seal_when_all_have_written(
-            args, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", state.global_step
-        )
+        seal_when_all_have_written(args, checkpoint_folder(args, state), state.global_step)
 
 
 def seal_when_all_have_written(args: TrainingArguments, checkpoint: Path, step: int) -> None:
@@ -252,16 +237,6 @@ def seal_when_all_have_written(args: TrainingArguments, checkpoint: Path, step: 
     PartialState().wait_for_everyone()
     if args.should_save and checkpoint.is_dir():
         seal(checkpoint, step)
-
-
-class _Note:
-    """A hook that notes that backward reached a parameter."""
-
-    def __init__(self, reached: set[str], name: str) -> None:
-        self.reached, self.name = reached, name
-
-    def __call__(self, parameter: nn.Parameter) -> None:
-        self.reached.add(self.name)
 
 
 def _attachment(model: nn.Module) -> Attachment:
@@ -327,7 +302,7 @@ def _checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
 
     named = args.resume_from_checkpoint
     candidates = [Path(named)] if isinstance(named, str) and Path(named).is_dir() else []
-    candidates.append(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+    candidates.append(checkpoint_folder(args, state))
     for candidate in candidates:
         file = candidate / "trainer_state.json"
         if not file.is_file():

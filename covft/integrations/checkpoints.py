@@ -33,6 +33,16 @@ TRAINED = "trained.safetensors"
 TRAINED_NAMES = "trained.json"
 
 
+def checkpoint_folder(args: Any, state: Any) -> Path:
+    """Where a trainer writes the checkpoint of the step it is at.
+
+    Args:
+        args: Its `TrainingArguments`.
+        state: Its state.
+    """
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
 def write_trained(model: nn.Module, folder: Path, *, main: bool = True) -> None:
     """Write every trained tensor outside the tower, by its name in the running model.
 

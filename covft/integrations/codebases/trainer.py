@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from covft.checkpoint import load_into
@@ -21,7 +21,8 @@ from covft.errors import MissingGradientError, ReentrantCheckpointError
 from covft.integrations.attaching import attachment_of
 from covft.integrations.attachment import Attachment
 from covft.integrations.callback import seal_when_all_have_written
-from covft.integrations.checkpoints import check_checkpoint
+from covft.integrations.checkpoints import check_checkpoint, checkpoint_folder
+from covft.integrations.gradients import GradientWatch
 from covft.integrations.monitor import RoutingMonitor
 from covft.integrations.saving import FOLDER
 from covft.sharding import is_sharded
@@ -81,7 +82,7 @@ class SaveTower(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write it, unless the model's own `save_pretrained` just has; last of all, that the checkpoint is whole."""
-        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        checkpoint = checkpoint_folder(args, state)
         self._save(args, checkpoint / FOLDER)
         seal_when_all_have_written(args, checkpoint, state.global_step)
 
@@ -112,15 +113,11 @@ class WatchTower(TrainerCallback):
     def __init__(self, attachment: Attachment) -> None:
         self.encoder = attachment.encoder
         self.monitor = RoutingMonitor(self.encoder)
-        self.missing: set[str] = set()
-        self.hooks: list[Any] = []
+        self.watch: GradientWatch | None = None  # until it was checked that all gradients came
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Watch every trained parameter of the tower."""
-        for name, parameter in self.encoder.vit.named_parameters():
-            if parameter.requires_grad:
-                self.missing.add(name)
-                self.hooks.append(parameter.register_hook(partial(self._reached, name)))
+        self.watch = GradientWatch(self.encoder.vit.named_parameters())
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note what the routers decided."""
@@ -129,25 +126,22 @@ class WatchTower(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note what the routers decided; after the first step, look whether all gradients came."""
         self.monitor.note_routing()
-        if not self.hooks or not self.encoder.routing_weights():
+        if self.watch is None or not self.encoder.routing_weights():
             return  # no images so far
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks = []
-        if self.missing:
+        missing = self.watch.missing()
+        self.watch.close()
+        self.watch = None
+        if missing:
             raise MissingGradientError(
-                f"{len(self.missing)} trained parameters of the tower got no gradient in the first step.",
+                f"{len(missing)} trained parameters of the tower got no gradient in the first step.",
                 expected="a gradient for every trained parameter",
-                got=", ".join(sorted(self.missing)[:5]),
+                got=", ".join(sorted(missing)[:5]),
                 fix="adapt blocks whose output is read: --covft_layers",
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add the figures to the log entry."""
         self.monitor.log(logs, state)
-
-    def _reached(self, name: str, gradient: Tensor) -> None:
-        self.missing.discard(name)
 
 
 def _load_from_checkpoint(
