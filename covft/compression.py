@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm  # comes with huggingface_hub
 
 from covft.errors import UnsupportedViTError
 from covft.nn.experts import Experts
@@ -42,7 +43,9 @@ class CompressionReport:
 
 
 @torch.no_grad()
-def compress(encoder: ContextEncoder, rank: int, images: Any = None, text: Any = None) -> CompressionReport:
+def compress(
+    encoder: ContextEncoder, rank: int, images: Any = None, text: Any = None, *, show: bool = False, **kwargs: Any
+) -> CompressionReport:
     """Compress the experts; see `ContextEncoder.compress`.
 
     Args:
@@ -50,6 +53,8 @@ def compress(encoder: ContextEncoder, rank: int, images: Any = None, text: Any =
         rank: Rank of the differences.
         images: To measure errors on.
         text: To measure errors on.
+        show: Whether to show a progress bar.
+        **kwargs: Handed on to the ViT with the images.
 
     Raises:
         ConfigError: If the rank cannot be used.
@@ -62,17 +67,20 @@ def compress(encoder: ContextEncoder, rank: int, images: Any = None, text: Any =
             raise UnsupportedViTError(
                 f"The experts of block {layer} are of low rank already.", expected="whole experts"
             )
-    thin = {layer: LowRankExperts.of(list(slot.experts), rank) for layer, slot in slots.items()}  # type: ignore[arg-type]
+    thin = {
+        layer: LowRankExperts.of(list(slot.experts), rank)  # type: ignore[arg-type]
+        for layer, slot in tqdm(slots.items(), desc="compressing", unit="block", disable=not show)
+    }
     whole = {layer: slot.experts for layer, slot in slots.items()}
     before = sum(parameter.numel() for experts in whole.values() for parameter in experts.parameters())
     weight_error = {layer: _weight_error(whole[layer], thin[layer]) for layer in slots}
     seen: dict[int, tuple[Tensor, Any, Tensor]] = {}
-    features = None if images is None else _observed(encoder, whole, images, text, seen)
+    features = None if images is None else _observed(encoder, whole, images, text, kwargs, seen)
     for layer, slot in slots.items():
         slot.experts = thin[layer]
     encoder.covft_config = settings
     output_error = {layer: _relative(thin[layer](x, routing), y) for layer, (x, routing, y) in seen.items()}
-    after = None if images is None else _features(encoder(images, text))
+    after = None if images is None else _features(encoder(images, text, **kwargs))
     return CompressionReport(
         rank=rank,
         parameters_before=before,
@@ -102,7 +110,12 @@ def _weight_error(whole: Any, thin: LowRankExperts) -> float:
 
 
 def _observed(
-    encoder: ContextEncoder, whole: Mapping[int, nn.Module], images: Any, text: Any, seen: dict[int, tuple]
+    encoder: ContextEncoder,
+    whole: Mapping[int, nn.Module],
+    images: Any,
+    text: Any,
+    kwargs: Mapping[str, Any],
+    seen: dict[int, tuple],
 ) -> Tensor | None:
     """What the ViT returns, and what goes into its experts and comes out of them."""
     handles = [
@@ -110,7 +123,7 @@ def _observed(
         for layer, experts in whole.items()
     ]
     try:
-        return _features(encoder(images, text))
+        return _features(encoder(images, text, **kwargs))
     finally:
         for handle in handles:
             handle.remove()

@@ -41,10 +41,10 @@ class CoVFTConfig:
         num_heads: Heads of the context attention; must divide the width of the text features.
         expert_rank: None copies the FFN whole for every expert. A number shares the pretrained FFN, frozen, and gives
             each expert matrices of that rank to differ by.
-        recompute: What backward computes again of whole experts, instead of keeping it: `"none"`; `"activation"`, all
-            but the first linear layers' products; `"all"`, from the tokens alone. Results are the same. Experts of
-            another form than linear, activation, linear (or gated) are recomputed as a whole for `"all"`, and not at
-            all for `"activation"`.
+        recompute: What backward computes again of whole experts and of the refined image tokens, instead of keeping
+            it: `"none"`; `"activation"`, all but the first linear layers' products; `"all"`, from the tokens alone.
+            Results are the same. Experts of another form than linear, activation, linear (or gated) are recomputed
+            as a whole for `"all"`, and not at all for `"activation"`.
         feature_layer: Which of the ViT's hidden states is read: index into them, the embeddings being 0, negative ones
             counted from the end, such as -2 in LLaVA. Blocks behind it do not run; what they would make is not to be
             read. None runs all blocks.
@@ -66,7 +66,7 @@ class CoVFTConfig:
     activation: str = "gelu"
     num_heads: int = 4
     expert_rank: int | None = None
-    recompute: str = "activation"
+    recompute: str = "all"
     feature_layer: int | None = None
 
     def __post_init__(self) -> None:

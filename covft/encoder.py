@@ -393,7 +393,7 @@ class ContextEncoder(nn.Module):
             )
 
     def set_recompute(self, recompute: str) -> None:
-        """Choose what backward computes again of whole experts, instead of keeping it.
+        """Choose what backward computes again of whole experts and of the context, instead of keeping it.
 
         Args:
             recompute: `"none"`, `"activation"` or `"all"`; see `CoVFTConfig`.
@@ -403,8 +403,7 @@ class ContextEncoder(nn.Module):
         """
         self.covft_config = dataclasses.replace(self.covft_config, recompute=recompute)
         for slot in self.slots().values():
-            if isinstance(slot.experts, Experts):
-                slot.experts.recompute = recompute
+            slot.set_recompute(recompute)
 
     def skip_experts(self, below: float) -> None:
         """In eval mode, leave out experts whose weight for an image is small; the others' weights are scaled up.
@@ -427,7 +426,9 @@ class ContextEncoder(nn.Module):
             if isinstance(slot.experts, Experts):
                 slot.experts.skip_below = below
 
-    def compress(self, rank: int, images: Tensor | None = None, text: Any = None) -> CompressionReport:
+    def compress(
+        self, rank: int, images: Any = None, text: Any = None, *, show: bool = False, **kwargs: Any
+    ) -> CompressionReport:
         """Store trained experts as one FFN that they share and differences of low rank, in place.
 
         It makes inference cheaper: the shared products are computed once. What is lost is in the report.
@@ -436,6 +437,8 @@ class ContextEncoder(nn.Module):
             rank: Rank of the differences, such as 64.
             images: As for calling the encoder, to measure the error of outputs.
             text: As for calling the encoder.
+            show: Whether to show a progress bar; a ViT-L takes some ten seconds.
+            **kwargs: As for calling the encoder, such as `grid_thw`.
 
         Returns:
             Parameters before and after, and errors of weights and outputs.
@@ -443,7 +446,7 @@ class ContextEncoder(nn.Module):
         Raises:
             UnsupportedViTError: If the experts cannot be compressed; nothing has changed then.
         """
-        return compression.compress(self, rank, images, text)
+        return compression.compress(self, rank, images, text, show=show, **kwargs)
 
     def merge(self) -> None:
         """Refused: there is no exact merge.

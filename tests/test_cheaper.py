@@ -83,11 +83,12 @@ def test_recompute__every_tower_of_the_table_but_those_with_another_ffn_is_fused
 def test_recompute__may_be_changed_and_is_shown():
     tower = TOWERS[0]
     encoder = wrapped(tower)
-    assert encoder.covft_config.recompute == "activation"
-    assert "recompute='activation'" in repr(encoder)
-    encoder.set_recompute("all")
-    assert all(slot.experts.recompute == "all" for slot in encoder.slots().values())
     assert encoder.covft_config.recompute == "all"
+    assert "recompute='all'" in repr(encoder)
+    encoder.set_recompute("activation")
+    assert all(slot.experts.recompute == "activation" for slot in encoder.slots().values())
+    assert all(slot.context.image.recompute == "activation" for slot in encoder.slots().values())
+    assert encoder.covft_config.recompute == "activation"
     with pytest.raises(ConfigError, match="recompute"):
         encoder.set_recompute("everything")
 

@@ -48,7 +48,7 @@ def test_json_holds_plain_values_under_the_names_of_the_keywords():
         "activation": "gelu",
         "num_heads": 4,
         "expert_rank": None,
-        "recompute": "activation",
+        "recompute": "all",
         "feature_layer": None,
     }
 

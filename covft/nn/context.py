@@ -18,6 +18,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from covft.nn.functional import masked_mean, wide_softmax
+from covft.nn.fused import can_mix, mix
+from covft.nn.plan import FFNPlan
 from covft.nn.segments import Segments
 
 
@@ -30,6 +32,7 @@ class QuickGELU(nn.Module):
 
 
 _ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+_PLAN = FFNPlan(first=("up",), last="down", activation="act", kind="plain", quick_gelu=QuickGELU)
 
 
 class ResidualRefinement(nn.Module):
@@ -42,6 +45,9 @@ class ResidualRefinement(nn.Module):
         activation: `"gelu"` or `"quick_gelu"`.
         device: Device of the parameters.
         dtype: Type of the parameters.
+
+    Attributes:
+        recompute: What backward computes again of the two layers, as for `Experts`.
 
     Example:
         >>> ResidualRefinement(8)(torch.rand(2, 5, 8)).shape
@@ -57,6 +63,7 @@ class ResidualRefinement(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.recompute = "none"
         self.up = nn.Linear(dim, 2 * dim, device=device, dtype=dtype)
         self.act = _ACTIVATIONS[activation]()
         self.down = nn.Linear(2 * dim, dim, device=device, dtype=dtype)
@@ -64,7 +71,11 @@ class ResidualRefinement(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         """Refine and normalise; shape `(..., dim)` in and out."""
-        return self.norm(v + self.down(self.act(self.up(v))))
+        if self.recompute == "none" or not can_mix(_PLAN, [self]):
+            return self.norm(v + self.down(self.act(self.up(v))))
+        # A mixture of one.
+        alone_B1 = torch.ones(len(v), 1, device=v.device, dtype=v.dtype)
+        return self.norm(v + mix(v, alone_B1, [self], _PLAN, keep_pre_activations=self.recompute == "activation"))
 
 
 class SingleQueryAttention(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from covft.nn.fused import mix
+from covft.nn.fused import can_mix, mix
 from covft.nn.plan import FFNPlan
 from covft.nn.router import Routing
 
@@ -40,22 +40,18 @@ class Experts(nn.ModuleList):
     why_not: str = "it was not looked for"
 
     @classmethod
-    def upcycled(
-        cls, ffn: nn.Module, num_experts: int, *, recompute: str = "none", plans: dict[Any, Any] | None = None
-    ) -> Experts:
+    def upcycled(cls, ffn: nn.Module, num_experts: int, *, plans: dict[Any, Any] | None = None) -> Experts:
         """Make experts that are exact, trainable copies of a pretrained FFN.
 
         Args:
             ffn: The FFN; it is copied, never changed.
             num_experts: Number of copies E.
-            recompute: What backward computes again.
             plans: What was found of FFNs of the same ViT, by their form; added to. To look takes a moment.
         """
         experts = cls(copy.deepcopy(ffn) for _ in range(num_experts))
         for parameter in experts.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
-        experts.recompute = recompute
         plans, form = {} if plans is None else plans, FFNPlan.form_of(ffn)
         if form not in plans:
             plans[form] = FFNPlan.of(ffn)
@@ -106,7 +102,7 @@ class Experts(nn.ModuleList):
         return mixed
 
     def _mix(self, x: Tensor, weights_BE: Tensor, experts: Sequence[nn.Module], *args: Any, **kwargs: Any) -> Tensor:
-        if self.recompute != "none" and self._can_be_fused(experts, args, kwargs):
+        if self.recompute != "none" and not args and not kwargs and can_mix(self.plan, experts):
             assert self.plan is not None
             return mix(x, weights_BE, experts, self.plan, keep_pre_activations=self.recompute == "activation")
         mixed: Tensor | None = None
@@ -119,14 +115,6 @@ class Experts(nn.ModuleList):
             mixed = output * weight if mixed is None else torch.addcmul(mixed, output, weight)
         assert mixed is not None
         return mixed
-
-    def _can_be_fused(self, experts: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if self.plan is None or args or kwargs:
-            return False
-        # The compiler decides by itself what to compute again; transforms of torch.func need plain operations.
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return False
-        return all(self.plan.applies_to(expert) for expert in experts)
 
 
 def _per_image(weight_B: Tensor, output: Tensor) -> Tensor:

@@ -9,16 +9,30 @@ Shapes: B images, T tokens of all images, D embed_dim, F ffn_dim, E experts.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from covft.nn.plan import FFNPlan, pairs, run_ffn
+from covft.nn.plan import Between, FFNPlan, pairs, run_ffn
+
+# Rows that a CPU works on at once. What is made of them stays in its caches, and the memory is used again.
+_ROWS = 512
+
+
+def can_mix(plan: FFNPlan | None, experts: Sequence[nn.Module]) -> bool:
+    """Whether `mix` can run these experts now.
+
+    Args:
+        plan: Their plan, if there is one.
+        experts: The experts.
+    """
+    # The compiler decides by itself what to compute again; transforms of torch.func need plain operations.
+    if plan is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(plan.applies_to(expert) for expert in experts)
 
 
 def mix(
@@ -40,7 +54,7 @@ def mix(
     weights = [tensor for expert in experts for tensor in plan.weights(expert)]
     settings = _Settings(
         tuple(plan.between(expert) for expert in experts),
-        keep_pre_activations,
+        keep_pre_activations and torch.is_grad_enabled(),
         torch.get_autocast_dtype(x.device.type) if autocast else None,
     )
     return _Mixture.apply(x, weights_BE, settings, *weights)  # type: ignore[no-any-return]
@@ -48,7 +62,7 @@ def mix(
 
 @dataclass(frozen=True)
 class _Settings:
-    between: tuple[Callable[..., Tensor], ...]
+    between: tuple[Between, ...]
     keep_pre_activations: bool
     autocast_dtype: torch.dtype | None
 
@@ -64,24 +78,30 @@ class _Mixture(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights_BE: Tensor, settings: _Settings, *weights: Tensor | None) -> Tensor:
         tokens = settings.cast(x)
         tokens_TD = tokens.reshape(-1, x.shape[-1])
-        by_image = (weights_BE.shape[0], math.prod(x.shape[1:-1]))
+        blocks, weights_TE = _blocks(tokens_TD), _per_token(weights_BE, tokens_TD)
         kept: list[Tensor] = []
-        mixed: Tensor | None = None
+        mixed_TD: Any = None
         with torch.autocast(x.device.type, enabled=False):
             for e, own in enumerate(_per_expert(weights, settings)):
                 *first, last, bias = map(settings.cast, own)
-                pre = [linear(tokens_TD, w, b) for w, b in pairs(first)]
-                output = linear(settings.between[e](*pre), last, bias)
-                if settings.keep_pre_activations:
-                    kept += pre
-                output = output.view(*by_image, output.shape[-1])
-                weight = weights_BE[:, e].to(output.dtype).view(-1, 1, 1)
-                mixed = output * weight if mixed is None else mixed.addcmul_(output, weight)
-        assert mixed is not None
-        ctx.settings, ctx.shape, ctx.dtype, ctx.by_image = settings, x.shape, x.dtype, by_image
+                layers, between = pairs(first), settings.between[e]
+                widths = [matrix.shape[0] for matrix, _ in layers] if settings.keep_pre_activations else []
+                own_kept = [tokens_TD.new_empty(len(tokens_TD), width) for width in widths]
+                kept += own_kept
+                for rows in blocks:
+                    outs = [all_rows[rows] for all_rows in own_kept] or [None] * len(layers)
+                    pre = [
+                        _affine(tokens_TD[rows], *layer, between.scale, out=out)
+                        for layer, out in zip(layers, outs, strict=True)
+                    ]
+                    output = _affine(between.scaled(*pre), last, bias, 1, 1 / between.scale)
+                    if mixed_TD is None:
+                        mixed_TD = output.new_zeros(len(tokens_TD), output.shape[-1])
+                    mixed_TD[rows].addcmul_(output, weights_TE[rows, e : e + 1].to(output.dtype))
+        ctx.settings, ctx.shape, ctx.dtype = settings, x.shape, x.dtype
         ctx.present = [weight is not None for weight in weights]
         ctx.save_for_backward(tokens, weights_BE, *(w for w in weights if w is not None), *kept)
-        return mixed.view(*x.shape[:-1], mixed.shape[-1])
+        return mixed_TD.view(*x.shape[:-1], mixed_TD.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -93,47 +113,70 @@ class _Mixture(torch.autograd.Function):
         weights, kept = _unpack(saved, ctx.present)
         needs_x, needs_routing, _, *needs = ctx.needs_input_grad
         grad_TD = grads[0].reshape(-1, grads[0].shape[-1])
-        by_image = ctx.by_image
-        grad_x: Tensor | None = None
-        grad_routing: list[Tensor] = []
+        blocks, weights_TE = _blocks(tokens_TD), _per_token(weights_BE, tokens_TD)
+        grad_x_TD = torch.zeros_like(tokens_TD) if needs_x else None
+        grad_routing_TE = torch.zeros_like(weights_TE, dtype=_wide(weights_TE)) if needs_routing else None
         grad_weights: list[Tensor | None] = []
-        per_expert = _per_expert(weights, settings)
+        scratch = _Scratch(blocks)
         with torch.autocast(grad_TD.device.type, enabled=False):
-            for e, own in enumerate(per_expert):
+            for e, own in enumerate(_per_expert(weights, settings)):
                 *first, last, bias = map(settings.cast, own)
-                layers = pairs(first)
-                if settings.keep_pre_activations:
-                    pre = kept[e * len(layers) : (e + 1) * len(layers)]
-                else:
-                    pre = [linear(tokens_TD, w, b) for w, b in layers]
-                with torch.enable_grad():
-                    leaves = [p.detach().requires_grad_() for p in pre]
-                    hidden = settings.between[e](*leaves)
-                weight = weights_BE[:, e].to(grad_TD.dtype).view(-1, 1, 1)
-                weighed_TD = (grad_TD.view(*by_image, grad_TD.shape[-1]) * weight).view_as(grad_TD)
-                grad_hidden = grad_TD @ last
-                if needs_routing:
-                    grad_routing.append(
-                        _dot(grad_hidden, hidden.detach(), by_image) + _bias_dot(grad_TD, bias, by_image)
-                    )
-                scaled = grad_hidden.view(*by_image, grad_hidden.shape[-1]).mul_(weight).view_as(grad_hidden)
-                grad_pre = torch.autograd.grad(hidden, leaves, scaled)
-                needed = needs[e * len(own) : (e + 1) * len(own)]
-                for number, grad in enumerate(grad_pre):
+                layers, between = pairs(first), settings.between[e]
+                *needed, last_needed, bias_needed = needs[e * len(own) : (e + 1) * len(own)]
+                weight_T1 = weights_TE[:, e : e + 1].to(grad_TD.dtype)
+                for rows in blocks:
+                    if settings.keep_pre_activations:
+                        pre = [all_rows[rows] for all_rows in kept[e * len(layers) : (e + 1) * len(layers)]]
+                    else:
+                        pre = [_affine(tokens_TD[rows], *layer, between.scale) for layer in layers]
+                    with torch.enable_grad():
+                        leaves = [p.detach().requires_grad_() for p in pre]
+                        hidden = between.scaled(*leaves)
+                    grad_hidden = grad_TD[rows] @ last
+                    if grad_routing_TE is not None:
+                        products = torch.linalg.vecdot(grad_hidden, hidden.detach()).div_(between.scale)
+                        grad_routing_TE[rows, e] = products if bias is None else products + grad_TD[rows] @ bias
+                    # `leaves` and `hidden` are both `scale` times as large: the derivative between them is as it was.
+                    grad_pre = torch.autograd.grad(hidden, leaves, grad_hidden.mul_(weight_T1[rows]))
+                    if last_needed:
+                        scratch.keep("hidden", rows, hidden.detach())
+                    for number, (grad, (matrix, _)) in enumerate(zip(grad_pre, layers, strict=True)):
+                        if grad_x_TD is not None:
+                            grad_x_TD[rows].addmm_(grad, matrix)
+                        if any(needed[2 * number : 2 * number + 2]):
+                            scratch.keep(number, rows, grad)
+                for number in range(len(layers)):
                     of_weight, of_bias = needed[2 * number : 2 * number + 2]
-                    grad_weights.append(grad.t() @ tokens_TD if of_weight else None)
-                    grad_weights.append(grad.sum(0) if of_bias else None)
-                    if needs_x:
-                        matrix = layers[number][0]
-                        grad_x = grad @ matrix if grad_x is None else grad_x.addmm_(grad, matrix)
-                grad_weights.append(weighed_TD.t() @ hidden.detach() if needed[-2] else None)
-                grad_weights.append(weighed_TD.sum(0) if needed[-1] else None)
+                    grad_weights.append(scratch[number].t() @ tokens_TD if of_weight else None)
+                    grad_weights.append(scratch[number].sum(0) if of_bias else None)
+                weighed_TD = grad_TD * weight_T1 if last_needed or bias_needed else grad_TD
+                grad_weights.append((weighed_TD / between.scale).t() @ scratch["hidden"] if last_needed else None)
+                grad_weights.append(weighed_TD.sum(0) if bias_needed else None)
         return (
-            None if grad_x is None else grad_x.to(ctx.dtype).view(ctx.shape),
-            torch.stack(grad_routing, dim=-1).to(weights_BE.dtype) if needs_routing else None,
+            None if grad_x_TD is None else grad_x_TD.to(ctx.dtype).view(ctx.shape),
+            None if grad_routing_TE is None else _per_image(grad_routing_TE, weights_BE),
             None,
             *(None if g is None or w is None else g.to(w.dtype) for g, w in zip(grad_weights, weights, strict=True)),
         )
+
+
+class _Scratch:
+    """What backward makes block by block and multiplies as a whole; the memory serves one expert after the other."""
+
+    def __init__(self, blocks: list[slice]) -> None:
+        self.blocks = blocks
+        self.whole: dict[Any, Tensor] = {}
+
+    def keep(self, key: Any, rows: slice, block: Tensor) -> None:
+        if len(self.blocks) == 1:
+            self.whole[key] = block
+            return
+        if key not in self.whole:
+            self.whole[key] = block.new_empty(self.blocks[-1].stop, block.shape[-1])
+        self.whole[key][rows] = block
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return self.whole[key]
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -167,13 +210,38 @@ def _unpack(saved: Sequence[Tensor], present: Sequence[bool]) -> tuple[list[Tens
     return [next(rest) if there else None for there in present], list(rest)
 
 
-def _dot(one: Tensor, other: Tensor, by_image: tuple[int, int]) -> Tensor:
-    """Per image, the sum of products, shape `(B,)`."""
-    width = by_image[1] * one.shape[-1]
-    return torch.linalg.vecdot(one.reshape(by_image[0], width), other.reshape(by_image[0], width))
-
-
-def _bias_dot(grad_TD: Tensor, bias: Tensor | None, by_image: tuple[int, int]) -> Tensor | float:
+def _affine(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    product: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """A linear layer; its bias and its product times factors, which costs nothing."""
+    product = scale if product is None else product
     if bias is None:
-        return 0.0
-    return grad_TD.view(*by_image, grad_TD.shape[-1]).sum(1) @ bias
+        return torch.mm(x, weight.t(), out=out).mul_(product)
+    return torch.addmm(bias, x, weight.t(), beta=scale, alpha=product, out=out)
+
+
+def _blocks(tokens_TD: Tensor) -> list[slice]:
+    """Rows that are worked on together: on a CPU as many as its caches hold, else all."""
+    total = len(tokens_TD)
+    size = _ROWS if tokens_TD.device.type == "cpu" else max(total, 1)
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)] or [slice(0, 0)]
+
+
+def _per_token(weights_BE: Tensor, tokens_TD: Tensor) -> Tensor:
+    """The weights of the image that a token belongs to, shape `(T, E)`."""
+    return weights_BE.repeat_interleave(len(tokens_TD) // max(len(weights_BE), 1), dim=0)
+
+
+def _per_image(grad_TE: Tensor, weights_BE: Tensor) -> Tensor:
+    """Sums over the tokens of an image, shape `(B, E)`."""
+    images, experts = weights_BE.shape
+    return grad_TE.view(images, len(grad_TE) // max(images, 1), experts).sum(1).to(weights_BE.dtype)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

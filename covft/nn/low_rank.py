@@ -70,13 +70,11 @@ class LowRankDifference(nn.Module):
         """
         rank = self.down.shape[1]
         for expert, difference in enumerate(weights):
-            left, values, right = torch.linalg.svd(difference.float(), full_matrices=False)
-            kept = min(rank, len(values))
-            root = values[:kept].sqrt()
+            up, down = _best_factors(difference, rank)
             self.up[expert].zero_()
             self.down[expert].zero_()
-            self.up[expert, :, :kept] = (left[:, :kept] * root).to(self.up)
-            self.down[expert, :kept] = (root[:, None] * right[:kept]).to(self.down)
+            self.up[expert, :, : up.shape[1]] = up.to(self.up)
+            self.down[expert, : down.shape[0]] = down.to(self.down)
             own = biases[expert]
             if self.bias is not None and own is not None:
                 self.bias[expert] = own.to(self.bias)
@@ -127,6 +125,13 @@ class LowRankExperts(nn.Module):
             UnsupportedViTError: If they are not of the form linear, activation, linear.
         """
         found = cls(experts[0], len(experts), rank)
+        other = next((number for number, expert in enumerate(experts) if not found.plan.applies_to(expert)), None)
+        if other is not None:
+            raise UnsupportedViTError(
+                f"What expert {other} computes cannot be read off its weights.",
+                expected="linear layers as they are, whole and without hooks",
+                got=type(experts[other]).__name__,
+            )
         with torch.no_grad():
             theirs = [found.plan.weights(expert) for expert in experts]
             for number, shared in enumerate(found.plan.weights(found.shared)):
@@ -157,16 +162,28 @@ class LowRankExperts(nn.Module):
         """What foreign code sees in the place of the FFN: what all experts share."""
         return self.shared
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing, *args: Any, **kwargs: Any) -> Tensor:
         """Mix the experts.
 
         Args:
             x: Tokens, shape `(B, ..., D)`.
             routing: One decision per image, weights that sum to 1; an expert that it leaves out has weight 0.
+            *args: Refused: what an FFN makes of more than tokens is not known.
+            **kwargs: Refused.
 
         Returns:
             Tokens, same shape as `x`.
+
+        Raises:
+            UnsupportedViTError: If the block gives its FFN more than tokens.
         """
+        if args or kwargs:
+            raise UnsupportedViTError(
+                "Experts of low rank take tokens alone, but the block gives its FFN more.",
+                expected="one tensor",
+                got=f"{len(args)} further arguments" + (f" and {', '.join(kwargs)}" if kwargs else ""),
+                fix="expert_rank=None, which copies the FFN whole",
+            )
         between, names = self.plan.between(self.shared), (*self.plan.first, self.plan.last)
         *first, last = (self.shared.get_submodule(name) for name in names)
         *into, out = self.differences
@@ -181,9 +198,26 @@ class LowRankExperts(nn.Module):
             # linear in what is weighed, but for the bias
             thin = linear(linear(weighed, out.down[expert]), out.up[expert])  # type: ignore[index]
             if out.bias is not None:
-                thin = thin + weight * out.bias[expert]  # type: ignore[index]
+                thin = thin + weight * out.bias[expert].to(thin.dtype)  # type: ignore[index]
             added = thin if added is None else added + thin
         assert hidden is not None
         assert added is not None
         # The weights sum to 1, so the shared bias counts once.
         return last(hidden) + added
+
+
+def _best_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Two matrices of about the same size whose product is nearest to a matrix, of shape `(out, R)` and `(R, in)`.
+
+    The eigenvectors of the smaller Gram matrix are the singular vectors on that side, and take a quarter of the time.
+    To project on them is exact for a full rank, however small a direction is.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        up, down = _best_factors(matrix.t(), rank)
+        return down.t(), up.t()
+    squares, vectors = torch.linalg.eigh(matrix.t() @ matrix)
+    kept = min(rank, len(squares))
+    right = vectors[:, -kept:]
+    # What is smaller than rounding may come out negative; without a floor its direction would be lost.
+    root = squares[-kept:].clamp_min(torch.finfo(squares.dtype).eps * squares[-1]).pow(0.25)
+    return (matrix @ right) / root.where(root > 0, 1), root[:, None] * right.t()

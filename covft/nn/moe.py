@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from covft.errors import ShapeError
-from covft.nn.context import make_context
+from covft.nn.context import ResidualRefinement, make_context
 from covft.nn.experts import Experts
 from covft.nn.low_rank import LowRankExperts
 from covft.nn.router import Routing, make_router
@@ -38,7 +38,8 @@ class ContextualMoE(nn.Module):
         num_heads: Heads of the context attention.
         eval_seed: Seed of `"random"` in eval mode.
         expert_rank: None for whole experts; a number for experts that share the FFN and differ at that rank.
-        recompute: What backward computes again of whole experts: `"none"`, `"activation"` or `"all"`.
+        recompute: What backward computes again of whole experts and of the context: `"none"`, `"activation"` or
+            `"all"`.
         plans: As for `Experts.upcycled`.
 
     Example:
@@ -84,10 +85,21 @@ class ContextualMoE(nn.Module):
         )
         self.experts: Experts | LowRankExperts
         if expert_rank is None:
-            self.experts = Experts.upcycled(ffn, num_experts, recompute=recompute, plans=plans)
+            self.experts = Experts.upcycled(ffn, num_experts, plans=plans)
         else:
             self.experts = LowRankExperts(ffn, num_experts, expert_rank)
+        self.set_recompute(recompute)
         self.train(ffn.training)
+
+    def set_recompute(self, recompute: str) -> None:
+        """Choose what backward computes again instead of keeping it.
+
+        Args:
+            recompute: `"none"`, `"activation"` or `"all"`.
+        """
+        for module in (self.experts, getattr(self.context, "image", None)):
+            if isinstance(module, Experts | ResidualRefinement):
+                module.recompute = recompute
 
     def extra_repr(self) -> str:
         """How the experts run, for `print`."""

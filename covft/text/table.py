@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm.auto import tqdm  # comes with huggingface_hub
 
 from covft.errors import TextEncoderError
 from covft.folder import write_tensors
@@ -82,11 +82,11 @@ class FeatureTable(CachedTextEncoder):
         if not distinct:
             raise TextEncoderError("There are no texts to encode.", expected="at least one text", got="none")
         rows: list[Tensor] = []
-        with _bar(len(distinct), show) as step:
+        with tqdm(total=len(distinct), unit="text", desc="encoding texts", disable=not show) as bar:
             for start in range(0, len(distinct), _CHUNK):
                 chunk = distinct[start : start + _CHUNK]
                 rows.append(text_encoder.encode(chunk).cpu())
-                step(len(chunk))
+                bar.update(len(chunk))
         table = cls(_digests(distinct), torch.cat(rows), text_encoder.name)
         if path is not None:
             table.save(path)
@@ -141,21 +141,3 @@ class FeatureTable(CachedTextEncoder):
 def _digests(texts: list[str]) -> Tensor:
     joined = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
     return torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, 32)
-
-
-class _bar:
-    """A progress bar, or nothing."""
-
-    def __init__(self, total: int, show: bool) -> None:
-        self.bar: Any = None
-        if show:
-            from tqdm.auto import tqdm  # comes with huggingface_hub
-
-            self.bar = tqdm(total=total, unit="text", desc="encoding texts")
-
-    def __enter__(self) -> Any:
-        return self.bar.update if self.bar is not None else lambda _: None
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()

@@ -41,6 +41,30 @@ def test_refinement_is_a_residual_then_a_norm(activation):
     torch.testing.assert_close(block(v), oracle.refined(v, block, activation), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize(("recompute", "kept"), [("none", 8), ("activation", 5), ("all", 3)])
+def test_refinement_may_be_computed_again_in_backward(recompute, kept, activation):
+    block = shaken(ResidualRefinement(D, activation=activation, **float64))
+    v = torch.randn(2, 5, D, requires_grad=True, **float64)
+    inputs = [v, *block.parameters()]
+    upstream = torch.randn(2, 5, D, **float64)
+    wanted = torch.autograd.grad(block(v), inputs, upstream)
+    block.recompute = recompute
+    sizes = {}
+
+    def pack(tensor):
+        if tensor.dim() > 1 and not isinstance(tensor, nn.Parameter):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = block(v)
+    for one, other in zip(torch.autograd.grad(output, inputs, upstream), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    if activation == "gelu":  # in units of the tokens: they, what goes into the norm, up to two of twice the width
+        assert sum(sizes.values()) // (v.numel() * 8) <= kept
+
+
 def test_refinement_is_twice_as_wide_inside_with_biases():
     block = ResidualRefinement(D)
     found = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}

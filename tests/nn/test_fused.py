@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from covft.nn import fused
 from covft.nn.fused import mix
 from covft.nn.plan import FFNPlan
 
@@ -96,10 +97,12 @@ def one_by_one(x, weights, experts):
     return (outputs * weights.view(*weights.shape, *[1] * (x.dim() - 1))).sum(1)
 
 
+@pytest.mark.parametrize("rows", [3, 512])
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("shape", [(2, 5, D), (3, D), (2, 2, 3, D)], ids=str)
 @pytest.mark.parametrize("name", FFNS)
-def test_mix__values_and_all_gradients_are_those_of_the_experts(name, shape, keep):
+def test_mix__values_and_all_gradients_are_those_of_the_experts(name, shape, keep, rows, monkeypatch):
+    monkeypatch.setattr(fused, "_ROWS", rows)  # worked on in blocks, the last one smaller, or at once
     ffn = FFNS[name]()
     plan, reason = FFNPlan.of(ffn)
     assert plan is not None, reason
@@ -134,7 +137,8 @@ def test_mix__agrees_with_finite_differences(keep):
 
 
 @pytest.mark.parametrize("frozen", ["x", "weights", "experts", "one expert", "biases"])
-def test_mix__what_is_frozen_gets_no_gradient(frozen):
+def test_mix__what_is_frozen_gets_no_gradient(frozen, monkeypatch):
+    monkeypatch.setattr(fused, "_ROWS", 3)
     ffn = FFNS["mlp"]()
     plan, _ = FFNPlan.of(ffn)
     experts = experts_like(ffn)
@@ -168,8 +172,9 @@ def test_mix__without_any_image(keep):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("name", ["mlp", "gate first"])
-def test_mix__under_autocast_computes_in_its_type(name, keep):
+@pytest.mark.parametrize("name", ["mlp", "gate first", "one bias"])
+def test_mix__under_autocast_computes_in_its_type(name, keep, monkeypatch):
+    monkeypatch.setattr(fused, "_ROWS", 4)
     ffn = FFNS[name]()
     plan, _ = FFNPlan.of(ffn)
     experts = experts_like(ffn, torch.float32)
@@ -258,7 +263,52 @@ def test_mix__weights_that_changed_since_are_noticed():
         output.sum().backward()
 
 
+def test_mix__keeps_nothing_where_nothing_is_differentiated():
+    ffn = FFNS["mlp"]()
+    plan, _ = FFNPlan.of(ffn)
+    experts = experts_like(ffn)
+    x, weights = torch.randn(2, 5, D, dtype=torch.float64), torch.rand(2, E, dtype=torch.float64)
+    wanted = mix(x, weights, experts, plan, keep_pre_activations=True)
+    with torch.no_grad():
+        found = mix(x, weights, experts, plan, keep_pre_activations=True)
+    assert torch.equal(found, wanted)
+    assert not found.requires_grad
+
+
 # Plans.
+
+
+class OwnQuickGELU(nn.Module):
+    """Of another library, and not quite written like ours."""
+
+    def forward(self, x):
+        return torch.sigmoid(x * 1.702).mul(x)
+
+
+@pytest.mark.parametrize(
+    ("act", "scale"),
+    [(QuickGELU(), 1.702), (OwnQuickGELU(), 1.702), (nn.GELU(), 1), (nn.GELU(approximate="tanh"), 1), (nn.SiLU(), 1)],
+    ids=["quick", "quick of another library", "gelu", "tanh", "silu"],
+)
+def test_plan__knows_quick_gelu_by_its_values(act, scale):
+    ffn = nn.Sequential(nn.Linear(D, HIDDEN), act, nn.Linear(HIDDEN, D))
+    plan, _ = FFNPlan.of(ffn)
+    between = plan.between(ffn)
+    assert between.scale == scale
+    x = torch.randn(50, dtype=torch.float64)
+    assert torch.allclose(between(x), act(x), rtol=1e-12)
+    assert torch.allclose(between.scaled(scale * x) / scale, act(x), rtol=1e-12, atol=1e-14)
+
+
+def test_plan__an_activation_that_was_put_in_later_counts():
+    ffn = FFNS["one bias"]()
+    plan, _ = FFNPlan.of(ffn)
+    experts = experts_like(ffn)
+    for expert in experts:
+        expert[1] = nn.GELU()
+    x, weights = torch.randn(2, 3, D, dtype=torch.float64), torch.rand(2, E, dtype=torch.float64)
+    found = mix(x, weights, experts, plan, keep_pre_activations=False)
+    assert torch.allclose(found, one_by_one(x, weights, experts), rtol=1e-12, atol=1e-12)
 
 
 def test_plan__takes_no_part_of_the_random_numbers_and_changes_nothing():
