@@ -6,6 +6,7 @@ its forward hands on what it gets, so that as many hidden states are collected a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -91,6 +92,29 @@ def check_layers(layers: tuple[int, ...], last: int, spec: ViTSpec) -> None:
             expected=f"indices up to {last}  ({spec})",
             got=", ".join(map(str, behind)),
             fix=f"layers={[layer for layer in layers if layer <= last] or [last]}",
+        )
+
+
+def check_read(spec: ViTSpec, feature_layer: int | None, read: Iterable[int]) -> None:
+    """Refuse to leave out blocks whose output a model reads.
+
+    Args:
+        spec: What is known of the ViT.
+        feature_layer: The setting.
+        read: Hidden states that the model reads.
+
+    Raises:
+        ConfigError: If one of them is behind the setting.
+    """
+    if feature_layer is None:
+        return
+    wanted = max(last_read(spec, layer) if layer else -1 for layer in read)
+    if last_read(spec, feature_layer) < wanted:
+        raise ConfigError(
+            f"feature_layer={feature_layer} would leave out blocks that the model reads.",
+            expected=f"{wanted - spec.depth} or behind  ({spec})",
+            got=feature_layer,
+            fix=f"feature_layer={wanted - spec.depth}",
         )
 
 

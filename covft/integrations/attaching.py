@@ -17,6 +17,7 @@ from covft.integrations.attachment import Attachment, image_id
 from covft.integrations.calls import CALLS, owned, stand_in, step_back
 from covft.integrations.models import find_tower
 from covft.integrations.prompt import PromptReader
+from covft.unread import check_read
 from covft.wrapping import DEFAULTS, Unset, unwrap, wrap
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -69,7 +70,8 @@ def attach(
         num_heads: Heads of the context attention.
         expert_rank: Rank of what experts differ by; None for whole experts.
         recompute: What backward computes again.
-        feature_layer: Which hidden state of the tower the model reads, `model.config.vision_feature_layer`.
+        feature_layer: Blocks behind this hidden state of the tower do not run. What the model reads is in
+            `model.config.vision_feature_layer`; to leave out what it reads is refused.
         config: Settings to start from.
         adapter: How the tower is built, if no registered adapter knows it.
         turns: Which of several user turns make the instruction: `"all"`, joined by a space, `"first"`, `"last"`.
@@ -111,11 +113,30 @@ def attach(
         encoder = wrap(tower, text_encoder, config=config, adapter=adapter, **given)
     else:
         encoder = load(pretrained, tower, text_encoder)
+    refuse_unread(encoder, getattr(target.config, "vision_feature_layer", None))
     # From here on nothing can fail.
     attachment = Attachment(target, encoder, reader, family)
     target.__dict__[KEY] = attachment
     stand_in(attachment)
     return model
+
+
+def refuse_unread(encoder: ContextEncoder, read: Any) -> None:
+    """Refuse a tower without blocks that the model reads; the ViT is as it was, then.
+
+    Args:
+        encoder: The wrapped tower.
+        read: The hidden state that the model reads, or several; None for the last.
+
+    Raises:
+        ConfigError: If a block that it needs does not run.
+    """
+    layers = (-1,) if read is None else (read,) if isinstance(read, int) else tuple(read)
+    try:
+        check_read(encoder.spec, encoder.covft_config.feature_layer, layers)
+    except ConfigError:
+        unwrap(encoder)
+        raise
 
 
 def detach(model: Model) -> Model:

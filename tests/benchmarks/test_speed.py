@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.baseline import ObviousMoE
 from benchmarks.speed.cases import TINY, Block, Tower
-from benchmarks.speed.measure import bytes_for_backward, flops, interleaved
+from benchmarks.speed.measure import bytes_for_backward, flops, interleaved, peak_memory
 
 
 @pytest.mark.parametrize("routing", ["dense", "sparse"])
@@ -59,13 +60,25 @@ def test_measure__counts_what_it_says():
     assert all(len(timing.runs) == 3 and timing.best <= timing.median for timing in timings.values())
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells")
+def test_measure__sees_the_peak_of_what_is_given_back():
+    size = 1 << 27
+
+    def function():
+        for _ in range(2):
+            torch.ones(size // 4)
+
+    assert 0.9 * size < peak_memory(function) < 1.5 * size
+
+
 def test_command__writes_results_page_and_plots(tmp_path):
     import typer
 
     app = typer.Typer()
     app.command()(main)
     options = ["--tiny", "--runs", "2", "--output", str(tmp_path / "results"), "--pages", str(tmp_path / "page")]
-    first = CliRunner().invoke(app, [*options, "--part", "block", "--part", "experts", "--part", "tower"])
+    parts = ("block", "batches", "experts", "tower")
+    first = CliRunner().invoke(app, [*options, *(word for part in parts for word in ("--part", part))])
     assert first.exit_code == 0, first.output
     second = CliRunner().invoke(app, [*options, "--part", "compressed", "--part", "wrap"])
     assert second.exit_code == 0, second.output
@@ -73,7 +86,9 @@ def test_command__writes_results_page_and_plots(tmp_path):
     assert {record["kind"] for record in records} == {"block", "tower", "compressed", "wrap"}
     page = (tmp_path / "page" / "index.md").read_text()
     for heading in (
-        "One block, float32",
+        "Goals",
+        "One block, float32, 2 images",
+        "Over the batch",
         "Over the number of experts",
         "The whole tower",
         "Compressed experts",

@@ -89,6 +89,32 @@ def test_attach__changes_no_logit_at_the_start(mllm):
 
 
 @every_mllm
+def test_attach__leaves_out_what_the_model_does_not_read_and_nothing_else(mllm):
+    model = mllm.build()
+    batch = mllm.batch(model, MIXED)
+    torch.manual_seed(1)
+    encoder = get_encoder(attach(model, TEXTS, tokenizer=mllm.tokenizer, layers=[0]))
+    perturb(encoder)
+    logits, _ = forward(model, batch)
+    read = getattr(model.config, "vision_feature_layer", -1)
+    last = max(read) if isinstance(read, list | tuple) else read
+    vit, depth = encoder.vit, encoder.spec.depth
+    detach(model)
+    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    if last - 1 >= -depth:
+        with pytest.raises(ConfigError, match=f"feature_layer={last - 1} would leave out") as error:
+            attach(model, TEXTS, tokenizer=mllm.tokenizer, layers=[0], feature_layer=last - 1)
+        assert f"feature_layer={last}" in str(error.value)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in vit.state_dict().items())
+        with pytest.raises(UnsupportedViTError, match="not attached"):
+            get_encoder(model)
+    torch.manual_seed(1)
+    perturb(get_encoder(attach(model, TEXTS, tokenizer=mllm.tokenizer, layers=[0], feature_layer=last)))
+    short, _ = forward(model, batch)
+    torch.testing.assert_close(short, logits)
+
+
+@every_mllm
 def test_detach__gives_back_everything(mllm):
     model = mllm.build()
     batch = mllm.batch(model, MIXED)

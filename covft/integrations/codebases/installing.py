@@ -14,7 +14,7 @@ from covft.adapters.registry import list_adapters, register_adapter
 from covft.checkpoint import load
 from covft.encoder import ContextEncoder
 from covft.errors import ConfigError, MissingContextError, UnsupportedViTError
-from covft.integrations.attaching import KEY, attachment_of, without_peft
+from covft.integrations.attaching import KEY, attachment_of, refuse_unread, without_peft
 from covft.integrations.attachment import Attachment
 from covft.integrations.calls import Call, SaveCall
 from covft.integrations.models import MLLMFamily
@@ -83,6 +83,7 @@ def install(
     reader: PromptReader,
     calls: Mapping[str, type[Call]],
     *,
+    read: int | None = None,
     default_text: str | None = None,
     pretrained: str | Path | None = None,
     **settings: Any,
@@ -95,6 +96,7 @@ def install(
         text_encoder: As for `covft.wrap`.
         reader: Reads its prompts.
         calls: What stands for which method of the model; `save_pretrained` is added.
+        read: The hidden state of the tower that it reads; None for the last.
         default_text: For rows without an instruction.
         pretrained: A saved tower to start from, instead of settings.
         **settings: As for `covft.wrap`.
@@ -116,6 +118,7 @@ def install(
         encoder = wrap(tower, text_encoder, **settings)
     else:
         encoder = load(pretrained, tower, text_encoder)
+    refuse_unread(encoder, read)
     # From here on nothing can fail.
     attachment = TowerAttachment(model, encoder, reader, MLLMFamily(), default_text=default_text)
     model.__dict__[KEY] = attachment

@@ -90,6 +90,7 @@ def attach(
         text_encoder,
         reader,
         {"forward": TilesCall, "generate": GenerateCall, "extract_feature": FeatureCall},
+        read=getattr(target, "select_layer", None),
         default_text=default_text,
         pretrained=pretrained,
         **settings,

@@ -89,6 +89,7 @@ def attach(
         text_encoder,
         reader,
         {_PREPARE: PrepareCall},
+        read=getattr(wrapper, "select_layer", None),
         default_text=default_text,
         pretrained=pretrained,
         **settings,

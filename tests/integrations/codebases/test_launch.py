@@ -3,9 +3,13 @@
 import sys
 
 import pytest
+import torch
 
+import covft
 from covft.errors import ConfigError
 from covft.integrations.codebases.launch import launch, parse
+from covft.wrapping import DEFAULTS
+from tests.towers import BY_NAME, CONTEXT_DIM
 
 
 def test_flags_go_to_whom_they_belong():
@@ -41,7 +45,57 @@ def test_negative_layers():
     assert parse("program", ["--covft_layers=3,-2", "--", "train.py"]).settings == {"layers": (3, -2)}
 
 
-@pytest.mark.parametrize("arguments", [[], ["--covft_nothing", "1", "train.py"], ["--covft_experts", "x", "train.py"]])
+FLAGS = {
+    "layers": ("1-2", (1, 2)),
+    "experts": ("3", 3),
+    "routing": ("sparse", "sparse"),
+    "top_k": ("1", 1),
+    "context": ("image", "image"),
+    "train_norms": ("none", "none"),
+    "activation": ("quick_gelu", "quick_gelu"),
+    "num_heads": ("2", 2),
+    "expert_rank": ("8", 8),
+    "recompute": ("activation", "activation"),
+    "feature_layer": ("-1", -1),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_setting_has_a_flag(name):
+    given, wanted = FLAGS[name]
+    assert parse("program", [f"--covft_{name}", given, "--", "train.py"]).settings == {name: wanted}
+
+
+def test_every_setting_has_a_flag():
+    assert set(DEFAULTS) == set(FLAGS)
+    flags = [text for name, (given, _) in FLAGS.items() for text in (f"--covft_{name}", given)]
+    encoder = covft.wrap(BY_NAME["timm-clip"].build(), CONTEXT_DIM, **parse("program", [*flags, "train.py"]).settings)
+    assert encoder.covft_config == covft.CoVFTConfig(**{name: wanted for name, (_, wanted) in FLAGS.items()})
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("recompute", "some"), ("expert_rank", "0"), ("routing", "some"), ("experts", "0")]
+)
+def test_a_value_that_cannot_be_is_refused_before_anything_is_changed(flag, value):
+    vit = BY_NAME["timm-clip"].build()
+    modules, trained = dict(vit.named_modules()), {name: p.requires_grad for name, p in vit.named_parameters()}
+    weights = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    with pytest.raises(ConfigError, match=f"{flag}="):
+        covft.wrap(vit, CONTEXT_DIM, **parse("program", [f"--covft_{flag}", value, "train.py"]).settings)
+    assert dict(vit.named_modules()) == modules
+    assert {name: p.requires_grad for name, p in vit.named_parameters()} == trained
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in vit.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--covft_nothing", "1", "train.py"],
+        ["--covft_experts", "x", "train.py"],
+        ["--covft_expert_rank", "x", "train.py"],
+    ],
+)
 def test_what_argparse_refuses(arguments, capsys):
     with pytest.raises(SystemExit):
         parse("program", arguments)
