@@ -7,53 +7,82 @@ import platform
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 
-from benchmarks.speed.cases import CLIP_L, TINY, measure_block, measure_compressed, measure_tower, measure_wrap
+from benchmarks.speed.cases import (
+    CLIP_L,
+    TINY,
+    Record,
+    Size,
+    measure_block,
+    measure_compressed,
+    measure_tower,
+    measure_wrap,
+)
 from benchmarks.speed.report import page, plots
 
-PARTS = ("block", "compiled", "experts", "tower", "compressed", "wrap")
+# Images of a process in LLaVA's instruction tuning.
+BATCH = 16
+DTYPES = (torch.float32, torch.bfloat16)
+EXPERTS = (1, 2, 4, 8, 16)
 
 
-def measure(parts: tuple[str, ...], runs: int, device: str, tiny: bool) -> Iterator[dict[str, Any]]:
-    """All records of the parts that were asked for.
+def _blocks(size: Size, runs: int, device: str, tiny: bool) -> Iterator[Record]:
+    for dtype in DTYPES:
+        yield from measure_block(size, batch=2 if tiny else BATCH, experts=4, dtype=dtype, runs=runs, device=device)
 
-    Args:
-        parts: Of `PARTS`.
-        runs: Measured runs of each way.
-        device: Where it runs.
-        tiny: Whether sizes are too small to say anything.
-    """
-    size = TINY if tiny else CLIP_L
-    if "block" in parts:
-        for dtype in (torch.float32, torch.bfloat16):
-            for record in measure_block(size, batch=2, experts=4, dtype=dtype, runs=runs, device=device):
-                yield {**record, "sweep": "main"}
-    if "compiled" in parts:
-        names = ("baseline", "none")
-        for record in measure_block(size, batch=2, experts=4, compiled=True, names=names, runs=runs, device=device):
-            yield {**record, "sweep": "main"}
-    if "experts" in parts:
-        for routing in ("dense", "sparse"):
-            for experts in (4, 16) if tiny else (1, 2, 4, 8, 16):
-                if routing == "dense" and experts == 16 and not tiny:
-                    continue  # 16 FFNs over 16 images say nothing that 8 do not
-                names = ("baseline", "activation") if experts == 1 else ("activation",)
-                for record in measure_block(
-                    size, batch=16, experts=experts, routing=routing, names=names, backward=False, runs=runs,
-                    device=device,
-                ):  # fmt: skip
-                    yield {**record, "sweep": "experts"}
-    if "tower" in parts:
-        yield from measure_tower(size, runs=runs, device=device)
-    if "compressed" in parts:
-        yield from measure_compressed(size, rank=4 if tiny else 64, runs=runs, device=device)
-    if "wrap" in parts:
-        yield from measure_wrap(size, runs=runs)
+
+def _batches(size: Size, runs: int, device: str, tiny: bool) -> Iterator[Record]:
+    names = ("baseline", "activation", "all")
+    for dtype in DTYPES:
+        for batch in (1, 3) if tiny else (1, 2, 4, 8):
+            yield from measure_block(
+                size, batch=batch, experts=4, dtype=dtype, names=names, runs=runs, device=device
+            )  # fmt: skip
+
+
+def _compiled(size: Size, runs: int, device: str, tiny: bool) -> Iterator[Record]:
+    for dtype in DTYPES:
+        yield from measure_block(
+            size, batch=2 if tiny else BATCH, experts=4, dtype=dtype, compiled=True, names=("baseline", "all"),
+            runs=runs, device=device,
+        )  # fmt: skip
+
+
+def _experts(size: Size, runs: int, device: str, tiny: bool) -> Iterator[Record]:
+    for routing in ("dense", "sparse"):
+        for experts in (4, 16) if tiny else EXPERTS:
+            yield from measure_block(
+                size, batch=2 if tiny else BATCH, experts=experts, routing=routing, names=("all",),
+                backward=False, runs=runs, device=device,
+            )  # fmt: skip
+
+
+def _tower(size: Size, runs: int, device: str, tiny: bool) -> Iterator[Record]:
+    yield from measure_tower(size, runs=runs, device=device)
+
+
+def _compressed(size: Size, runs: int, device: str, tiny: bool) -> Iterator[Record]:
+    yield from measure_compressed(size, rank=4 if tiny else 64, runs=runs, device=device)
+
+
+def _wrap(size: Size, runs: int, device: str, tiny: bool) -> Iterator[Record]:
+    yield from measure_wrap(size, runs=runs, device=device)
+
+
+PARTS = {
+    "block": _blocks,
+    "batches": _batches,
+    "compiled": _compiled,
+    "experts": _experts,
+    "tower": _tower,
+    "compressed": _compressed,
+    "wrap": _wrap,
+}
 
 
 def main(
@@ -68,36 +97,42 @@ def main(
 ) -> None:
     """Measure, and write results.json, a page and plots; parts that were measured before are kept."""
     console = Console()
-    parts = tuple(part or PARTS)
-    output.mkdir(parents=True, exist_ok=True)
     file = output / "results.json"
+    for name in part or PARTS:
+        records = []
+        for record in PARTS[name](TINY if tiny else CLIP_L, runs, device, tiny):
+            records.append({"part": name, **record})
+            console.print(name, _shown(record))
+        _write(file, records, name, runs, device)
+    result = json.loads(file.read_text())
+    pages.mkdir(parents=True, exist_ok=True)
+    (pages / "index.md").write_text(page(result))
+    for path in plots(result["records"], pages):
+        console.print(f"wrote {path}")
+    console.print(f"wrote {file} and {pages / 'index.md'}")
+
+
+def _write(file: Path, records: list[Record], part: str, runs: int, device: str) -> None:
+    """Put what was measured in the place of what was measured before of the same part."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(file.read_text())["records"] if file.exists() else []
-    records: list[dict[str, Any]] = []
-    for record in measure(parts, runs, device, tiny):
-        records.append(record)
-        seconds = record.get("forward_backward", record.get("forward", {})).get("median")
-        console.print(record["kind"], record.get("name", ""), record.get("dtype", ""), record.get("mode", ""),
-                      f"{record.get('experts', '')}", "" if seconds is None else f"{seconds:.3f} s")  # fmt: skip
-    made = {_key(record) for record in records}
-    kept = [record for record in before if _key(record) not in made]
     result = {
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}",
         "runs": runs,
-        "records": kept + records,
+        "records": [record for record in before if record["part"] != part] + records,
     }
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    pages.mkdir(parents=True, exist_ok=True)
-    (pages / "index.md").write_text(page(result))
-    if any(record.get("sweep") == "main" for record in result["records"]):
-        for path in plots(result["records"], pages):
-            console.print(f"wrote {path}")
-    console.print(f"wrote {file} and {pages / 'index.md'}")
+    aside = file.with_suffix(".part")
+    aside.write_text(json.dumps(result, indent=1) + "\n")
+    aside.replace(file)
 
 
-def _key(record: dict[str, Any]) -> tuple[Any, ...]:
-    names = ("kind", "sweep", "name", "dtype", "batch", "experts", "routing", "mode", "device")
-    return tuple(record.get(name) for name in names)
+def _shown(record: Record) -> str:
+    parts = [str(record[key]) for key in ("name", "dtype", "batch", "experts", "routing") if key in record]
+    for key in ("forward", "forward_backward"):
+        if key in record:
+            parts.append(f"{key} {record[key]['median']:.3f} s")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 import covft
 from benchmarks.speed.baseline import ObviousMoE, ObviousSlot
-from benchmarks.speed.measure import bytes_for_backward, flops, interleaved
+from benchmarks.speed.measure import bytes_for_backward, flops, interleaved, peak_memory, seconds_of, touch_memory
 from covft.nn.moe import ContextualMoE
 
 Record = dict[str, Any]
@@ -105,16 +107,17 @@ class Block:
         """Forwards by name: `plain` (the FFN alone), `baseline`, and covft by what backward recomputes."""
         found: dict[str, Callable[[], Tensor]] = {}
         for name in names:
-            module: Any = {"plain": self.ffn, "baseline": self.baseline}.get(name)
-            if module is None:
-                module = copy.copy(self.moe)
-                module._modules = dict(self.moe._modules)
-                module.experts = copy.copy(self.moe.experts)  # shares the weights, runs in its own way
-                module.experts.recompute = name
+            module = {"plain": self.ffn, "baseline": self.baseline}.get(name, self.moe)
             run = torch.compile(module) if compiled else module
-            args = (self.x,) if name == "plain" else (self.x, self.text)
-            found[name] = lambda run=run, args=args: run(*args)
+            found[name] = functools.partial(self._run, name, run)
         return found
+
+    def _run(self, name: str, run: Callable[..., Tensor]) -> Tensor:
+        if name == "plain":
+            return run(self.x)
+        if name != "baseline":
+            self.moe.set_recompute(name)
+        return run(self.x, self.text)
 
     def parameters(self) -> list[Tensor]:
         """All weights."""
@@ -136,18 +139,21 @@ class Block:
         return run
 
     def check(self) -> float:
-        """The largest difference between covft and the baseline, of output and of gradients, relative.
+        """The largest difference between covft and the baseline, of output and of gradients, relative; on two images.
 
         Raises:
             RuntimeError: If it is more than rounding: then there is nothing to time.
         """
         results = []
+        batch = self.x, self.text
+        self.x, self.text = self.x[:2].detach().requires_grad_(), self.text[:2]
         for forward in self.ways(("baseline", "none", "activation", "all")).values():
             output = forward()
             output.backward(torch.ones_like(output) / output.numel() ** 0.5)
             assert self.x.grad is not None
             results.append((output.detach(), self.x.grad.clone()))
             self.forget()
+        self.x, self.text = batch
         wanted = results[0]
         worst = max(
             ((one - other).abs().max() / other.abs().max()).item()
@@ -190,12 +196,9 @@ def measure_block(
     difference = block.check()
     ways = block.ways(names, compiled)
     with torch.no_grad():
-        forward = interleaved(ways, runs, warm_up=2 if compiled else 1)
-    both = (
-        interleaved({n: block.with_backward(f) for n, f in ways.items()}, runs, 2 if compiled else 1)
-        if backward
-        else {}
-    )
+        forward = interleaved(ways, runs, 2 if compiled else 1, device)
+    steps = {n: block.with_backward(f) for n, f in ways.items()}
+    both = interleaved(steps, runs, 2 if compiled else 1, device) if backward else {}
     for name, way in ways.items():
         record: Record = {
             "kind": "block",
@@ -211,8 +214,9 @@ def measure_block(
         }
         if backward:
             record["forward_backward"] = both[name].to_dict()
-        if not compiled:
+            record["peak"] = peak_memory(steps[name], device)
             record["bytes"] = bytes_for_backward(way, block.parameters())
+        if not compiled:
             record["flops"] = flops(way)
         yield record
 
@@ -283,30 +287,67 @@ def measure_tower(size: Size, *, batch: int = 1, runs: int = 5, device: str = "c
         device: Where it runs.
     """
     tower = Tower(size, batch, device=device)
-    models: dict[str, nn.Module] = {
-        "plain": tower.plain(),
-        "baseline": tower.obvious(),
-        "covft": tower.wrapped(),
-        "covft all": tower.wrapped(recompute="all"),
-        "covft short": tower.wrapped(feature_layer=-2),
-        "covft sparse": tower.wrapped(routing="sparse"),
-    }
-    for model in models.values():
+    covft_alone = tower.wrapped()
+    yield from _measure_towers(
+        tower,
+        {
+            "plain": tower.plain(),
+            "baseline": tower.obvious(),
+            "covft": covft_alone,
+            "covft, recompute=activation": covft_alone,
+            "covft, recompute=none": covft_alone,
+        },
+        runs,
+    )
+    del covft_alone  # all of them at once are too many for a small machine
+    others = _measure_towers(
+        tower,
+        {
+            "plain": tower.plain(),
+            "covft, feature_layer=-2": tower.wrapped(feature_layer=-2),
+            "covft, sparse": tower.wrapped(routing="sparse"),
+            "covft, expert_rank=64": tower.wrapped(expert_rank=min(64, size.embed_dim // 2)),
+        },
+        runs,
+    )
+    yield from (record for record in others if record["name"] != "plain")
+
+
+def _measure_towers(tower: Tower, models: dict[str, nn.Module], runs: int) -> Iterator[Record]:
+    def in_its_way(name: str, function: Callable[[], Any]) -> Callable[[], Any]:
+        """Several names may share a model: it is set before each run."""
+        if name == "baseline" or not isinstance(encoder := models[name], covft.ContextEncoder):
+            return function
+        recompute = name.partition("recompute=")[2] or "all"
+
+        def run() -> Any:
+            if encoder.covft_config.recompute != recompute:
+                encoder.set_recompute(recompute)
+            return function()
+
+        return run
+
+    forwards = {name: in_its_way(name, tower.forward(model)) for name, model in models.items()}
+    steps = {name: in_its_way(name, tower.step(model)) for name, model in models.items()}
+    for name, model in models.items():
         model.train()
-        tower.forward(model)()  # blocks that are left out show their form in the first run
+        forwards[name]()  # blocks that are left out show their form in the first run
     with torch.no_grad():
-        forward = interleaved({n: tower.forward(m) for n, m in models.items()}, runs)
-        operations = {n: flops(tower.forward(m)) for n, m in models.items()}
-    both = interleaved({n: tower.step(m) for n, m in models.items()}, runs)
+        forward = interleaved(forwards, runs, device=tower.device)
+        operations = {name: flops(run) for name, run in forwards.items()}
+    both = interleaved(steps, runs, device=tower.device)
     # What has to be computed: nothing twice.
-    needed = {n: flops(tower.step(tower.wrapped(recompute="none") if n in ("covft", "covft all") else m))
-              for n, m in models.items()}  # fmt: skip
+    needed: dict[str, int] = {}
+    for name, model in models.items():
+        if isinstance(model, covft.ContextEncoder) and name != "baseline":
+            model.set_recompute("none")
+        needed[name] = flops(tower.step(model))
     for name, model in models.items():
         yield {
             "kind": "tower",
             "name": name,
-            "batch": batch,
-            "device": device,
+            "batch": len(tower.images),
+            "device": tower.device,
             "dtype": "float32",
             "forward": forward[name].to_dict(),
             "forward_backward": both[name].to_dict(),
@@ -314,7 +355,8 @@ def measure_tower(size: Size, *, batch: int = 1, runs: int = 5, device: str = "c
             "flops_step": needed[name],
             "floor": forward["plain"].median * operations[name] / operations["plain"],
             "floor_step": both["plain"].median * needed[name] / needed["plain"],
-            "bytes": bytes_for_backward(tower.forward(model), model.parameters()),
+            "bytes": bytes_for_backward(forwards[name], model.parameters()),
+            "peak": peak_memory(steps[name], tower.device),
         }
 
 
@@ -346,15 +388,18 @@ def measure_compressed(
         loss.backward()
         optimizer.step()
     encoder.eval()
-    report = encoder.compress(rank, tower.images, tower.text)
+    reports: list[Any] = []
+    taken = seconds_of(lambda: reports.append(encoder.compress(rank, tower.images, tower.text)), device)
+    report = reports[0]
     models = {"plain": plain, "compressed": encoder}
     with torch.no_grad():
-        forward = interleaved({n: tower.forward(m) for n, m in models.items()}, runs)
+        forward = interleaved({n: tower.forward(m) for n, m in models.items()}, runs, device=device)
     yield {
         "kind": "compressed",
         "rank": rank,
         "steps": steps,
         "device": device,
+        "seconds": taken,
         "plain": forward["plain"].to_dict(),
         "compressed": forward["compressed"].to_dict(),
         "weight_error": report.weight_error,
@@ -365,19 +410,36 @@ def measure_compressed(
     }
 
 
-def measure_wrap(size: Size, *, runs: int = 5) -> Iterator[Record]:
+def measure_wrap(size: Size, *, runs: int = 5, device: str = "cpu") -> Iterator[Record]:
     """Time of wrap(), and the memory that it takes.
 
     Args:
         size: Sizes.
         runs: Measured runs.
+        device: Where the tower is.
     """
-    import time
+    seconds: dict[str, list[float]] = {"first touch": [], "median": []}
+    added, peak = 0, None
+    for run in range(runs + 1):
+        vit = clip(size).to(device)
+        if run:
+            touch_memory(2 * added)
+        times: list[float] = []
+        wrapped: list[covft.ContextEncoder] = []
 
-    seconds = []
-    for _ in range(runs):
-        vit = clip(size)
-        start = time.perf_counter()
-        covft.wrap(vit, size.context_dim, layers=size.layers)
-        seconds.append(time.perf_counter() - start)
-    yield {"kind": "wrap", "seconds": sorted(seconds), "median": sorted(seconds)[len(seconds) // 2]}
+        def wrap(vit: Any = vit, wrapped: list[covft.ContextEncoder] = wrapped) -> None:
+            wrapped.append(covft.wrap(vit, size.context_dim, layers=size.layers))
+
+        peak = peak_memory(lambda wrap=wrap, times=times: times.append(seconds_of(wrap, device)), device)
+        # The FFNs that were there are kept for unwrap(), so all of this is new.
+        added = sum(parameter.nbytes for slot in wrapped[0].slots().values() for parameter in slot.parameters())
+        seconds["median" if run else "first touch"] += times
+    yield {
+        "kind": "wrap",
+        "device": device,
+        "first_touch": seconds["first touch"][0],
+        "seconds": seconds["median"],
+        "median": statistics.median(seconds["median"]),
+        "added": added,
+        "peak": peak,
+    }

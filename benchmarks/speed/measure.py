@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,25 +36,90 @@ class Timing:
         return asdict(self)
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], runs: int = 5, warm_up: int = 1) -> dict[str, Timing]:
+def interleaved(
+    functions: dict[str, Callable[[], Any]], runs: int = 5, warm_up: int = 1, device: str = "cpu"
+) -> dict[str, Timing]:
     """Time functions in turns, so that whatever the machine does besides meets all of them alike.
 
     Args:
         functions: By name.
         runs: Measured runs of each.
         warm_up: Runs of each before.
+        device: Where they run. On a GPU its own events take the time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for run in range(warm_up + runs):
+        gc.collect()
         for name, function in functions.items():
-            gc.collect()
-            _synchronise()
-            start = time.perf_counter()
-            function()
-            _synchronise()
+            taken = seconds_of(function, device)
             if run >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return {name: Timing(statistics.median(all_), min(all_), all_) for name, all_ in seconds.items()}
+
+
+def seconds_of(function: Callable[[], Any], device: str = "cpu") -> float:
+    """Time one run.
+
+    Args:
+        function: What runs.
+        device: Where it runs.
+    """
+    if not device.startswith("cuda"):
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    before.record()
+    function()
+    after.record()
+    torch.cuda.synchronize(device)
+    return before.elapsed_time(after) / 1e3
+
+
+def peak_memory(function: Callable[[], Any], device: str = "cpu") -> int | None:
+    """Bytes that the process, or the GPU, held at most while a function ran, above what it held before.
+
+    Args:
+        function: What runs.
+        device: Where it runs.
+
+    Returns:
+        None where it cannot be told: on a CPU it takes Linux.
+    """
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - held
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed, but kept for later, would hide what is needed now
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        held = _status("VmRSS")
+    except OSError:
+        function()
+        return None
+    function()
+    return _status("VmHWM") - held
+
+
+def touch_memory(size: int) -> None:
+    """Use memory and give it back, so that a virtual machine has it when it is measured.
+
+    The host of one hands out a page when it is first touched, which can take longer than to fill it. What the process
+    itself pays for new memory is still measured.
+
+    Args:
+        size: Bytes.
+    """
+    blocks = [torch.ones(1 << 22) for _ in range(0, size, 1 << 24)]
+    del blocks
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def bytes_for_backward(function: Callable[[], Any], besides: Iterable[Tensor] = ()) -> int:
@@ -89,6 +157,6 @@ def flops(function: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024

@@ -20,22 +20,37 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(lines)
 
 
+def ratio(records: list[Record], key: str, **where: Any) -> float:
+    """What a record has of what the baseline of its run has; `key` is a time's, or that of a number."""
+    found = {r["name"]: r for r in rows_of(records, **{**where, "name": where["name"]})}
+    base = rows_of(records, **{**where, "name": "baseline"})[0]
+    return _value(found[where["name"]], key) / _value(base, key)
+
+
+def _value(record: Record, key: str) -> float:
+    value = record[key]
+    return value["median"] if isinstance(value, dict) else value
+
+
+def _times(record: Record, base: Record, key: str) -> list[str]:
+    return [f"{_value(record, key) * 1e3:.0f}", f"{_value(record, key) / _value(base, key):.2f}"]
+
+
 def block_table(records: list[Record], **where: Any) -> str:
     """Ways to run one block, as ratios to the baseline of the same run."""
-    found = rows_of(records, kind="block", **where)
+    found = rows_of(records, **where)
     base = next(r for r in found if r["name"] == "baseline")
     rows = []
     for r in found:
-        both = r.get("forward_backward")
+        per_image = f"{r['bytes'] / r['batch'] / 1e6:.1f}"
         rows.append(
             [
                 r["name"],
-                f"{r['forward']['median'] * 1e3:.0f}",
-                f"{r['forward']['median'] / base['forward']['median']:.2f}",
-                "" if both is None else f"{both['median'] * 1e3:.0f}",
-                "" if both is None else f"{both['median'] / base['forward_backward']['median']:.2f}",
-                f"{r['bytes'] / r['batch'] / 1e6:.1f}" if "bytes" in r else "",
-                f"{r['bytes'] / base['bytes']:.2f}" if "bytes" in r else "",
+                *_times(r, base, "forward"),
+                *_times(r, base, "forward_backward"),
+                per_image,
+                f"{r['bytes'] / base['bytes']:.2f}",
+                "" if r.get("peak") is None else f"{r['peak'] / 1e6:.0f}",
                 f"{r['flops'] / r['batch'] / 1e9:.1f}" if "flops" in r else "",
             ]
         )
@@ -47,14 +62,28 @@ def block_table(records: list[Record], **where: Any) -> str:
         "ratio",
         "kept, MB per image",
         "ratio",
+        "peak, MB",
         "GFLOPs per image",
     ]
     return table(header, rows)
 
 
+def batches_table(records: list[Record]) -> str:
+    """Forward and backward of one block over the batch, as ratios to the baseline."""
+    found = [r for part in ("batches", "block") for r in rows_of(records, part=part)]
+    batches = sorted({r["batch"] for r in found})
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for name in ("activation", "all"):
+            cells = [
+                f"{ratio(found, 'forward_backward', name=name, dtype=dtype, batch=batch):.2f}" for batch in batches
+            ]
+            rows.append([f"{dtype}, {name}", *cells])
+    return table(["", *(f"{batch} image{'s' * (batch > 1)}" for batch in batches)], rows)
+
+
 def tower_table(records: list[Record]) -> str:
     """A whole tower, beside its floor."""
-    found = rows_of(records, kind="tower")
     rows = [
         [
             r["name"],
@@ -66,7 +95,7 @@ def tower_table(records: list[Record]) -> str:
             f"{r['flops'] / r['batch'] / 1e9:.0f}",
             f"{r['flops_step'] / r['batch'] / 1e9:.0f}",
         ]
-        for r in found
+        for r in rows_of(records, kind="tower")
     ]
     times = ["forward, s", "of its floor", "with backward, s", "of its floor"]
     header = ["", *times, "kept, GB per image", "GFLOPs", "GFLOPs with backward"]
@@ -75,13 +104,13 @@ def tower_table(records: list[Record]) -> str:
 
 def experts_table(records: list[Record]) -> str:
     """Time of one block's forward over the number of experts."""
-    found = [r for r in rows_of(records, kind="block", sweep="experts") if r["name"] == "activation"]
+    found = rows_of(records, part="experts")
     counts = sorted({r["experts"] for r in found})
     rows = []
     for routing in ("dense", "sparse"):
         by_count = {r["experts"]: r["forward"]["median"] for r in found if r["routing"] == routing}
-        rows.append([routing, *(f"{by_count[c] * 1e3:.0f}" if c in by_count else "" for c in counts)])
-    return table(["forward, ms", *(f"{c} experts" for c in counts)], rows)
+        rows.append([routing, *(f"{by_count[c]:.2f}" if c in by_count else "" for c in counts)])
+    return table(["forward, s", *(f"{c} expert{'s' * (c > 1)}" for c in counts)], rows)
 
 
 def overhead_table(records: list[Record]) -> str:
@@ -91,15 +120,17 @@ def overhead_table(records: list[Record]) -> str:
 
     def row(name: str, trained: Record, *, tunes_tower: bool) -> list[str]:
         step = trained["forward_backward" if tunes_tower else "forward"]["median"]
-        kept = trained["bytes"] / trained["batch"] / 1e9 if tunes_tower else 0.0
         operations = trained["flops_step" if tunes_tower else "flops"]
+        peak = trained.get("peak")
         return [
             name,
             f"{plain['forward']['median']:.2f}",
             f"{step:.2f}",
             f"{trained['forward']['median']:.2f}",
-            f"{kept:.2f}",
+            f"{trained['bytes'] / trained['batch'] / 1e9 if tunes_tower else 0:.2f}",
+            "" if peak is None or not tunes_tower else f"{peak / 1e9:.2f}",
             f"{operations / trained['batch'] / 1e9:.0f}",
+            f"{trained['flops'] / trained['batch'] / 1e9:.0f}",
         ]
 
     rows = [
@@ -113,9 +144,50 @@ def overhead_table(records: list[Record]) -> str:
         "instruction tuning, s",
         "inference, s",
         "kept for backward, GB",
+        "peak of tuning, GB",
         "GFLOPs of tuning",
+        "of inference",
     ]
     return table(header, rows)
+
+
+def goals_table(records: list[Record]) -> str:
+    """What was aimed at, and what was measured of it."""
+    rows: list[list[str]] = []
+
+    def add(what: str, goal: float, found: float, unit: str = "") -> None:
+        verdict = "met" if found <= goal else "missed"
+        rows.append([what, f"{goal:g}{unit}", f"{found:.3g}{unit}", verdict])
+
+    blocks = rows_of(records, part="block")
+    if blocks:
+        goals = {"activation": (0.95, 0.85, 0.45), "all": (1.10, 0.95, 0.2)}
+        for name, (wide, narrow, kept) in goals.items():
+            for dtype, goal in (("float32", wide), ("bfloat16", narrow)):
+                found = ratio(blocks, "forward_backward", name=name, dtype=dtype)
+                add(f"Block, {name}, {dtype}: time of the baseline's", goal, found)
+            add(
+                f"Block, {name}: bytes kept of the baseline's", kept, ratio(blocks, "bytes", name=name, dtype="float32")
+            )
+    for dtype in ("float32", "bfloat16"):
+        compiled = rows_of(records, part="compiled", dtype=dtype)
+        if compiled:
+            found = ratio(compiled, "forward_backward", name="all")
+            add(f"Block, compiled, {dtype}: time of the compiled baseline's", 1, found)
+    for r in rows_of(records, kind="tower", name="covft"):
+        add("Tower, forward: of the floor", 1.10, _value(r, "forward") / r["floor"])
+        add("Tower, forward and backward: of the floor", 1.15, _value(r, "forward_backward") / r["floor_step"])
+    experts = {(r["routing"], r["experts"]): _value(r, "forward") for r in rows_of(records, part="experts")}
+    if ("sparse", 4) in experts:
+        add("Sparse, 2 of 4 experts: time of dense", 0.65, experts["sparse", 4] / experts["dense", 4])
+        add("Sparse, 2 of 16 experts: time of 2 of 4", 1.10, experts["sparse", 16] / experts["sparse", 4])
+    for r in rows_of(records, kind="compressed"):
+        add("Compressed, forward: of the plain tower's", 1.5, _value(r, "compressed") / _value(r, "plain"))
+    for r in rows_of(records, kind="wrap"):
+        add("wrap() of the tower", 2, r["median"], " s")
+        if r["peak"] is not None:
+            add("wrap(): memory, of the parameters added", 1.1, r["peak"] / r["added"])
+    return table(["", "at most", "measured", ""], rows)
 
 
 def plots(records: list[Record], folder: Path) -> list[Path]:
@@ -126,98 +198,139 @@ def plots(records: list[Record], folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     written = []
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for offset, dtype in enumerate(("float32", "bfloat16")):
-        found = rows_of(records, kind="block", sweep="main", dtype=dtype, mode="eager")
-        found = [r for r in found if r["name"] != "plain"]
-        if not found:
-            continue
-        base = next(r for r in found if r["name"] == "baseline")
-        places = [i + 0.4 * offset for i in range(len(found))]
-        times = [r["forward_backward"]["median"] / base["forward_backward"]["median"] for r in found]
-        axes[0].bar(places, times, 0.38, label=dtype)
-        axes[1].bar(places, [r["bytes"] / base["bytes"] for r in found], 0.38, label=dtype)
+    blocks, experts = rows_of(records, part="block"), rows_of(records, part="experts")
+    if blocks:
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+        names = [name for name in dict.fromkeys(r["name"] for r in blocks) if name != "plain"]
+        for offset, dtype in enumerate(("float32", "bfloat16")):
+            places = [i + 0.4 * offset for i in range(len(names))]
+            for axis, key in zip(axes, ("forward_backward", "bytes"), strict=True):
+                axis.bar(places, [ratio(blocks, key, name=n, dtype=dtype) for n in names], 0.38, label=dtype)
+                axis.set_xticks([i + 0.2 for i in range(len(names))], names)
+        axes[0].set_title("forward and backward, of the baseline's time")
+        axes[1].set_title("kept for backward, of the baseline's bytes")
         for axis in axes:
-            axis.set_xticks([i + 0.2 for i in range(len(found))], [r["name"] for r in found])
-    axes[0].set_title("forward and backward, of the baseline's time")
-    axes[1].set_title("kept for backward, of the baseline's bytes")
-    for axis in axes:
-        axis.axhline(1, color="grey", linewidth=0.8)
+            axis.axhline(1, color="grey", linewidth=0.8)
+            axis.legend()
+        written.append(folder / "block.svg")
+        figure.savefig(written[-1], metadata={"Date": None})
+        plt.close(figure)
+    if experts:
+        figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+        for routing in ("dense", "sparse"):
+            found = sorted(rows_of(experts, routing=routing), key=lambda r: r["experts"])
+            axis.plot([r["experts"] for r in found], [_value(r, "forward") for r in found], "o-", label=routing)
+        axis.set_xlabel("experts")
+        axis.set_ylabel("forward of one block's slot, s")
+        axis.set_ylim(bottom=0)
         axis.legend()
-    written.append(folder / "block.svg")
-    figure.savefig(written[-1], metadata={"Date": None})
-    plt.close(figure)
-    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    for routing in ("dense", "sparse"):
-        found = [
-            r for r in rows_of(records, kind="block", sweep="experts", routing=routing) if r["name"] == "activation"
-        ]
-        found.sort(key=lambda r: r["experts"])
-        axis.plot([r["experts"] for r in found], [r["forward"]["median"] * 1e3 for r in found], "o-", label=routing)
-    axis.set_xlabel("experts")
-    axis.set_ylabel("forward of one block's slot, ms")
-    axis.set_ylim(bottom=0)
-    axis.legend()
-    written.append(folder / "experts.svg")
-    figure.savefig(written[-1], metadata={"Date": None})
-    plt.close(figure)
+        written.append(folder / "experts.svg")
+        figure.savefig(written[-1], metadata={"Date": None})
+        plt.close(figure)
     return written
 
 
 def page(result: dict[str, Any]) -> str:
     """The whole result as a page."""
     records: list[Record] = result["records"]
-    machine = result["machine"]
     parts = [
         "# Speed and memory",
         "",
-        f"Made by `python -m benchmarks.speed` on {result['date']}, {machine}. Every figure is the median of "
-        f"{result['runs']} runs that took turns; ratios are within one run, so what the machine does besides meets "
-        "both sides. The numbers of both sides are compared before they are timed. *baseline* is the obvious "
-        "implementation of the equations (`benchmarks/speed/baseline.py`): every expert runs, outputs are stacked, "
-        "weighed and summed, and `nn.MultiheadAttention` runs over all tokens. *none*, *activation* and *all* are "
-        "covft by what backward recomputes.",
+        f"Made by `python -m benchmarks.speed` on {result['date']}, {result['machine']}: CLIP-L/14 at 336 pixels, 4 "
+        f"experts. Every figure is the median of {result['runs']} runs that took turns; ratios are within one run, so "
+        "what the machine does besides meets both sides. The numbers of both sides are compared before they are timed. "
+        "*baseline* is the obvious implementation of the equations (`benchmarks/speed/baseline.py`): every expert "
+        "runs, outputs are stacked, weighed and summed, and `nn.MultiheadAttention` runs over all tokens. *none*, "
+        "*activation* and *all* are covft by [what backward recomputes](../guides/cheaper.md); *plain* is one FFN.",
+        "",
+        "## Goals",
+        "",
+        goals_table(records),
         "",
     ]
-    for dtype, title in (("float32", "One block, float32"), ("bfloat16", "One block, bfloat16")):
-        if rows_of(records, kind="block", sweep="main", dtype=dtype, mode="eager"):
-            parts += [f"## {title}", "", block_table(records, sweep="main", dtype=dtype, mode="eager"), ""]
-    if rows_of(records, kind="block", sweep="main", mode="eager"):
-        parts += ["![Time and bytes, of the baseline's](block.svg)", ""]
-    if rows_of(records, kind="block", sweep="main", mode="compiled"):
-        parts += ["## One block, compiled, float32", "", block_table(records, sweep="main", mode="compiled"), ""]
-    if rows_of(records, kind="block", sweep="experts"):
+    for dtype in ("float32", "bfloat16"):
+        found = rows_of(records, part="block", dtype=dtype)
+        if found:
+            batch = found[0]["batch"]
+            parts += [f"## One block, {dtype}, {batch} images", "", block_table(records, part="block", dtype=dtype), ""]
+    if rows_of(records, part="block"):
+        parts += ["![Time and bytes, of the baseline's](block.svg)", "", *_best(rows_of(records, part="block")), ""]
+    if rows_of(records, part="batches"):
+        parts += [
+            "## Over the batch",
+            "",
+            "Forward and backward of one block, of the baseline's time in the same run. Matrix products take nine "
+            "tenths of the time on this CPU, and all but those of the attention are the same on both sides. What "
+            "differs most with the batch is memory: the more both sides allocate anew, the further apart they are.",
+            "",
+            batches_table(records),
+            "",
+        ]
+    if rows_of(records, part="compiled"):
+        parts += ["## One block, compiled", ""]
+        parts += ["The compiler decides by itself what backward recomputes; the setting makes no difference.", ""]
+        for dtype in ("float32", "bfloat16"):
+            parts += [f"{dtype}:", "", block_table(records, part="compiled", dtype=dtype), ""]
+    if rows_of(records, part="experts"):
+        batch = rows_of(records, part="experts")[0]["batch"]
         picture = "![Time over the number of experts](experts.svg)"
-        parts += ["## Over the number of experts", "", experts_table(records), "", picture, ""]
+        parts += [
+            "## Over the number of experts",
+            "",
+            f"Float32, {batch} images; sparse takes two experts per image.",
+            "",
+        ]
+        parts += [experts_table(records), "", picture, ""]
     if rows_of(records, kind="tower"):
         parts += [
             "## The whole tower",
             "",
-            "The floor is the time of the plain tower, scaled by the floating-point operations that the method needs; "
-            "nothing is counted twice, so what `recompute` makes again is part of the ratio.",
+            "One image, float32, 12 of 24 blocks adapted, features of `hidden_states[-2]`. The floor is the time of "
+            "the plain tower, scaled by the floating-point operations that the method needs; nothing is counted twice, "
+            "so what `recompute` makes again is part of the ratio.",
             "",
             tower_table(records),
             "",
             "## The overhead table of the paper",
             "",
-            "Table 8 of the paper has the whole model on eight GPUs; this is the tower alone, one image, on a CPU. In "
-            "pre-training the tower is frozen for every method.",
+            "Table 8 of the paper has the whole model on eight GPUs; this is the tower alone, one image, on one "
+            "machine. In pre-training the tower is frozen for every method. The peak includes the gradients.",
             "",
             overhead_table(records),
             "",
         ]
     for r in rows_of(records, kind="compressed"):
-        ratio = r["compressed"]["median"] / r["plain"]["median"]
         parts += [
             "## Compressed experts",
             "",
-            f"After {r['steps']} steps of training, `compress({r['rank']})` makes a forward {ratio:.2f} times that of "
-            f"the plain tower. The features differ from those of the whole experts by {r['feature_error']:.1e} "
-            f"relative; of the experts' differences, {max(r['weight_error'].values()):.2f} is lost in the worst block. "
-            f"Parameters of the experts: {r['parameters_before'] / 1e6:.0f} M before, "
-            f"{r['parameters_after'] / 1e6:.0f} M after.",
+            f"After {r['steps']} steps of training, `compress({r['rank']})` makes a forward "
+            f"{_value(r, 'compressed') / _value(r, 'plain'):.2f} times that of the plain tower. The features differ "
+            f"from those of the whole experts by {r['feature_error']:.1e} relative; of the experts' differences, "
+            f"{max(r['weight_error'].values()):.2f} is lost in the worst block. Parameters of the experts: "
+            f"{r['parameters_before'] / 1e6:.0f} M before, {r['parameters_after'] / 1e6:.0f} M after. To compress took "
+            f"{r['seconds']:.0f} s.",
             "",
         ]
     for r in rows_of(records, kind="wrap"):
-        parts += ["## wrap()", "", f"{r['median']:.2f} s for the whole tower.", ""]
+        memory = "" if r["peak"] is None else f", and {r['peak'] / 1e9:.2f} GB at the peak"
+        parts += [
+            "## wrap()",
+            "",
+            f"{r['median']:.2f} s for the whole tower, for {r['added'] / 1e9:.2f} GB of added parameters{memory}. On a "
+            "virtual machine whose host hands out memory at the first touch, a process that never had as much pays "
+            f"for that, too: {r['first_touch']:.2f} s here.",
+            "",
+        ]
     return "\n".join(parts)
+
+
+def _best(blocks: list[Record]) -> list[str]:
+    """Which setting has the best product of time and bytes."""
+    products = {
+        name: ratio(blocks, "forward_backward", name=name, dtype="float32")
+        * ratio(blocks, "bytes", name=name, dtype="float32")
+        for name in ("none", "activation", "all")
+    }
+    listed = ", ".join(f"{product:.2f} for `{name}`" for name, product in products.items())
+    best = min(products, key=lambda name: products[name])
+    return [f"The product of time and bytes, of the baseline's, is {listed}; so the default is `{best}`."]
