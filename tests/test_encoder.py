@@ -93,6 +93,34 @@ def test_compile__one_graph_and_the_same_numbers(name):
     assert torch._dynamo.utils.counters["graph_break"] == {}
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["encoder", "block"])
+@pytest.mark.parametrize("routing", ["dense", "sparse"])
+def test_compile__new_texts_and_batch_sizes_are_no_new_graphs(routing, whole):
+    import torch._dynamo.testing
+
+    tower = BY_NAME["timm-clip"]
+    encoder = covft.wrap(tower.build(), CONTEXT_DIM, layers=[1], routing=routing)
+    perturb(encoder)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    module = encoder if whole else encoder.slots()[1]
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    # Sparse routing chooses rows by value.
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=routing == "sparse"):
+        for batch in (2, 2, 3, 5, 4, 7):
+            text = torch.randn(batch, CONTEXT_DIM)
+            if whole:
+                images = tower.images(batch)
+                found, wanted = compiled(images, text), encoder(images, text)
+            else:
+                tokens = torch.randn(batch, 5, module.embed_dim)
+                with encoder.condition(text):
+                    found, wanted = compiled(tokens), module(tokens)
+            assert torch.allclose(found, wanted, atol=1e-5)
+    # One for the first size, one for all sizes.
+    assert counter.frame_count == 2
+
+
 def test_compile__gradients_are_the_same():
     encoder, images, text = wrapped("timm-clip")
     encoder.double().train()

@@ -21,6 +21,7 @@ from benchmarks.speed.cases import (
     measure_block,
     measure_compressed,
     measure_tower,
+    measure_variants,
     measure_wrap,
 )
 from benchmarks.speed.report import page, plots
@@ -39,7 +40,7 @@ def _blocks(size: Size, runs: int, device: str, tiny: bool) -> Iterator[Record]:
 def _batches(size: Size, runs: int, device: str, tiny: bool) -> Iterator[Record]:
     names = ("baseline", "activation", "all")
     for dtype in DTYPES:
-        for batch in (1, 3) if tiny else (1, 2, 4, 8):
+        for batch in (1, 3) if tiny else (1, 4):
             yield from measure_block(
                 size, batch=batch, experts=4, dtype=dtype, names=names, runs=runs, device=device
             )  # fmt: skip
@@ -48,7 +49,7 @@ def _batches(size: Size, runs: int, device: str, tiny: bool) -> Iterator[Record]
 def _compiled(size: Size, runs: int, device: str, tiny: bool) -> Iterator[Record]:
     for dtype in DTYPES:
         yield from measure_block(
-            size, batch=2 if tiny else BATCH, experts=4, dtype=dtype, compiled=True, names=("baseline", "all"),
+            size, batch=2 if tiny else 4, experts=4, dtype=dtype, compiled=True, names=("baseline", "all"),
             runs=runs, device=device,
         )  # fmt: skip
 
@@ -66,6 +67,10 @@ def _tower(size: Size, runs: int, device: str, tiny: bool) -> Iterator[Record]:
     yield from measure_tower(size, runs=runs, device=device)
 
 
+def _variants(size: Size, runs: int, device: str, tiny: bool) -> Iterator[Record]:
+    yield from measure_variants(size, runs=runs, device=device)
+
+
 def _compressed(size: Size, runs: int, device: str, tiny: bool) -> Iterator[Record]:
     yield from measure_compressed(size, rank=4 if tiny else 64, runs=runs, device=device)
 
@@ -80,6 +85,7 @@ PARTS = {
     "compiled": _compiled,
     "experts": _experts,
     "tower": _tower,
+    "variants": _variants,
     "compressed": _compressed,
     "wrap": _wrap,
 }

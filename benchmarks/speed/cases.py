@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -287,30 +288,33 @@ def measure_tower(size: Size, *, batch: int = 1, runs: int = 5, device: str = "c
         device: Where it runs.
     """
     tower = Tower(size, batch, device=device)
-    covft_alone = tower.wrapped()
-    yield from _measure_towers(
-        tower,
-        {
-            "plain": tower.plain(),
-            "baseline": tower.obvious(),
-            "covft": covft_alone,
-            "covft, recompute=activation": covft_alone,
-            "covft, recompute=none": covft_alone,
-        },
-        runs,
-    )
-    del covft_alone  # all of them at once are too many for a small machine
-    others = _measure_towers(
-        tower,
-        {
-            "plain": tower.plain(),
-            "covft, feature_layer=-2": tower.wrapped(feature_layer=-2),
-            "covft, sparse": tower.wrapped(routing="sparse"),
-            "covft, expert_rank=64": tower.wrapped(expert_rank=min(64, size.embed_dim // 2)),
-        },
-        runs,
-    )
-    yield from (record for record in others if record["name"] != "plain")
+    own = tower.wrapped()
+    models: dict[str, nn.Module] = {
+        "plain": tower.plain(), "baseline": tower.obvious(), "covft": own, "covft, recompute=activation": own,
+    }  # fmt: skip
+    yield from _measure_towers(tower, models, runs)
+
+
+def measure_variants(size: Size, *, batch: int = 1, runs: int = 5, device: str = "cpu") -> Iterator[Record]:
+    """As `measure_tower`, of towers that compute something else; one after the other, as they are large.
+
+    Args:
+        size: Sizes.
+        batch: Images.
+        runs: Measured runs of each.
+        device: Where it runs.
+    """
+    tower = Tower(size, batch, device=device)
+    variants: dict[str, dict[str, Any]] = {
+        "feature_layer=-2": {"feature_layer": -2},
+        "sparse": {"routing": "sparse"},
+        "expert_rank=64": {"expert_rank": min(64, size.embed_dim // 2)},
+    }
+    for name, settings in variants.items():
+        models = {"plain": tower.plain(), f"covft, {name}": tower.wrapped(**settings)}
+        yield from (record for record in _measure_towers(tower, models, runs) if record["name"] != "plain")
+        del models
+        gc.collect()
 
 
 def _measure_towers(tower: Tower, models: dict[str, nn.Module], runs: int) -> Iterator[Record]:
@@ -332,6 +336,8 @@ def _measure_towers(tower: Tower, models: dict[str, nn.Module], runs: int) -> It
     for name, model in models.items():
         model.train()
         forwards[name]()  # blocks that are left out show their form in the first run
+    if "baseline" in models:
+        _check_towers(forwards)
     with torch.no_grad():
         forward = interleaved(forwards, runs, device=tower.device)
         operations = {name: flops(run) for name, run in forwards.items()}
@@ -358,6 +364,16 @@ def _measure_towers(tower: Tower, models: dict[str, nn.Module], runs: int) -> It
             "bytes": bytes_for_backward(forwards[name], model.parameters()),
             "peak": peak_memory(steps[name], tower.device),
         }
+
+
+@torch.no_grad()
+def _check_towers(forwards: dict[str, Callable[[], Tensor]]) -> None:
+    wanted = forwards["baseline"]()
+    for name in forwards:
+        found = forwards[name]() if name.startswith("covft") else wanted
+        worst = ((found - wanted).abs().max() / wanted.abs().max()).item()
+        if worst > 1e-3:
+            raise RuntimeError(f"{name} and the baseline differ by {worst:.2e}: nothing is timed")
 
 
 def measure_compressed(

@@ -1,4 +1,4 @@
-"""The maths of CoVFT: torch and einops only, no knowledge of any ViT or MLLM."""
+"""The maths of CoVFT: torch only, no knowledge of any ViT or MLLM."""
 
 from covft.nn.context import (
     ConcatContext,

@@ -14,7 +14,6 @@ import math
 from typing import Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from covft.nn.functional import masked_mean, wide_softmax
@@ -139,18 +138,18 @@ class SingleQueryAttention(nn.Module):
             The context vectors, shape `(B, C)`.
         """
         heads = self.num_heads
-        query_BHK = rearrange(self.q_proj(text_BC), "b (h k) -> b h k", h=heads)
+        query_BHK = self.q_proj(text_BC).unflatten(-1, (heads, -1))
         query_BHK = query_BHK * query_BHK.shape[-1] ** -0.5
-        key_HKD = rearrange(self.k_proj_weight, "(h k) d -> h k d", h=heads)
+        key_HKD = self.k_proj_weight.unflatten(0, (heads, -1))
         folded_BHD = torch.einsum("bhk,hkd->bhd", query_BHK, key_HKD)
         scores_BHN = torch.einsum("bhd,bnd->bhn", folded_BHD, tokens_BND)
         if mask_BN is not None:
             scores_BHN = scores_BHN.masked_fill(~mask_BN[:, None], -torch.inf)
         attention_BHN = wide_softmax(scores_BHN).to(tokens_BND.dtype)
         mean_BHD = torch.einsum("bhn,bnd->bhd", attention_BHN, tokens_BND)
-        value_HKD = rearrange(self.v_proj_image_weight, "(h k) d -> h k d", h=heads)
+        value_HKD = self.v_proj_image_weight.unflatten(0, (heads, -1))
         image_BHK = torch.einsum("bhd,hkd->bhk", mean_BHD, value_HKD)
-        value_BC = rearrange(image_BHK, "b h k -> b (h k)") + self.v_proj_text(text_BC)
+        value_BC = image_BHK.flatten(1) + self.v_proj_text(text_BC)
         return self.out_proj(value_BC)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.baseline import ObviousMoE
-from benchmarks.speed.cases import TINY, Block, Tower
+from benchmarks.speed.cases import TINY, Block, Tower, measure_tower
 from benchmarks.speed.measure import bytes_for_backward, flops, interleaved, peak_memory
 
 
@@ -51,6 +51,19 @@ def test_tower__the_obvious_one_has_the_features_of_covft():
     assert torch.allclose(one, other, atol=1e-5)
 
 
+def test_tower__other_features_are_not_timed(monkeypatch):
+    def other(self):
+        encoder = obvious(self)
+        with torch.no_grad():
+            encoder.vit.get_submodule(encoder.spec.blocks[1].mlp_path).moe.experts[0].fc2.bias.add_(1)
+        return encoder
+
+    obvious = Tower.obvious
+    monkeypatch.setattr(Tower, "obvious", other)
+    with pytest.raises(RuntimeError, match="nothing is timed"):
+        next(measure_tower(TINY, runs=1))
+
+
 def test_measure__counts_what_it_says():
     x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
     assert flops(lambda: x @ weight.t()) == 2 * 4 * 8 * 16
@@ -77,7 +90,7 @@ def test_command__writes_results_page_and_plots(tmp_path):
     app = typer.Typer()
     app.command()(main)
     options = ["--tiny", "--runs", "2", "--output", str(tmp_path / "results"), "--pages", str(tmp_path / "page")]
-    parts = ("block", "batches", "experts", "tower")
+    parts = ("block", "batches", "experts", "tower", "variants")
     first = CliRunner().invoke(app, [*options, *(word for part in parts for word in ("--part", part))])
     assert first.exit_code == 0, first.output
     second = CliRunner().invoke(app, [*options, "--part", "compressed", "--part", "wrap"])
