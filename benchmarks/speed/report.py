@@ -265,8 +265,8 @@ def page(result: dict[str, Any]) -> str:
             "",
             "Forward and backward of one block, of the baseline's time in the same run. Matrix products take nine "
             "tenths of the time on this CPU, and all but those of the attention are the same on both sides. How far "
-            "apart the sides are depends on how much memory each allocates anew, and on how well the library's products "
-            "suit the number of rows.",
+            "apart the sides are depends on how much memory each allocates anew, and on how well the library's "
+            "products suit the number of rows.",
             "",
             batches_table(records),
             "",
