@@ -32,6 +32,9 @@ def main():
         if first:
             print(f"== {step[0]} {' '.join(step[1])}", flush=True)
         runpy.run_path(step[0], run_name="__main__")
+    # A process that ends while another still writes can die of its own communication threads.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def as_gpus():
