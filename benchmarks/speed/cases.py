@@ -325,8 +325,7 @@ def _measure_towers(tower: Tower, models: dict[str, nn.Module], runs: int) -> It
         recompute = name.partition("recompute=")[2] or "all"
 
         def run() -> Any:
-            if encoder.covft_config.recompute != recompute:
-                encoder.set_recompute(recompute)
+            encoder.set_recompute(recompute)
             return function()
 
         return run

@@ -95,8 +95,7 @@ def peak_memory(function: Callable[[], Any], device: str = "cpu") -> int | None:
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - held
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed, but kept for later, would hide what is needed now
+    _trim()  # what was freed, but kept for later, would hide what is needed now
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         held = _status("VmRSS")
@@ -118,8 +117,7 @@ def touch_memory(size: int) -> None:
     """
     blocks = [torch.ones(1 << 22) for _ in range(0, size, 1 << 24)]
     del blocks
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    _trim()
 
 
 def bytes_for_backward(function: Callable[[], Any], besides: Iterable[Tensor] = ()) -> int:
@@ -155,6 +153,12 @@ def flops(function: Callable[[], Any]) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library can."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(name: str) -> int:

@@ -20,11 +20,10 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(lines)
 
 
-def ratio(records: list[Record], key: str, **where: Any) -> float:
+def ratio(records: list[Record], key: str, *, name: str, **where: Any) -> float:
     """What a record has of what the baseline of its run has; `key` is a time's, or that of a number."""
-    found = {r["name"]: r for r in rows_of(records, **{**where, "name": where["name"]})}
-    base = rows_of(records, **{**where, "name": "baseline"})[0]
-    return _value(found[where["name"]], key) / _value(base, key)
+    own, base = (rows_of(records, name=each, **where)[0] for each in (name, "baseline"))
+    return _value(own, key) / _value(base, key)
 
 
 def _value(record: Record, key: str) -> float:

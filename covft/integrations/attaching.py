@@ -113,7 +113,7 @@ def attach(
         encoder = wrap(tower, text_encoder, config=config, adapter=adapter, **given)
     else:
         encoder = load(pretrained, tower, text_encoder)
-    refuse_unread(encoder, getattr(target.config, "vision_feature_layer", None))
+    check_all_read_runs(encoder, getattr(target.config, "vision_feature_layer", None))
     # From here on nothing can fail.
     attachment = Attachment(target, encoder, reader, family)
     target.__dict__[KEY] = attachment
@@ -121,7 +121,7 @@ def attach(
     return model
 
 
-def refuse_unread(encoder: ContextEncoder, read: Any) -> None:
+def check_all_read_runs(encoder: ContextEncoder, read: Any) -> None:
     """Refuse a tower without blocks that the model reads; the ViT is as it was, then.
 
     Args:

@@ -149,9 +149,9 @@ class _Mixture(torch.autograd.Function):
                     of_weight, of_bias = needed[2 * number : 2 * number + 2]
                     grad_weights.append(scratch[number].t() @ tokens_TD if of_weight else None)
                     grad_weights.append(scratch[number].sum(0) if of_bias else None)
-                weighed_TD = grad_TD * weight_T1 if last_needed or bias_needed else grad_TD
-                grad_weights.append((weighed_TD / between.scale).t() @ scratch["hidden"] if last_needed else None)
-                grad_weights.append(weighed_TD.sum(0) if bias_needed else None)
+                weighed_TD = grad_TD * (weight_T1 / between.scale) if last_needed or bias_needed else grad_TD
+                grad_weights.append(weighed_TD.t() @ scratch["hidden"] if last_needed else None)
+                grad_weights.append(weighed_TD.sum(0) * between.scale if bias_needed else None)
         return (
             None if grad_x_TD is None else grad_x_TD.to(ctx.dtype).view(ctx.shape),
             None if grad_routing_TE is None else _per_image(grad_routing_TE, weights_BE),

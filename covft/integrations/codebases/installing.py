@@ -14,7 +14,7 @@ from covft.adapters.registry import list_adapters, register_adapter
 from covft.checkpoint import load
 from covft.encoder import ContextEncoder
 from covft.errors import ConfigError, MissingContextError, UnsupportedViTError
-from covft.integrations.attaching import KEY, attachment_of, refuse_unread, without_peft
+from covft.integrations.attaching import KEY, attachment_of, check_all_read_runs, without_peft
 from covft.integrations.attachment import Attachment
 from covft.integrations.calls import Call, SaveCall
 from covft.integrations.models import MLLMFamily
@@ -118,7 +118,7 @@ def install(
         encoder = wrap(tower, text_encoder, **settings)
     else:
         encoder = load(pretrained, tower, text_encoder)
-    refuse_unread(encoder, read)
+    check_all_read_runs(encoder, read)
     # From here on nothing can fail.
     attachment = TowerAttachment(model, encoder, reader, MLLMFamily(), default_text=default_text)
     model.__dict__[KEY] = attachment

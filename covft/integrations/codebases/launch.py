@@ -96,7 +96,7 @@ def parse(program: str, arguments: Sequence[str]) -> Flags:
     parser.add_argument(
         "--covft_recompute", help="what backward computes again of whole experts: none, activation or all (default)"
     )
-    parser.add_argument("--covft_feature_layer", type=int, help="blocks behind this hidden state do not run; all run")
+    parser.add_argument("--covft_feature_layer", type=int, help="blocks behind this hidden state are left out")
     parser.add_argument("--covft_pretrained", help="a saved tower to start from, or to evaluate")
     parser.add_argument("--covft_chat_template", help="a name in covft.data.CHAT_TEMPLATES, or a file with a template")
     parser.add_argument("--covft_turns", help="which user turns are read: all (default), first or last")
