@@ -34,7 +34,7 @@ help:
 	@sed -n 's/^#   make/  make/p' Makefile
 
 demo: $(STAMPS)/demo
-	$(VENV)/bin/covft mini $(DEMO_ARGS)
+	$(PY) -m study $(DEMO_ARGS)
 
 test: $(STAMPS)/dev
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -50,7 +50,7 @@ docs: $(STAMPS)/docs
 
 clean:
 	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache runs
-	find covft tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
+	find covft study tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---------------------------------------------------------------------------------------- set-up
 # A stamp is written only after its step went through, so an interrupted set-up is taken up again, and a .venv
@@ -71,7 +71,7 @@ $(STAMPS)/weights: $(STAMPS)/torch
 	@touch $@
 
 $(STAMPS)/demo: $(STAMPS)/weights pyproject.toml
-	$(PIP) --editable ".[mini]"
+	$(PIP) --editable ".[study]"
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/weights pyproject.toml

@@ -7,21 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from covft import adapters as adapters
-    from covft import checkpoint as checkpoint
+    from covft import checkpoints as checkpoints
     from covft import data as data
     from covft import errors as errors
     from covft import integrations as integrations
     from covft import nn as nn
+    from covft import testing as testing
     from covft import text as text
     from covft.adapters.registry import describe as describe
     from covft.adapters.spec import ViTSpec as ViTSpec
-    from covft.checkpoint import load as load
+    from covft.compression import compress as compress
+    from covft.compression import skip_experts as skip_experts
     from covft.config import CoVFTConfig as CoVFTConfig
     from covft.encoder import ContextEncoder as ContextEncoder
-    from covft.integrations.attaching import attach as attach
-    from covft.integrations.attaching import detach as detach
-    from covft.integrations.attaching import get_encoder as get_encoder
-    from covft.integrations.callback import CoVFTCallback as CoVFTCallback
+    from covft.integrations.mllm.attach import attach as attach
+    from covft.integrations.mllm.attach import detach as detach
+    from covft.integrations.mllm.attach import get_encoder as get_encoder
+    from covft.integrations.training.callback import CoVFTCallback as CoVFTCallback
+    from covft.wrapping import load as load
     from covft.wrapping import unwrap as unwrap
     from covft.wrapping import wrap as wrap
 
@@ -29,19 +32,21 @@ __version__ = "0.1.0"
 
 # Where each public name lives; it is imported when it is first asked for (PEP 562).
 _HOMES = {
-    "CoVFTCallback": "covft.integrations.callback",
+    "CoVFTCallback": "covft.integrations.training.callback",
     "CoVFTConfig": "covft.config",
     "ContextEncoder": "covft.encoder",
     "ViTSpec": "covft.adapters.spec",
-    "attach": "covft.integrations.attaching",
+    "attach": "covft.integrations.mllm.attach",
+    "compress": "covft.compression",
     "describe": "covft.adapters.registry",
-    "detach": "covft.integrations.attaching",
-    "get_encoder": "covft.integrations.attaching",
-    "load": "covft.checkpoint",
+    "detach": "covft.integrations.mllm.attach",
+    "get_encoder": "covft.integrations.mllm.attach",
+    "load": "covft.wrapping",
+    "skip_experts": "covft.compression",
     "unwrap": "covft.wrapping",
     "wrap": "covft.wrapping",
 }
-_SUBMODULES = ("adapters", "checkpoint", "data", "errors", "integrations", "nn", "text")
+_SUBMODULES = ("adapters", "checkpoints", "data", "errors", "integrations", "nn", "testing", "text")
 
 __all__ = [
     "CoVFTCallback",
@@ -51,7 +56,8 @@ __all__ = [
     "__version__",
     "adapters",
     "attach",
-    "checkpoint",
+    "checkpoints",
+    "compress",
     "data",
     "describe",
     "detach",
@@ -60,6 +66,8 @@ __all__ = [
     "integrations",
     "load",
     "nn",
+    "skip_experts",
+    "testing",
     "text",
     "unwrap",
     "wrap",

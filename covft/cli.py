@@ -1,18 +1,21 @@
-"""The `covft` command: describe a ViT, encode instructions, run the miniature benchmark, tell versions."""
+"""The `covft` command: describe a ViT, encode instructions, tell versions."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import json
 import platform
-import re
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 from covft import __version__
 from covft.errors import ConfigError, CoVFTError, MissingDependencyError
+from covft.utils.options import options, parse_layers
 
 try:
     import typer
@@ -61,27 +64,52 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
 
 
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for every setting; it gets those that were used as `settings`.
+
+    Args:
+        command: A command with a parameter `settings`.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    own = [parameter for name, parameter in signature.parameters.items() if name != "settings"]
+    added = []
+    for option in options():
+        text = option.help + (f" {' | '.join(option.choices)}." if option.choices else "")
+        shown = "such as 11-22 or 3,5,-2" if option.name == "layers" else str(option.default)
+        kind: Any = int if option.parse is int else str
+        info = typer.Option(help=text, show_default=shown)
+        annotation = Annotated[kind | None, info]  # type: ignore[valid-type]
+        added.append(
+            inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        settings = {parameter.name: given.pop(parameter.name) for parameter in added}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        if "layers" in settings:
+            settings["layers"] = parse_layers(settings["layers"])
+        command(**given, settings=settings)
+
+    run.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
+    return run
+
+
 # ------------------------------------------------------------------------------------------ describe
 
 
 @app.command()
+@with_settings
 def describe(
     model: Annotated[str | None, typer.Argument(help="timm:NAME, open_clip:NAME or hf:ID_OR_FOLDER.")] = None,
     everything: Annotated[
         str | None, typer.Option("--all", help="Instead of a model: all of timm, open_clip or transformers.")
     ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(help="Blocks, as in 11-22 or 3,5,-2; by default the latter half but the last."),
-    ] = None,
-    experts: Annotated[int, typer.Option(help="Experts per block.")] = 4,
-    routing: Annotated[str, typer.Option(help="dense, sparse, uniform or random.")] = "dense",
-    top_k: Annotated[int, typer.Option(help="Experts per image for sparse and random routing.")] = 2,
-    context: Annotated[str, typer.Option(help="cve, image, text or concat.")] = "cve",
-    train_norms: Annotated[str, typer.Option(help="all, adapted or none.")] = "all",
-    text_width: Annotated[int, typer.Option(help="Width of the text features.")] = 768,
+    text_dim: Annotated[int, typer.Option(help="Width of the text features.")] = 768,
     tokens: Annotated[int | None, typer.Option(help="Tokens per image, where the model does not say.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    settings: Any = None,
 ) -> None:
     """Show the blocks of a ViT, what would be wrapped, and what that adds. No weights are loaded."""
     if (model is None) == (everything is None):
@@ -96,53 +124,19 @@ def describe(
 
         _print_coverage(Console(), load_coverage(str(everything)), as_json=as_json)
         return
-    facts = gather(
-        model,
-        text_width=text_width,
-        tokens=tokens,
-        layers=None if layers is None else parse_layers(layers),
-        experts=experts,
-        routing=routing,
-        top_k=top_k,
-        context=context,
-        train_norms=train_norms,
-    )
+    facts = gather(model, text_dim=text_dim, tokens=tokens, **settings)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
         _print_facts(Console(), facts)
 
 
-def parse_layers(text: str) -> tuple[int, ...]:
-    """Block indices of `11-22` (both ends included), `3,5,-2` and mixtures.
-
-    Raises:
-        ConfigError: If it is neither.
-    """
-    indices: list[int] = []
-    for part in text.replace(" ", "").split(","):
-        found = re.fullmatch(r"(-?\d+)|(\d+)-(\d+)", part)
-        span = range(0)
-        if found:
-            single, first, last = found.groups()
-            span = range(int(single), int(single) + 1) if single else range(int(first), int(last) + 1)
-        if not span:
-            raise ConfigError(
-                f"--layers {text} cannot be read.",
-                expected="indices and spans, both ends included",
-                got=repr(part),
-                fix="--layers 11-22, or --layers 3,5,-2",
-            )
-        indices += span
-    return tuple(indices)
-
-
-def gather(source: str, *, text_width: int, tokens: int | None = None, **settings: Any) -> dict[str, Any]:
+def gather(source: str, *, text_dim: int, tokens: int | None = None, **settings: Any) -> dict[str, Any]:
     """What `describe` prints, as JSON values.
 
     Args:
         source: `timm:NAME`, `open_clip:NAME` or `hf:ID_OR_FOLDER`.
-        text_width: Width C of the text features.
+        text_dim: Width C of the text features.
         tokens: Tokens per image N; by default what the model says.
         **settings: Keywords of `covft.wrap`.
 
@@ -155,7 +149,7 @@ def gather(source: str, *, text_width: int, tokens: int | None = None, **setting
     vit = load_vit(source, pretrained=False, device="meta")
     vit_parameters = sum(parameter.numel() for parameter in vit.parameters())
     # Wrapped for real, on a device that holds no numbers: all checks run, and nothing is estimated.
-    encoder = wrap(vit, text_width, **settings)
+    encoder = wrap(vit, text_dim, **settings)
     spec, config = encoder.spec, encoder.covft_config
     # A ViT with stages merges tokens on its way: one number would be wrong for most of its blocks.
     has_stages = len({block.embed_dim for block in spec.blocks}) > 1
@@ -165,7 +159,7 @@ def gather(source: str, *, text_width: int, tokens: int | None = None, **setting
             **dataclasses.asdict(block),
             "norms": list(block.norms),
             "wrapped": block.index in encoder.layers,
-            "added": _added(encoder, block, text_width, num_tokens) if block.index in encoder.layers else None,
+            "added": _added(encoder, block, text_dim, num_tokens) if block.index in encoder.layers else None,
         }
         for block in spec.blocks
     ]
@@ -178,13 +172,13 @@ def gather(source: str, *, text_width: int, tokens: int | None = None, **setting
         "library": spec.library,
         "class_name": spec.class_name,
         "depth": spec.depth,
-        "layout": spec.layout,
+        "layout": spec.input.layout,
         "image_size": spec.image_size,
         "num_tokens": num_tokens,
-        "num_prefix_tokens": spec.num_prefix_tokens,
+        "num_prefix_tokens": spec.input.prefix_tokens,
         "parameters": vit_parameters,
         "config": config.to_dict(),
-        "text_width": text_width,
+        "text_dim": text_dim,
         "adapted_parameters": parameters,
         "net_parameters": parameters - sum(a["parameters_replaced"] for a in added),
         "trained_parameters": trained,
@@ -193,7 +187,7 @@ def gather(source: str, *, text_width: int, tokens: int | None = None, **setting
     }
 
 
-def _added(encoder: Any, block: Any, text_width: int, num_tokens: int | None) -> dict[str, Any]:
+def _added(encoder: Any, block: Any, text_dim: int, num_tokens: int | None) -> dict[str, Any]:
     """Parameters and FLOPs of one adapted block, by part, and what the FFN alone had."""
     from covft.nn.cost import count_flops, count_parameters
 
@@ -202,7 +196,7 @@ def _added(encoder: Any, block: Any, text_width: int, num_tokens: int | None) ->
     ffn_weights = sum(parameter.numel() for parameter in ffn.parameters() if parameter.dim() > 1)
     sizes = {
         "embed_dim": block.embed_dim,
-        "context_dim": text_width,
+        "text_dim": text_dim,
         "num_experts": config.experts,
         "routing": config.routing,
         "context": config.context,
@@ -266,7 +260,7 @@ def _summary(facts: dict[str, Any]) -> list[str]:
     lines = [
         f"Wrapped: blocks {shown}",
         f"         {config['experts']} experts, {config['routing']} routing, {config['context']} context, "
-        f"text width {facts['text_width']}",
+        f"text width {facts['text_dim']}",
         f"Parameters per adapted block:  {span}" + (f"  ({shares})" if len(sums) == 1 else ""),
         f"Parameters in all:             {facts['adapted_parameters']:,}",
         f"Net of the FFNs replaced:      {facts['net_parameters']:,}",
@@ -314,15 +308,6 @@ def _print_coverage(console: Console, coverage: Any, *, as_json: bool) -> None:
 # ------------------------------------------------------------------------------------------ the others
 
 
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def mini(context: typer.Context) -> None:
-    """LLaVA in miniature: train it with a frozen and with a context-aware ViT, and compare."""
-    # Imported here, so that the other commands start without it.
-    from covft.mini.cli import app as mini_app
-
-    mini_app(args=context.args, prog_name="covft mini")
-
-
 @app.command()
 def precompute(
     annotation: Annotated[Path, typer.Argument(help="LLaVA's JSON or JSONL, or InternVL's meta file.")],
@@ -338,7 +323,7 @@ def precompute(
     found = list(questions_of(open_rows(annotation), instruction, empty=empty))
     texts = [text for text in found if text]
     table = FeatureTable.precompute(as_text_encoder(text_encoder), texts, output, show=sys.stderr.isatty())
-    typer.echo(f"{len(table)} distinct instructions of {len(found)} rows, {table.width} numbers each: {output}")
+    typer.echo(f"{len(table)} distinct instructions of {len(found)} rows, {table.text_dim} numbers each: {output}")
     if len(texts) < len(found):
         typer.echo(f"{len(found) - len(texts)} rows have none or cannot be read", err=True)
 

@@ -1,22 +1,20 @@
-"""Trained experts, stored as one FFN that all share and low-rank differences from it."""
+"""Makes a trained encoder cheaper at inference: low-rank experts, and experts that are skipped."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # comes with huggingface_hub
 
-from covft.errors import UnsupportedViTError
+from covft.encoder import ContextEncoder
+from covft.errors import ConfigError, UnsupportedViTError
 from covft.nn.experts import Experts
 from covft.nn.low_rank import LowRankDifference, LowRankExperts
-
-if TYPE_CHECKING:
-    from covft.encoder import ContextEncoder
 
 
 @dataclass(frozen=True)
@@ -46,15 +44,20 @@ class CompressionReport:
 def compress(
     encoder: ContextEncoder, rank: int, images: Any = None, text: Any = None, *, show: bool = False, **kwargs: Any
 ) -> CompressionReport:
-    """Compress the experts; see `ContextEncoder.compress`.
+    """Store trained experts as one FFN that they share and differences of low rank, in place.
+
+    Inference becomes cheaper: the shared products are computed once. The report says what is lost.
 
     Args:
-        encoder: A wrapped ViT with whole experts.
-        rank: Rank of the differences.
-        images: To measure errors on.
-        text: To measure errors on.
-        show: Whether to show a progress bar.
-        **kwargs: Handed on to the ViT with the images.
+        encoder: A wrapped ViT whose experts are copies of the FFN.
+        rank: Rank of the differences, such as 64.
+        images: As for calling the encoder, to measure the error of outputs.
+        text: As for calling the encoder.
+        show: Whether to show a progress bar; a ViT-L takes some ten seconds.
+        **kwargs: As for calling the encoder, such as `grid_thw`.
+
+    Returns:
+        Parameters before and after, and errors of weights and outputs.
 
     Raises:
         ConfigError: If the rank cannot be used.
@@ -89,6 +92,30 @@ def compress(
         output_error=output_error,
         feature_error=None if features is None or after is None else _relative(after, features),
     )
+
+
+def skip_experts(encoder: ContextEncoder, below: float) -> None:
+    """Skip experts whose weight for an image is small, in eval mode; the other weights are scaled up.
+
+    Not exact, and off (0) unless asked for. Low-rank experts cost too little to be skipped.
+
+    Args:
+        encoder: A wrapped ViT.
+        below: Experts with smaller weights are skipped; 0 skips none.
+
+    Raises:
+        ConfigError: If it is not in [0, 1 / experts]: some expert has to be left.
+    """
+    most = 1 / encoder.covft_config.experts
+    if not 0 <= below <= most:
+        raise ConfigError(
+            f"below={below} could leave an image without any expert.",
+            expected=f"0 to {most:g}  ({encoder.covft_config.experts} experts)",
+            got=below,
+        )
+    for slot in encoder.slots().values():
+        if isinstance(slot.experts, Experts):
+            slot.experts.skip_below = below
 
 
 def _weight_error(whole: Any, thin: LowRankExperts) -> float:

@@ -1,23 +1,33 @@
-"""The settings of a wrapped ViT: what the keywords of `covft.wrap` mean, and their JSON."""
+"""The settings of a wrapped ViT: the keywords of `covft.wrap`, their meaning and their JSON."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import operator
-from collections.abc import Iterable
+import typing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 from covft.errors import ConfigError
 
-ROUTINGS = ("dense", "sparse", "uniform", "random")
-CONTEXTS = ("cve", "image", "text", "concat")
-TRAIN_NORMS = ("all", "adapted", "none")
-ACTIVATIONS = ("gelu", "quick_gelu")
-RECOMPUTE = ("none", "activation", "all")
-# How a model runs, not what it computes: two that differ in these alone are the same model.
-_WAYS_TO_RUN = ("recompute", "feature_layer")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _option(default: Any, *choices: str, per_block: bool = False, changes_model: bool = True) -> Any:
+    """Declare a field.
+
+    Args:
+        default: Its default.
+        *choices: The values it may have, where these are words.
+        per_block: Whether each adapted block is built with it, under the same name.
+        changes_model: Whether weights of one value do not fit another.
+    """
+    return dataclasses.field(
+        default=default, metadata={"choices": choices, "per_block": per_block, "changes_model": changes_model}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,29 +35,29 @@ class CoVFTConfig:
     """Settings of a context-aware encoder; the fields are the keywords of `covft.wrap`.
 
     Attributes:
-        layers: Indices of the adapted blocks, negative ones counted from the end; None takes the
-            latter half without the last block, `range(depth // 2 - 1, depth - 1)`.
+        layers: Indices of the adapted blocks, negative ones counted from the end. None takes the second half of the
+            blocks without the last one, `range(depth // 2 - 1, depth - 1)`.
         experts: Number of experts E in each adapted block, at least 1.
-        routing: `"dense"` (all experts, softmax weights), `"sparse"` (the `top_k` best, renormalised),
-            `"uniform"` (all experts, equal weights) or `"random"` (`top_k` experts drawn per image,
-            block and training forward, equal weights).
-        top_k: Experts per image where routing is sparse or random, at most `experts`.
-        context: What the router sees: `"cve"` (image tokens attended by the text, the paper's CVE),
-            `"image"`, `"text"` or `"concat"`.
-        train_norms: Which norms outside the FFNs are trained: `"all"` in blocks 0 to max(layers) (the
-            paper's choice), `"adapted"` in the adapted blocks only, or `"none"`.
-        activation: Of the residual refinement: `"gelu"` (eq. 7) or `"quick_gelu"` (what the released
-            implementation computes).
+        routing: How experts are weighted. `"dense"`: all, softmax weights. `"sparse"`: the `top_k` best, renormalised.
+            `"uniform"`: all, equal weights. `"random"`: `top_k` experts drawn per image, block and training forward,
+            equal weights.
+        top_k: Experts per image for sparse and random routing, at most `experts`.
+        context: What the router sees: `"cve"` (image tokens attended by the text, the paper's CVE), `"image"`,
+            `"text"` or `"concat"`.
+        train_norms: Norms outside the FFNs that are trained: `"all"` in blocks 0 to max(layers) (the paper's choice),
+            `"adapted"` in the adapted blocks only, or `"none"`.
+        activation: Activation of the residual refinement. `"gelu"` is that of eq. 7, `"quick_gelu"` that of the
+            released implementation.
         num_heads: Heads of the context attention; must divide the width of the text features.
-        expert_rank: None copies the FFN whole for every expert. A number shares the pretrained FFN, frozen, and gives
-            each expert matrices of that rank to differ by.
-        recompute: What backward computes again of whole experts and of the refined image tokens, instead of keeping
-            it: `"none"`; `"activation"`, all but the first linear layers' products; `"all"`, from the tokens alone.
+        expert_rank: Rank of the matrices by which experts differ from the pretrained FFN, which they share, frozen.
+            None copies the whole FFN for every expert.
+        recompute: What backward recomputes of experts and refined image tokens instead of keeping it. `"none"`:
+            nothing. `"activation"`: all but the products of the first linear layers. `"all"`: all, from the tokens.
             Results are the same. Experts of another form than linear, activation, linear (or gated) are recomputed
-            as a whole for `"all"`, and not at all for `"activation"`.
-        feature_layer: Which of the ViT's hidden states is read: index into them, the embeddings being 0, negative ones
-            counted from the end, such as -2 in LLaVA. Blocks behind it do not run; what they would make is not to be
-            read. None runs all blocks.
+            entirely for `"all"`, and not at all for `"activation"`.
+        feature_layer: Hidden state of the ViT that is read: an index into its hidden states, the embeddings being 0,
+            negative ones counted from the end, such as -2 in LLaVA. Later blocks are skipped: the hidden states after
+            it are copies of it. None runs all blocks.
 
     Raises:
         ConfigError: If a value cannot work.
@@ -57,31 +67,32 @@ class CoVFTConfig:
         [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22]
     """
 
-    layers: tuple[int, ...] | None = None
-    experts: int = 4
-    routing: str = "dense"
-    top_k: int = 2
-    context: str = "cve"
-    train_norms: str = "all"
-    activation: str = "gelu"
-    num_heads: int = 4
-    expert_rank: int | None = None
-    recompute: str = "all"
-    feature_layer: int | None = None
+    layers: tuple[int, ...] | None = _option(None)
+    experts: int = _option(4)
+    routing: str = _option("dense", "dense", "sparse", "uniform", "random", per_block=True)
+    top_k: int = _option(2, per_block=True)
+    context: str = _option("cve", "cve", "image", "text", "concat", per_block=True)
+    train_norms: str = _option("all", "all", "adapted", "none")
+    activation: str = _option("gelu", "gelu", "quick_gelu", per_block=True)
+    num_heads: int = _option(4, per_block=True)
+    expert_rank: int | None = _option(None, per_block=True)
+    recompute: str = _option("all", "none", "activation", "all", per_block=True, changes_model=False)
+    feature_layer: int | None = _option(None, changes_model=False)
 
     def __post_init__(self) -> None:
-        for name in ("experts", "top_k", "num_heads"):
-            object.__setattr__(self, name, _positive_int(name, getattr(self, name)))
         object.__setattr__(self, "layers", _layer_tuple(self.layers))
-        _one_of("routing", self.routing, ROUTINGS)
-        _one_of("context", self.context, CONTEXTS)
-        _one_of("train_norms", self.train_norms, TRAIN_NORMS)
-        _one_of("activation", self.activation, ACTIVATIONS)
-        _one_of("recompute", self.recompute, RECOMPUTE)
-        if self.expert_rank is not None:
-            object.__setattr__(self, "expert_rank", _positive_int("expert_rank", self.expert_rank))
-        if self.feature_layer is not None:
-            object.__setattr__(self, "feature_layer", _whole("feature_layer", self.feature_layer))
+        for field in dataclasses.fields(self):
+            name, value, choices = field.name, getattr(self, field.name), field.metadata["choices"]
+            if choices and value not in choices:
+                raise ConfigError(
+                    f"{name}={value!r} is not known.",
+                    expected=" | ".join(choices),
+                    got=repr(value),
+                    fix=f"{name}={choices[0]!r}",
+                )
+            if name == "layers" or choices or (value is None and field.default is None):
+                continue
+            object.__setattr__(self, name, _whole_number(name, value, None if name == "feature_layer" else 1))
         if self.routing in ("sparse", "random") and self.top_k > self.experts:
             raise ConfigError(
                 f"top_k={self.top_k} asks for more experts than there are.",
@@ -97,60 +108,74 @@ class CoVFTConfig:
 
     @property
     def needs_text(self) -> bool:
-        """Whether the routing looks at the text, so that a call without text is an error."""
+        """Whether the routing needs text, so that a call without text is an error."""
         return self.has_router and self.context != "image"
 
+    def of_each_block(self) -> dict[str, Any]:
+        """Return the fields that each adapted block is built with, by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["per_block"]}
+
     def is_same_model(self, other: CoVFTConfig) -> bool:
-        """Whether weights of one fit the other: all fields but those that say how it runs are equal.
+        """Return whether weights of one fit the other: all fields are equal but those that only say how it runs.
 
         Args:
             other: Other settings.
         """
-        own = dataclasses.replace(self, **{name: getattr(other, name) for name in _WAYS_TO_RUN})
-        return own == other
+        ways = [field.name for field in dataclasses.fields(self) if not field.metadata["changes_model"]]
+        return self.replace(**{name: getattr(other, name) for name in ways}) == other
+
+    def replace(self, **settings: Any) -> CoVFTConfig:
+        """Return these settings with other values for some fields.
+
+        Raises:
+            ConfigError: If a name is not a field, or a value cannot work.
+        """
+        _check_names(settings)
+        return dataclasses.replace(self, **settings)
+
+    @classmethod
+    def choices(cls, name: str) -> tuple[str, ...]:
+        """Return the words that a field may have; empty where it is not a word.
+
+        Args:
+            name: The field.
+        """
+        return next(field.metadata["choices"] for field in dataclasses.fields(cls) if field.name == name)
 
     @classmethod
     def reference(cls, **overrides: Any) -> CoVFTConfig:
-        """The settings whose arithmetic is that of the released implementation.
+        """Return the settings whose arithmetic is that of the released implementation.
 
         It differs from the paper's equations in one place: QuickGELU in the residual refinement.
 
         Args:
-            **overrides: Fields to set otherwise, such as `layers` or `experts`.
+            **overrides: Fields with other values, such as `layers` or `experts`.
         """
         return cls(**{"experts": 4, "routing": "dense", "context": "cve", "activation": "quick_gelu", **overrides})
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
+        """Return the fields as JSON values."""
         values = dataclasses.asdict(self)
         values["layers"] = None if self.layers is None else list(self.layers)
         return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CoVFTConfig:
-        """The inverse of `to_dict`.
+        """Make settings of JSON values; the inverse of `to_dict`.
 
         Raises:
             ConfigError: If a name is not a field, or a value cannot work.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ConfigError(
-                "The configuration has settings that this version does not know.",
-                expected=", ".join(known),
-                got=", ".join(unknown),
-                fix="pip install --upgrade covft, if a later version wrote it",
-            )
+        _check_names(values)
         return cls(**values)
 
     def to_json(self) -> str:
-        """The fields as a JSON text."""
+        """Return the fields as a JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> CoVFTConfig:
-        """The inverse of `to_json`."""
+        """Make settings of a JSON text; the inverse of `to_json`."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
@@ -160,25 +185,62 @@ class CoVFTConfig:
         return cls.from_dict(values)
 
 
-def _positive_int(name: str, value: Any) -> int:
+class Settings(TypedDict, total=False):
+    """The fields of `CoVFTConfig` as optional keywords, for editors; a test holds the two together."""
+
+    layers: Iterable[int] | None
+    experts: int
+    routing: str
+    top_k: int
+    context: str
+    train_norms: str
+    activation: str
+    num_heads: int
+    expert_rank: int | None
+    recompute: str
+    feature_layer: int | None
+
+
+def show_settings(function: Function) -> Function:
+    """Show the fields of `CoVFTConfig` in the signature of a function that takes `**settings`.
+
+    Args:
+        function: The function; it is returned, with a signature for `help()` and notebooks.
+    """
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    hints = typing.get_type_hints(CoVFTConfig)
+    fields = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+        for f in dataclasses.fields(CoVFTConfig)
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *fields])  # type: ignore[attr-defined]
+    return function
+
+
+def _check_names(values: dict[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(CoVFTConfig)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"This version has no setting {', '.join(unknown)}.",
+            expected=", ".join(known),
+            got=", ".join(unknown),
+            fix="pip install --upgrade covft, if a later version wrote it",
+        )
+
+
+def _whole_number(name: str, value: Any, least: int | None) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        number = 0
-    if number < 1:
-        raise ConfigError(f"{name}={value!r} cannot be used.", expected="a whole number >= 1", got=repr(value))
+        number = None
+    if number is None or (least is not None and number < least):
+        bound = "" if least is None else f" >= {least}"
+        raise ConfigError(f"{name}={value!r} cannot be used.", expected=f"a whole number{bound}", got=repr(value))
     return number
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ConfigError(f"{name}={value!r} cannot be used.", expected="a whole number", got=repr(value)) from None
 
 
 def _layer_tuple(layers: Any) -> tuple[int, ...] | None:
@@ -187,7 +249,7 @@ def _layer_tuple(layers: Any) -> tuple[int, ...] | None:
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise ConfigError(
             f"layers={layers!r} cannot be used.",
-            expected="an iterable of block indices, or None for the latter half without the last block",
+            expected="an iterable of block indices, or None for the second half without the last block",
             got=type(layers).__name__,
             fix="layers=range(11, 23)",
         )
@@ -211,13 +273,3 @@ def _layer_tuple(layers: Any) -> tuple[int, ...] | None:
     if repeated:
         raise ConfigError("layers names a block twice.", expected="each block once", got=str(repeated)[1:-1])
     return tuple(indices)
-
-
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(
-            f"{name}={value!r} is not known.",
-            expected=" | ".join(known),
-            got=repr(value),
-            fix=f"{name}={known[0]!r}",
-        )

@@ -12,7 +12,8 @@
     ├── TextEncoderError(ValueError)          a text or a text encoder that cannot be used
     ├── CheckpointError(RuntimeError)         a saved folder that is incomplete, damaged or of other weights
     ├── MergeError(TypeError)                 asking to fold experts that depend on the input
-    └── MissingDependencyError(ImportError)   an extra that is not installed
+    ├── MissingDependencyError(ImportError)   an extra that is not installed
+    └── UnsupportedVersionError(RuntimeError)  a library whose internals covft does not know
 
 Every message says what was asked, what was expected, what was got, and what to do:
 
@@ -37,6 +38,7 @@ __all__ = [
     "ShapeError",
     "TextEncoderError",
     "UnknownViTError",
+    "UnsupportedVersionError",
     "UnsupportedViTError",
 ]
 
@@ -127,3 +129,7 @@ class MergeError(CoVFTError, TypeError):
 
 class MissingDependencyError(CoVFTError, ImportError):
     """An optional dependency is not installed; the message names the pip extra."""
+
+
+class UnsupportedVersionError(CoVFTError, RuntimeError):
+    """An installed library works inside in a way that covft does not know."""

@@ -13,7 +13,7 @@ from covft.nn.experts import Experts
 from covft.nn.low_rank import LowRankExperts
 from tests.towers import TOWERS, features, perturb
 
-TEXTS = covft.text.HashTextEncoder(16)
+TEXTS = covft.testing.HashTextEncoder(16)
 QUESTIONS = ["what is left of the cup?", "how many people are there?", "where is the dog?"]
 every_tower = pytest.mark.parametrize("tower", TOWERS, ids=str)
 every_routing = pytest.mark.parametrize("routing", ["dense", "sparse", "uniform"])
@@ -115,7 +115,7 @@ def test_recompute__a_save_of_one_way_loads_into_another(tmp_path):
     encoder = covft.wrap(copy.deepcopy(base), TEXTS, layers=[1, 2], recompute="all")
     perturb(encoder)
     encoder.save_pretrained(tmp_path)
-    from covft.checkpoint import load_into
+    from covft.checkpoints.loading import load_into
 
     other = covft.wrap(copy.deepcopy(base), TEXTS, layers=[1, 2], recompute="none")
     load_into(other, tmp_path)
@@ -187,11 +187,11 @@ def test_compress__full_rank_is_exact_and_the_report_is_true(tmp_path):
     twin = copy.deepcopy(encoder)
     images = tower.images(3, torch.float64)
     wanted = features(encoder(images, QUESTIONS))
-    exact = encoder.compress(32, images, QUESTIONS)
+    exact = covft.compress(encoder, 32, images, QUESTIONS)
     assert torch.allclose(features(encoder(images, QUESTIONS)), wanted, rtol=1e-4, atol=1e-4)
     assert max(exact.weight_error.values()) < 1e-5
     assert exact.feature_error < 1e-5
-    report = twin.compress(4, images, QUESTIONS)
+    report = covft.compress(twin, 4, images, QUESTIONS)
     found = features(twin(images, QUESTIONS))
     assert report.feature_error == pytest.approx(((found - wanted).norm() / wanted.norm()).item(), rel=1e-6)
     assert report.output_error.keys() == report.weight_error.keys() == {1, 2}
@@ -211,16 +211,16 @@ def test_compress__what_cannot_be_compressed_stays_as_it_was():
     tower = TOWERS[0]
     encoder = wrapped(tower, expert_rank=2)
     with pytest.raises(UnsupportedViTError, match="of low rank already"):
-        encoder.compress(4)
+        covft.compress(encoder, 4)
     encoder = wrapped(tower)
     with pytest.raises(ConfigError, match="expert_rank"):
-        encoder.compress(0)
+        covft.compress(encoder, 0)
     assert all(isinstance(slot.experts, Experts) for slot in encoder.slots().values())
 
 
 def test_compress__without_a_call_reports_the_weights_alone():
     encoder = wrapped(TOWERS[0])
-    report = encoder.compress(4)
+    report = covft.compress(encoder, 4)
     assert report.output_error == {}
     assert report.feature_error is None
     assert all(isinstance(slot.experts, LowRankExperts) for slot in encoder.slots().values())
@@ -237,9 +237,9 @@ def test_skip_experts__leaves_small_weights_out_and_runs_nothing_for_them():
             slot.router.gate.bias.copy_(torch.tensor([3.0, 0.0, -3.0]))  # a clear order
             slot.router.gate.weight.mul_(0.01)
     exact = called(encoder, tower)
-    encoder.skip_experts(1e-6)
+    covft.skip_experts(encoder, 1e-6)
     assert torch.allclose(called(encoder, tower), exact, rtol=1e-10)
-    encoder.skip_experts(0.2)
+    covft.skip_experts(encoder, 0.2)
     ran = {}
     for layer, slot in encoder.slots().items():
         for index, expert in enumerate(slot.experts):
@@ -251,7 +251,7 @@ def test_skip_experts__leaves_small_weights_out_and_runs_nothing_for_them():
     encoder.train()
     assert torch.allclose(called(encoder, tower), exact, rtol=1e-10)  # training is left alone
     encoder.eval()
-    encoder.skip_experts(0)
+    covft.skip_experts(encoder, 0)
     assert torch.allclose(called(encoder, tower), exact, rtol=1e-10)
     with pytest.raises(ConfigError, match="without any expert"):
-        encoder.skip_experts(0.5)
+        covft.skip_experts(encoder, 0.5)

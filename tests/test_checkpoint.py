@@ -14,10 +14,10 @@ from torch import nn
 
 import covft
 from covft import CoVFTConfig
-from covft.checkpoint import import_reference
+from covft.checkpoints import import_reference
+from covft.checkpoints.folder import read_folder, write_folder
 from covft.errors import CheckpointError, UnsupportedViTError
-from covft.folder import read_folder, write_folder
-from covft.text.fake import HashTextEncoder
+from covft.testing import HashTextEncoder
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
@@ -193,7 +193,7 @@ def test_settings_in_the_folder_say_what_it_belongs_to(saved):
     assert config["base"]["class_name"] == "CLIPVisionModel"
     assert config["base"]["source"] is None  # built from a config, so no name leads back to it
     assert config["base"]["fingerprint"]["num_tensors"] == len(base.state_dict())
-    assert config["text"]["width"] == WIDTH
+    assert config["text"]["text_dim"] == WIDTH
     assert config["extra"] == []
 
 
@@ -217,7 +217,7 @@ def test_the_text_encoder_is_never_saved(tmp_path):
     table = words.table.weight.detach()
     assert not [name for name in [*tensors, *encoder.state_dict()] if "table" in name or "text_encoder" in name]
     assert not any(t.shape == table.shape and torch.equal(t, table) for t in tensors.values())
-    assert config["text"]["width"] == WIDTH
+    assert config["text"]["text_dim"] == WIDTH
     images, texts = torch.randn(2, 3, 32, 32), ["left?", "right?"]
     loaded = covft.load(tmp_path, copy.deepcopy(base), words)
     with torch.no_grad():
@@ -430,7 +430,7 @@ def test_a_base_that_changed_at_its_source_is_refused(tmp_path):
 
 def test_a_base_without_a_source_has_to_be_given(saved):
     with pytest.raises(
-        CheckpointError, match=r"does not say where its base ViT \(transformers CLIPVisionModel\) comes"
+        CheckpointError, match=r"does not name the source of its base ViT \(transformers CLIPVisionModel\)"
     ):
         covft.load(saved[2], text_encoder=WIDTH)
 
@@ -450,7 +450,7 @@ def test_a_text_encoder_without_a_source_has_to_be_given(tmp_path):
 def test_where_the_caller_brings_features_no_text_encoder_is_needed(saved):
     encoder, base, folder = saved
     loaded = covft.load(folder, copy.deepcopy(base))
-    assert loaded.context_dim == WIDTH
+    assert loaded.text_dim == WIDTH
     images, text = inputs()
     with torch.no_grad():
         assert torch.equal(tensor_of(loaded(images, text)), tensor_of(encoder(images, text)))
@@ -468,7 +468,7 @@ def test_where_the_text_is_not_looked_at_no_text_encoder_is_needed(tmp_path):
 
 
 def test_a_repository_that_cannot_be_reached_is_said_so():
-    with pytest.raises(CheckpointError, match="no folder here, and cannot be had") as caught:
+    with pytest.raises(CheckpointError, match="not a folder here, and cannot be fetched") as caught:
         covft.load("someone/no-such-encoder", timm_vit(), WIDTH)
     assert "hf download someone/no-such-encoder" in str(caught.value)
 

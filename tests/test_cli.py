@@ -44,7 +44,7 @@ def clip_l(tmp_path_factory):
 
 
 def test_describe_clip_l(run, clip_l):
-    code, out, err = run("describe", clip_l, "--layers", "11-22", "--experts", "4", "--text-width", "768")
+    code, out, err = run("describe", clip_l, "--layers", "11-22", "--experts", "4", "--text-dim", "768")
     assert (code, err) == (0, "")
     lines = [" ".join(line.split()) for line in out.splitlines()]
     # The default blocks of this model are the same, so they must show here as well.
@@ -94,7 +94,7 @@ def test_describe_as_json(run, clip_l):
 )
 @pytest.mark.parametrize("source", ["timm:test_vit", "timm:test_vit3"])
 def test_the_numbers_are_those_of_the_wrapped_model(source, settings):
-    facts = gather(source, text_width=32, **settings)
+    facts = gather(source, text_dim=32, **settings)
     vit = load_vit(source, pretrained=False)
     before = sum(p.numel() for p in vit.parameters())
     encoder = covft.wrap(vit, 32, **settings)
@@ -119,7 +119,7 @@ def test_the_flops_are_those_of_the_wrapped_model():
     vit, images = load_vit("timm:test_vit", pretrained=False), torch.rand(1, 3, 160, 160)
     before = flops(vit, images)
     encoder = covft.wrap(vit, 32)
-    assert gather("timm:test_vit", text_width=32)["net_flops"] == flops(encoder, images, torch.rand(1, 32)) - before
+    assert gather("timm:test_vit", text_dim=32)["net_flops"] == flops(encoder, images, torch.rand(1, 32)) - before
 
 
 def test_a_model_with_stages_has_no_single_number_of_tokens(run):
@@ -133,10 +133,10 @@ def test_a_model_with_stages_has_no_single_number_of_tokens(run):
     ("arguments", "words"),
     [
         (("timm:test_vit", "--layers", "0-9"), "LayerIndexError: layers=range(0, 10)"),
-        (("timm:test_vit", "--layers", "all"), "ConfigError: --layers all cannot be read"),
+        (("timm:test_vit", "--layers", "all"), "ConfigError: layers 'all' cannot be read"),
         (("timm:test_vit", "--experts", "0"), "ConfigError: experts=0"),
         (("timm:test_vit", "--routing", "soft"), "ConfigError: routing='soft' is not known"),
-        (("timm:test_vit", "--text-width", "30"), "ConfigError: num_heads=4 does not divide"),
+        (("timm:test_vit", "--text-dim", "30"), "ConfigError: num_heads=4 does not divide"),
         (("timm:resnet18",), "UnknownViTError"),
         (("timm:tset_vit",), "Known:    test_vit"),
         (("hf:nobody/nothing",), "hf download nobody/nothing"),
@@ -179,7 +179,7 @@ def test_python_m_covft_and_version_import_no_torch():
         "sys.argv = ['covft', 'version']\n"
         "try:\n    runpy.run_module('covft', run_name='__main__')\n"
         "except SystemExit as end:\n    assert not end.code\n"
-        "print(sorted({'torch', 'transformers', 'timm', 'covft.mini'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'timm', 'study'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"covft {covft.__version__}\n")
@@ -196,7 +196,7 @@ def test_describe_all__prints_what_was_found_for_a_library(run):
     assert lines[0].startswith(f"transformers {coverage.version}: {coverage.count()} models with attention, ")
     assert f"{coverage.count('wrapped')} wrapped, {coverage.count('refused')} refused" in lines[0]
     assert any(line.startswith("CLIPVisionModel wrapped 1 ") and " BND clip." in line for line in lines)
-    assert any(line.startswith("MobileViTModel wrapped 1 ") and " (BF)ND mobilevit." in line for line in lines)
+    assert any(line.startswith("MobileViTModel wrapped 1 ") and " (BP)ND mobilevit." in line for line in lines)
     assert any(line.startswith("EdgeTamVisionModel refused 1 it has no attention.") for line in lines)
     code, out, _ = run("describe", "--all", "transformers", "--json")
     assert code == 0
@@ -217,25 +217,15 @@ def test_describe__takes_a_model_or_a_library(run, arguments, told):
     assert told in err
 
 
-def test_mini_hands_its_arguments_on(run, monkeypatch):
-    import covft.mini.cli
-
-    seen = []
-    monkeypatch.setattr(covft.mini.cli, "app", lambda args, prog_name: seen.append((args, prog_name)))
-    run("mini", "--steps", "5", "--output", "folder", "--help")
-    assert seen == [(["--steps", "5", "--output", "folder", "--help"], "covft mini")]
-
-
 def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
     assert {command.name or command.callback.__name__ for command in app.registered_commands} == {
         "describe",
-        "mini",
         "precompute",
         "version",
     }
-    for name in ("describe", "mini", "precompute", "version"):
+    for name in ("describe", "precompute", "version"):
         assert name in out
 
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import covft
+from covft.adapters import InputFormat
 from covft.conditioning import Conditioning
 from covft.errors import MissingContextError, ReentrantCheckpointError, ShapeError
-from tests.towers import BY_NAME, CONTEXT_DIM, features, perturb
+from tests.towers import BY_NAME, TEXT_DIM, features, perturb
 
 CHECKPOINTED = [
     "timm-clip",
@@ -50,13 +51,13 @@ class Case:
 
     def __init__(self, name: str, **settings: Any) -> None:
         self.tower = BY_NAME[name]
-        self.encoder = covft.wrap(self.tower.build().double(), CONTEXT_DIM, **settings).double()
+        self.encoder = covft.wrap(self.tower.build().double(), TEXT_DIM, **settings).double()
         perturb(self.encoder)
         self.encoder.train()
         self.images = self.tower.images(3, torch.float64)
         self.others = self.tower.images(3, torch.float64)
         self.inputs = self.tower.inputs(3)
-        self.texts = [torch.randn(3, CONTEXT_DIM, dtype=torch.float64) for _ in range(3)]
+        self.texts = [torch.randn(3, TEXT_DIM, dtype=torch.float64) for _ in range(3)]
 
     def output(self, images: Tensor, text: Tensor | None) -> Tensor:
         output = self.encoder(images, text, **self.inputs)
@@ -376,28 +377,32 @@ def test_scopes__are_per_thread():
 def test_scopes__the_innermost_holds_and_the_outer_comes_back():
     conditioning = Conditioning()
     one, two = torch.randn(1, 4), torch.randn(1, 4)
-    with conditioning.open(one):
-        with conditioning.open(two):
-            assert conditioning.scope().text_features is two
-        assert conditioning.scope().text_features is one
+    outer = conditioning.enter(one)
+    inner = conditioning.enter(two)
+    assert conditioning.scope() is inner
+    conditioning.leave(inner)
+    assert conditioning.scope() is outer
+    assert conditioning.scope().text_features is one
+    conditioning.leave(outer)
     assert conditioning.scope() is None
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["copy", "pickle"])
 def test_conditioning__copies_are_empty_and_keep_the_settings(twin_of):
-    settings = {"needs_text": False, "draws_seeds": True, "mask_argument": "mask"}
-    settings.update(sizes_argument="sizes", sizes_unit=14)
-    conditioning = Conditioning(**settings)
-    with conditioning.open(torch.randn(1, 4)):
-        twin = twin_of(conditioning)
-        assert twin.scope() is None
+    settings = {"needs_text": False, "draws_seeds": True, "has_batch_norm": True}
+    form = InputFormat(mask_argument="mask", sizes_argument="sizes", sizes_unit=14)
+    conditioning = Conditioning(form, **settings)
+    conditioning.enter(torch.randn(1, 4))
+    twin = twin_of(conditioning)
+    assert twin.scope() is None
     assert {name: getattr(twin, name) for name in settings} == settings
+    assert twin.format == form
 
 
 def test_one_text_for_all_images():
     case = Case("timm-clip")
     encoder = case.encoder.eval()
-    encoder.set_text_encoder(covft.text.HashTextEncoder(CONTEXT_DIM))
+    encoder.set_text_encoder(covft.testing.HashTextEncoder(TEXT_DIM))
     alone = encoder(case.images, "what is left of the cup?")
     spread = encoder(case.images, ["what is left of the cup?"] * 3)
     assert torch.equal(alone, spread)

@@ -123,7 +123,7 @@ def test_top_k_counts_only_where_it_is_used(routing):
 
 
 def test_unknown_settings_are_named():
-    with pytest.raises(ConfigError, match="does not know") as caught:
+    with pytest.raises(ConfigError, match="has no setting gate, tok_p") as caught:
         CoVFTConfig.from_dict({"experts": 2, "tok_p": 1, "gate": 2})
     assert caught.value.got == "gate, tok_p"
     assert "experts, routing, top_k" in str(caught.value)

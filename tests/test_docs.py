@@ -174,7 +174,7 @@ def clip_block(**settings):
 
     with torch.device("meta"):
         ffn = nn.Sequential(nn.Linear(1024, 4096), nn.GELU(), nn.Linear(4096, 1024))
-        moe = ContextualMoE(ffn, embed_dim=1024, context_dim=768, **settings)
+        moe = ContextualMoE(ffn, embed_dim=1024, text_dim=768, **settings)
     return sum(p.numel() for p in ffn.parameters()), sum(p.numel() for p in moe.parameters())
 
 

@@ -20,20 +20,20 @@ from covft.errors import (
     UnsupportedViTError,
 )
 from covft.nn import load_balance_loss
-from tests.towers import BY_NAME, CONTEXT_DIM, TOWERS, features, perturb
+from tests.towers import BY_NAME, TEXT_DIM, TOWERS, features, perturb
 
 KINDS = ["timm-clip", "timm-dinov3", "open_clip-native", "hf-clip", "hf-dinov2"]
 
 
-def wrapped(name: str, text_encoder=CONTEXT_DIM, **settings):
+def wrapped(name: str, text_encoder=TEXT_DIM, **settings):
     tower = BY_NAME[name]
     encoder = covft.wrap(tower.build().eval(), text_encoder, **settings)
     perturb(encoder)
-    return encoder, tower.images(3), torch.randn(3, CONTEXT_DIM)
+    return encoder, tower.images(3), torch.randn(3, TEXT_DIM)
 
 
 def hash_encoder():
-    return covft.text.HashTextEncoder(CONTEXT_DIM)
+    return covft.testing.HashTextEncoder(TEXT_DIM)
 
 
 # Copies, pickles, compilers, types.
@@ -67,7 +67,7 @@ def test_twins__a_copy_shares_the_text_encoder_and_a_pickle_drops_it():
     with pytest.raises(TextEncoderError, match="left behind by pickling"):
         twin(images, texts)
     with pytest.raises(ShapeError, match="width 16"):
-        twin.set_text_encoder(covft.text.HashTextEncoder(8))
+        twin.set_text_encoder(covft.testing.HashTextEncoder(8))
     twin.set_text_encoder(hash_encoder())
     assert torch.equal(twin(images, texts), encoder(images, texts))
 
@@ -86,7 +86,7 @@ def test_compile__one_graph_and_the_same_numbers(name):
     assert torch.allclose(features(output), eager, atol=1e-5)
     if kwargs:
         assert len(output.hidden_states) == len(encoder(images, text, **kwargs).hidden_states)
-    other = torch.randn(3, CONTEXT_DIM)
+    other = torch.randn(3, TEXT_DIM)
     assert torch.allclose(
         features(compiled(images, other, **kwargs)), features(encoder(images, other, **kwargs)), atol=1e-5
     )
@@ -99,7 +99,7 @@ def test_compile__new_texts_and_batch_sizes_are_no_new_graphs(routing, whole):
     import torch._dynamo.testing
 
     tower = BY_NAME["timm-clip"]
-    encoder = covft.wrap(tower.build(), CONTEXT_DIM, layers=[1], routing=routing)
+    encoder = covft.wrap(tower.build(), TEXT_DIM, layers=[1], routing=routing)
     perturb(encoder)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -108,7 +108,7 @@ def test_compile__new_texts_and_batch_sizes_are_no_new_graphs(routing, whole):
     # Sparse routing chooses rows by value.
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=routing == "sparse"):
         for batch in (2, 2, 3, 5, 4, 7):
-            text = torch.randn(batch, CONTEXT_DIM)
+            text = torch.randn(batch, TEXT_DIM)
             if whole:
                 images = tower.images(batch)
                 found, wanted = compiled(images, text), encoder(images, text)
@@ -146,16 +146,16 @@ def test_compile__inductor():
 @pytest.mark.parametrize("tower", TOWERS, ids=str)
 def test_bfloat16_and_autocast__stay_finite(tower):
     inputs = tower.inputs(2)
-    encoder = covft.wrap(tower.build(), CONTEXT_DIM).train()
+    encoder = covft.wrap(tower.build(), TEXT_DIM).train()
     perturb(encoder)
-    images, text = tower.images(2), torch.randn(2, CONTEXT_DIM)
+    images, text = tower.images(2), torch.randn(2, TEXT_DIM)
     with torch.autocast("cpu", torch.bfloat16):
         output = encoder(images, text, **inputs)
     loss = features(output).float().square().mean()
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is None or p.grad.isfinite().all() for p in encoder.parameters())
-    half = covft.wrap(tower.build().to(torch.bfloat16), CONTEXT_DIM)
+    half = covft.wrap(tower.build().to(torch.bfloat16), TEXT_DIM)
     output = features(half(images.to(torch.bfloat16), text, **inputs))
     assert output.dtype == torch.bfloat16
     assert output.isfinite().all()
@@ -183,13 +183,13 @@ def test_call__strings_and_their_features_are_the_same():
     by_features = encoder(images, encoder.encode_text(texts))
     assert torch.equal(encoder(images, texts), by_features)
     assert torch.equal(encoder(images, texts[:2], index=[0, 1, 0]), by_features)
-    assert encoder.encode_text("one").shape == (1, CONTEXT_DIM)
+    assert encoder.encode_text("one").shape == (1, TEXT_DIM)
     with pytest.raises(TextEncoderError, match="empty"):
         encoder(images, ["what?", " ", "where?"])
     with pytest.raises(ShapeError, match="index= was given without text"):
         encoder(images, index=[0, 0, 0])
     with pytest.raises(ShapeError, match="floating-point"):
-        encoder(images, torch.zeros(3, CONTEXT_DIM, dtype=torch.long))
+        encoder(images, torch.zeros(3, TEXT_DIM, dtype=torch.long))
 
 
 def test_call__without_a_text_encoder_strings_are_refused():
@@ -207,7 +207,7 @@ def test_records__routing_and_context_of_the_last_forward():
     assert list(weights) == list(contexts) == [1, 2]
     for layer in weights:
         assert weights[layer].shape == (3, 4)
-        assert contexts[layer].shape == (3, CONTEXT_DIM)
+        assert contexts[layer].shape == (3, TEXT_DIM)
         assert torch.allclose(weights[layer].sum(-1), torch.ones(3))
         assert not weights[layer].requires_grad
         gate = encoder.slots()[layer].router.gate
@@ -254,11 +254,11 @@ def test_attributes__of_an_ffn_answer_from_expert_0():
 
 def test_text_encoder__is_no_part_of_the_state():
     class Frozen(nn.Module):
-        name, width = "frozen", CONTEXT_DIM
+        name, text_dim = "frozen", TEXT_DIM
 
         def __init__(self) -> None:
             super().__init__()
-            self.table = nn.Linear(1, CONTEXT_DIM)
+            self.table = nn.Linear(1, TEXT_DIM)
 
         def encode(self, texts):
             return self.table(torch.tensor([[float(len(text))] for text in texts])).detach()
@@ -295,12 +295,12 @@ def test_trainable_parameters__printed_and_grouped(capsys):
 
 
 def test_merge__is_refused_with_its_reason():
-    with pytest.raises(MergeError, match="depends on the image and the text"):
+    with pytest.raises(MergeError, match="depend on the image and the text"):
         wrapped("timm-clip")[0].merge()
 
 
 def test_gradient_checkpointing__needs_a_switch():
-    encoder = covft.wrap(covft.adapters.ToyViT(), 4)
+    encoder = covft.wrap(covft.testing.ToyViT(), 4)
     with pytest.raises(UnsupportedViTError, match="no switch for activation checkpointing"):
         encoder.gradient_checkpointing_enable()
 
@@ -343,7 +343,7 @@ def test_push_to_hub__uploads_what_save_pretrained_writes(monkeypatch):
             return "the address of the commit"
 
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
-    encoder = covft.wrap(covft.adapters.ToyViT(), 4)
+    encoder = covft.wrap(covft.testing.ToyViT(), 4)
     assert (
         encoder.push_to_hub("me/mine", private=True, token="secret", commit_message="x") == "the address of the commit"
     )
@@ -358,7 +358,7 @@ def test_push_to_hub__uploads_what_save_pretrained_writes(monkeypatch):
 def test_load__from_the_hub(monkeypatch, tmp_path):
     import huggingface_hub
 
-    encoder = covft.wrap(covft.adapters.ToyViT().eval(), 4)
+    encoder = covft.wrap(covft.testing.ToyViT().eval(), 4)
     vit = copy.deepcopy(encoder)
     perturb(encoder)
     encoder.save_pretrained(tmp_path)
@@ -370,4 +370,4 @@ def test_load__from_the_hub(monkeypatch, tmp_path):
 
 def test_load__a_repository_that_cannot_be_reached_says_what_to_do():
     with pytest.raises(CheckpointError, match="hf download me/nothing"):
-        covft.load("me/nothing", covft.adapters.ToyViT(), 4)
+        covft.load("me/nothing", covft.testing.ToyViT(), 4)

@@ -22,6 +22,7 @@ BUILTINS = {
     "CheckpointError": RuntimeError,
     "MergeError": TypeError,
     "MissingDependencyError": ImportError,
+    "UnsupportedVersionError": RuntimeError,
 }
 CLASSES = [getattr(errors, name) for name in BUILTINS]
 

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from covft.checkpoints.fingerprint import difference, fingerprint
 from covft.errors import CheckpointError
-from covft.fingerprint import difference, fingerprint
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

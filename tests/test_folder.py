@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from covft import folder as folder_module
+from covft.checkpoints.folder import read_config, read_folder, write_folder
 from covft.errors import CheckpointError
-from covft.folder import read_config, read_folder, write_folder
+from covft.utils import files as files_module
 
 CONFIG, WEIGHTS, CARD = "covft_config.json", "model.safetensors", "README.md"
 
@@ -95,8 +95,8 @@ def crash_at(monkeypatch, place, call, *, torn=False):
     owner, name = {
         "replace": (Path, "replace"),
         "write_text": (Path, "write_text"),
-        "save_file": (folder_module, "save_file"),
-        "fsync": (folder_module.os, "fsync"),
+        "save_file": (files_module, "save_file"),
+        "fsync": (files_module.os, "fsync"),
     }[place]
     original = getattr(owner, name)
 
@@ -196,7 +196,7 @@ def test_a_file_that_is_no_safetensors_is_refused_even_with_its_digest(tmp_path)
     save(tmp_path)
     (tmp_path / WEIGHTS).write_bytes(b"not tensors")
     config = json.loads((tmp_path / CONFIG).read_text())
-    config["weights"].update(bytes=11, sha256=folder_module.file_sha256(tmp_path / WEIGHTS))
+    config["weights"].update(bytes=11, sha256=files_module.file_sha256(tmp_path / WEIGHTS))
     (tmp_path / CONFIG).write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_folder(tmp_path)

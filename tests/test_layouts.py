@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import covft
 from covft.adapters import ViTFamily
 from covft.errors import MissingContextError, ShapeError
-from covft.nn.layout import TokenLayout
-from covft.nn.split import SplitFFN
-from tests.towers import CONTEXT_DIM, perturb
+from covft.surgery.layout import TokenLayout
+from covft.surgery.split import SplitFFN
+from tests.towers import TEXT_DIM, perturb
 
 D, F = 8, 12
 
@@ -36,7 +36,7 @@ class Block(nn.Module):
             y = self.mlp(y.view(images, 4, 4, width)).flatten(1, 2)
         elif self.layout == "BCHW":
             y = self.mlp(y.transpose(1, 2).reshape(images, width, 4, 4)).flatten(2).transpose(1, 2)
-        elif self.layout == "(BF)ND":
+        elif self.layout == "(BP)ND":
             y = self.mlp(y.reshape(images * 4, 4, width)).reshape(images, tokens, width)
         elif self.layout == "arguments":
             y = self.mlp(y, (4, 4), scale=0.5)
@@ -88,7 +88,7 @@ CASES = {
     "BHWD": (linear_ffn, "BND"),
     "BCHW": (conv_ffn, "BCHW"),
     "BCHW-3x3": (spatial_ffn, "BCHW"),
-    "(BF)ND": (linear_ffn, "(BF)ND"),
+    "(BP)ND": (linear_ffn, "(BP)ND"),
     "arguments": (WithArguments, "BND"),
 }
 
@@ -100,14 +100,14 @@ def build(case: str, **settings: Any) -> covft.ContextEncoder:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2)
-    encoder = covft.wrap(vit, CONTEXT_DIM, adapter=family(case), layers=[0, 1], experts=3, **settings)
+    encoder = covft.wrap(vit, TEXT_DIM, adapter=family(case), layers=[0, 1], experts=3, **settings)
     assert [block.layout for block in encoder.spec.blocks] == [layout] * 2
     perturb(encoder)
     return encoder
 
 
 def family(case: str) -> ViTFamily:
-    folded = ("mlp",) if case == "(BF)ND" else ()
+    folded = ("mlp",) if case == "(BP)ND" else ()
     return ViTFamily(name="tiny", classes=(f"{__name__}.TinyViT",), library="tests", folded=folded)
 
 
@@ -116,7 +116,7 @@ def images(batch: int = 3) -> Tensor:
 
 
 def texts(batch: int = 3) -> Tensor:
-    return torch.randn(batch, CONTEXT_DIM, dtype=torch.float64)
+    return torch.randn(batch, TEXT_DIM, dtype=torch.float64)
 
 
 def oracle(encoder: covft.ContextEncoder, pixels: Tensor, text: Tensor, case: str) -> Tensor:
@@ -169,7 +169,7 @@ def test_identity_at_the_start_and_unwrap(case, settings):
     vit = TinyViT(make(), case.removesuffix("-3x3")).double().eval()
     pixels, before = images(), {name: tensor.clone() for name, tensor in vit.state_dict().items()}
     plain, ffn = vit(pixels), vit.blocks[0].mlp
-    encoder = covft.wrap(vit, CONTEXT_DIM, adapter=family(case), layers=[0, 1], **settings)
+    encoder = covft.wrap(vit, TEXT_DIM, adapter=family(case), layers=[0, 1], **settings)
     torch.testing.assert_close(encoder(pixels, texts()), plain)
     encoder.train()
     encoder(pixels, texts())
@@ -196,7 +196,7 @@ def test_an_image_does_not_depend_on_its_batch(case, training):
     assert not torch.allclose(encoder(pixels, other)[0], together[0])
 
 
-@pytest.mark.parametrize("case", ["BCHW", "(BF)ND"])
+@pytest.mark.parametrize("case", ["BCHW", "(BP)ND"])
 def test_checkpointing_recomputes_the_same(case):
     encoder = build(case).train()
     pixels, text, other = images(), texts(), texts()
@@ -217,7 +217,7 @@ def test_checkpointing_recomputes_the_same(case):
 
 
 def test_rows_are_counted_by_the_tower_or_by_the_texts():
-    encoder = build("(BF)ND")
+    encoder = build("(BP)ND")
     block, rows = encoder.vit.blocks[0].mlp, torch.randn(12, 4, D, dtype=torch.float64)
     text = texts()
     with encoder.condition(text):
@@ -228,7 +228,7 @@ def test_rows_are_counted_by_the_tower_or_by_the_texts():
         block(rows)
     with encoder.condition(text[:2]), pytest.raises(ShapeError, match=r"rows .* are not those of the images"):
         block(rows[:7])
-    encoder = build("(BF)ND", context="image")
+    encoder = build("(BP)ND", context="image")
     with pytest.raises(ShapeError, match="how many images there are is not known"):
         encoder.vit.blocks[0].mlp(rows)
 
@@ -243,12 +243,12 @@ class DropsImages(TinyViT):
 
 def test_an_ffn_that_sees_a_part_of_the_batch_is_refused():
     vit = DropsImages(linear_ffn(), "BND", depth=1).double()
-    encoder = covft.wrap(vit, CONTEXT_DIM, adapter=family("BND"), layers=[0])
+    encoder = covft.wrap(vit, TEXT_DIM, adapter=family("BND"), layers=[0])
     with pytest.raises(ShapeError, match="sees other rows than the images") as caught:
         encoder(images(3), texts(3))
     assert "2 rows" in caught.value.got
     assert "stochastic depth" in caught.value.fix
-    one = covft.wrap(covft.unwrap(encoder), CONTEXT_DIM, adapter=family("BND"), layers=[0], context="image")
+    one = covft.wrap(covft.unwrap(encoder), TEXT_DIM, adapter=family("BND"), layers=[0], context="image")
     assert one(images(3)).shape == (3, 16, D)
 
 
@@ -265,7 +265,7 @@ def test_statistics_of_batch_norms_are_kept_in_training():
     vit = Normed().double().train()
     before = {name: buffer.clone() for name, buffer in vit.named_buffers()}
     norms = [module for module in vit.modules() if isinstance(module, nn.BatchNorm2d)]
-    encoder = covft.wrap(vit, CONTEXT_DIM, adapter=family("BCHW"), layers=[0, 1], routing="sparse", top_k=1).train()
+    encoder = covft.wrap(vit, TEXT_DIM, adapter=family("BCHW"), layers=[0, 1], routing="sparse", top_k=1).train()
     optimizer = torch.optim.SGD(encoder.trainable_parameters(), lr=0.1)
     for _ in range(2):
         encoder(images(), texts()).square().mean().backward()
@@ -314,7 +314,7 @@ def test_a_shared_ffn_is_replaced_under_all_its_names():
     ffn, x = block.mlp2, torch.randn(3, 5, D, dtype=torch.float64)
     plain, keys = vit(x), vit.state_dict().keys()
     adapter = ViTFamily(name="shared", classes=(f"{__name__}.Shared",), library="tests")
-    encoder = covft.wrap(vit, CONTEXT_DIM, adapter=adapter, layers=[0])
+    encoder = covft.wrap(vit, TEXT_DIM, adapter=adapter, layers=[0])
     assert encoder.spec.depth == 1
     assert encoder.spec.blocks[0].aliases == ("blocks.0.mlp3",)
     assert block.mlp2 is block.mlp3 is encoder.slots()[0]
@@ -382,7 +382,7 @@ def test_an_ffn_in_two_halves_is_one_ffn(residual):
     vit = Halves(residual=residual).double().eval()
     x, text = torch.randn(3, 5, D, dtype=torch.float64), texts()
     plain, before = vit(x), {name: id(module) for name, module in vit.named_modules()}
-    encoder = covft.wrap(vit, CONTEXT_DIM, adapter=HALVES, layers=[0, 1])
+    encoder = covft.wrap(vit, TEXT_DIM, adapter=HALVES, layers=[0, 1])
     block = encoder.spec.blocks[0]
     assert (block.mlp, block.output, block.adds_residual) == ("intermediate", "output", residual)
     assert (block.embed_dim, block.ffn_dim, block.ffn_parameters) == (D, F, D * F + F + F * D + D)
@@ -438,7 +438,7 @@ def test_padding_of_naflex_does_not_reach_the_context():
     vit = naflex()
     plain = copy.deepcopy(vit)
     batch, text = patches([4, 7], size=9), texts(2)
-    encoder = covft.wrap(vit, CONTEXT_DIM, layers=[0, 1, 2])
+    encoder = covft.wrap(vit, TEXT_DIM, layers=[0, 1, 2])
     torch.testing.assert_close(encoder(batch, text), plain(batch))
     perturb(encoder)
     found = encoder(batch, text)
@@ -459,19 +459,19 @@ def _rest(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_a_mask_of_other_tokens_is_refused():
-    conditioning = covft.conditioning.Conditioning(mask_argument="valid", mask_prefix=1)
-    scope = covft.conditioning.Scope(None, mask_BN=torch.tensor([[True, False]]))
-    assert conditioning.mask_of(scope, 3).tolist() == [[True, True, False]]
-    assert conditioning.mask_of(scope, 2).tolist() == [[True, False]]
-    with pytest.raises(ShapeError, match="valid is not about the tokens"):
-        conditioning.mask_of(scope, 4)
+    form = covft.adapters.InputFormat(mask_argument="valid", prefix_tokens=1)
+    call = covft.conditioning.TowerCall(form, 1, torch.tensor([[True, False]]), None)
+    assert call.mask_for(3).tolist() == [[True, True, False]]
+    assert call.mask_for(2).tolist() == [[True, False]]
+    with pytest.raises(ShapeError, match="valid does not cover the tokens"):
+        call.mask_for(4)
 
 
-@pytest.mark.parametrize(("layout", "shape"), [("(BF)ND", (4, 3, D)), ("(BF)CHW", (4, D, 3, 1))])
+@pytest.mark.parametrize(("layout", "shape"), [("(BP)ND", (4, 3, D)), ("(BP)CHW", (4, D, 3, 1))])
 def test_token_layout__parts_of_an_image_stay_together(layout, shape):
     x = torch.randn(shape)
     tokens = TokenLayout(layout).tokens(x, 2)
-    rows = x if layout == "(BF)ND" else x.flatten(2).transpose(1, 2)
+    rows = x if layout == "(BP)ND" else x.flatten(2).transpose(1, 2)
     assert torch.equal(tokens, torch.stack([torch.cat([rows[0], rows[1]]), torch.cat([rows[2], rows[3]])]))
     assert TokenLayout(layout).image_of_rows(x, 2).tolist() == [0, 0, 1, 1]
 

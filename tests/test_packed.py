@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import covft
-from covft.adapters import ViTFamily
+from covft.adapters import InputFormat, ViTFamily
 from covft.errors import ShapeError, UnsupportedViTError
 from tests.nn import oracle
-from tests.towers import BY_NAME, CONTEXT_DIM, DEPTH, PACKED, PATCH, WIDTH, Tower, features, perturb
+from tests.towers import BY_NAME, DEPTH, PACKED, PATCH, TEXT_DIM, WIDTH, Tower, features, perturb
 
 every_packed = pytest.mark.parametrize("tower", PACKED, ids=str)
 ROUTINGS = [
@@ -31,10 +31,10 @@ class Batch:
 
     def __init__(self, tower: Tower, **settings: Any) -> None:
         self.tower = tower
-        self.encoder = covft.wrap(tower.build().double().eval(), CONTEXT_DIM, **settings)
+        self.encoder = covft.wrap(tower.build().double().eval(), TEXT_DIM, **settings)
         perturb(self.encoder)
         self.images, self.inputs = tower.images(3, torch.float64), tower.inputs(3)
-        self.texts = torch.randn(3, CONTEXT_DIM, dtype=torch.float64)
+        self.texts = torch.randn(3, TEXT_DIM, dtype=torch.float64)
         self.lengths = tower.lengths(3)
 
     def output(self, texts: Tensor, **kwargs: Any) -> list[Tensor]:
@@ -77,7 +77,7 @@ def test_another_text_changes_its_image_alone(tower):
     before = batch.output(batch.texts)
     for number in range(3):
         texts = batch.texts.clone()
-        texts[number] = torch.randn(CONTEXT_DIM, dtype=torch.float64)
+        texts[number] = torch.randn(TEXT_DIM, dtype=torch.float64)
         after = batch.output(texts)
         same = [torch.allclose(x, y, **EXACT) for x, y in zip(before, after, strict=True)]
         assert same == [other != number for other in range(3)]
@@ -95,7 +95,7 @@ def test_an_ffn_is_the_equations_image_by_image(tower):
     slot.register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
     batch.output(batch.texts)
     ((x, output),) = calls
-    assert batch.encoder.spec.layout == {2: "TD", 3: "1TD"}[x.dim()]
+    assert batch.encoder.spec.input.layout == {2: "TD", 3: "1TD"}[x.dim()]
     assert output.shape == x.shape
     x, output = x.flatten(0, -2), output.flatten(0, -2)
     assert len(x) == sum(batch.lengths)
@@ -144,10 +144,10 @@ def test_sparse__an_expert_that_no_image_chose_has_a_gradient_of_zeros():
 @pytest.mark.parametrize("name", ["hf-qwen2-vl", "hf-qwen2.5-vl", "hf-qwen3-vl"])
 def test_videos__a_row_of_the_grid_is_one_image(name):
     tower = BY_NAME[name]
-    encoder = covft.wrap(tower.build().eval(), CONTEXT_DIM)
+    encoder = covft.wrap(tower.build().eval(), TEXT_DIM)
     perturb(encoder)
     grid = torch.tensor([[3, 2, 4], [1, 4, 4], [2, 2, 2]])
-    pixels, texts = torch.randn(48, 6 * PATCH * PATCH), torch.randn(3, CONTEXT_DIM)
+    pixels, texts = torch.randn(48, 6 * PATCH * PATCH), torch.randn(3, TEXT_DIM)
     together = encoder(pixels, texts, grid_thw=grid).last_hidden_state.split([24, 16, 8])
     assert all(weights.shape == (3, 4) for weights in encoder.routing_weights().values())
     for number, part in enumerate(pixels.split([24, 16, 8])):
@@ -172,7 +172,7 @@ def test_arguments__wherever_they_stand():
 
 def test_one_text_for_all_images():
     batch = Batch(BY_NAME["hf-qwen2.5-vl"])
-    batch.encoder.set_text_encoder(covft.text.HashTextEncoder(CONTEXT_DIM))
+    batch.encoder.set_text_encoder(covft.testing.HashTextEncoder(TEXT_DIM))
     one, many = (batch.output(text) for text in ("how many?", ["how many?"] * 3))
     assert all(torch.equal(x, y) for x, y in zip(one, many, strict=True))
 
@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_refused():
         batch.output(batch.texts[:1])
     block = batch.encoder.vit.blocks[1].mlp
     tokens = torch.randn(sum(batch.lengths), WIDTH, dtype=torch.float64)
-    with batch.encoder.condition(batch.texts), pytest.raises(ShapeError, match="packed tower runs by itself"):
+    with batch.encoder.condition(batch.texts), pytest.raises(ShapeError, match="packed tower runs alone"):
         block(tokens)
     handle = batch.encoder.vit.blocks[1].norm2.register_forward_hook(lambda _, __, output: output[1:])
     with pytest.raises(ShapeError, match=f"{sum(batch.lengths)} tokens, of 3 images"):
@@ -223,18 +223,19 @@ def test_towers_that_are_built_alike(model):
     plain = build().double().eval()
     before = features(plain(tower.images(3, torch.float64), tower.inputs(3)["grid_thw"]))
     assert before.isfinite().all()
-    assert covft.describe(plain).layout == "TD"
+    assert covft.describe(plain).input.layout == "TD"
     test_an_image_in_a_batch_is_the_image_alone(tower, {})
     test_another_text_changes_its_image_alone(tower)
 
 
 def test_describe__says_how_images_are_packed():
-    spec = covft.describe(BY_NAME["hf-pixtral"].build())
-    assert (spec.layout, spec.sizes_argument, spec.sizes_unit, spec.is_packed) == ("1TD", "image_sizes", PATCH, True)
+    found = covft.describe(BY_NAME["hf-pixtral"].build()).input
+    wanted = InputFormat(layout="1TD", prefix_tokens=0, sizes_argument="image_sizes", sizes_unit=PATCH)
+    assert (found, found.is_packed) == (wanted, True)
     spec = covft.describe(BY_NAME["hf-qwen2.5-vl"].build())
-    assert (spec.layout, spec.sizes_argument, spec.sizes_unit, spec.is_packed) == ("TD", "grid_thw", 1, True)
+    assert spec.input == InputFormat(layout="TD", prefix_tokens=0, sizes_argument="grid_thw")
     assert spec.image_size is spec.num_tokens is None
-    assert not covft.describe(BY_NAME["hf-clip"].build()).is_packed
+    assert not covft.describe(BY_NAME["hf-clip"].build()).input.is_packed
 
 
 class Packed(nn.Module):
@@ -256,16 +257,18 @@ class Packed(nn.Module):
 def test_adapter__says_how_images_are_packed():
     known = {"name": "mine", "classes": (f"{__name__}.Packed",), "library": "mine", "blocks": "layers", "mlp": "mlp"}
     with pytest.raises(UnsupportedViTError, match="one sequence, in a way that covft does not know"):
-        covft.wrap(Packed(), CONTEXT_DIM, adapter=ViTFamily(**known))
+        covft.wrap(Packed(), TEXT_DIM, adapter=ViTFamily(**known))
     with pytest.raises(UnsupportedViTError, match="sizes_argument='grids'"):
-        covft.wrap(Packed(), CONTEXT_DIM, adapter=ViTFamily(**known, layout="TD", sizes_argument="grids"))
+        covft.wrap(
+            Packed(), TEXT_DIM, adapter=ViTFamily(**known, input=InputFormat(layout="TD", sizes_argument="grids"))
+        )
     for half in ({"layout": "TD"}, {"sizes_argument": "sides"}):
         with pytest.raises(UnsupportedViTError, match="a way that covft does not know"):
-            covft.wrap(Packed(), CONTEXT_DIM, adapter=ViTFamily(**known, **half))
-    family = ViTFamily(**known, layout="TD", sizes_argument="sides", sizes_unit=10)
-    encoder = covft.wrap(Packed(), CONTEXT_DIM, adapter=family, layers=[0, 1])
+            covft.wrap(Packed(), TEXT_DIM, adapter=ViTFamily(**known, input=InputFormat(**half)))
+    family = ViTFamily(**known, input=InputFormat(layout="TD", sizes_argument="sides", sizes_unit=10))
+    encoder = covft.wrap(Packed(), TEXT_DIM, adapter=family, layers=[0, 1])
     perturb(encoder)
-    patches, texts = torch.randn(5, 8), torch.randn(2, CONTEXT_DIM)
+    patches, texts = torch.randn(5, 8), torch.randn(2, TEXT_DIM)
     together = encoder(patches, texts, sides=torch.tensor([[20], [30]]))
     own = encoder(patches[2:], texts[1:], sides=torch.tensor([[30]]))
     torch.testing.assert_close(together[2:], own)

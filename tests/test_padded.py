@@ -11,10 +11,10 @@ from torch import Tensor
 import covft
 from benchmarks.coverage.transformers_cases import all_cases, build
 from benchmarks.coverage.transformers_inputs import GRIDS, Call
-from covft.adapters import ViTFamily
+from covft.adapters import InputFormat, ViTFamily
 from covft.errors import ShapeError
 from tests.nn import oracle
-from tests.towers import CONTEXT_DIM, perturb
+from tests.towers import TEXT_DIM, perturb
 
 TOWERS = (
     "Siglip2VisionModel",
@@ -46,9 +46,9 @@ class Batch:
 
     def __init__(self, name: str, **settings: Any) -> None:
         self.name = name
-        self.encoder = covft.wrap(build(name).double(), CONTEXT_DIM, layers=[0, 2, 3], **settings)
+        self.encoder = covft.wrap(build(name).double(), TEXT_DIM, layers=[0, 2, 3], **settings)
         perturb(self.encoder, 0.2)
-        self.texts = torch.randn(3, CONTEXT_DIM, dtype=torch.float64)
+        self.texts = torch.randn(3, TEXT_DIM, dtype=torch.float64)
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, slot in self.encoder.slots().items():
             slot.register_forward_hook(lambda _, args, y, layer=layer: self.seen.update({layer: (args[0], y)}))
@@ -120,7 +120,7 @@ def test_another_text_changes_its_image_alone(name):
     before = batch.run([0, 1, 2])
     for number in range(3):
         texts = batch.texts.clone()
-        texts[number] = torch.randn(CONTEXT_DIM, dtype=torch.float64)
+        texts[number] = torch.randn(TEXT_DIM, dtype=torch.float64)
         after = batch.run([0, 1, 2], texts)
         for layer in before:
             same = [torch.allclose(x, y, **EXACT) for x, y in zip(before[layer], after[layer], strict=True)]
@@ -162,10 +162,10 @@ def test_lfm2_vl__the_tower_of_a_multimodal_llm():
     }  # fmt: skip
     torch.manual_seed(0)
     model: Any = Lfm2VlForConditionalGeneration(Lfm2VlConfig(vision_config=tower.to_dict(), text_config=text)).eval()
-    encoder = covft.wrap(model.model.vision_tower, CONTEXT_DIM)
+    encoder = covft.wrap(model.model.vision_tower, TEXT_DIM)
     perturb(encoder)
     model.double()
-    texts = torch.randn(3, CONTEXT_DIM, dtype=torch.float64)
+    texts = torch.randn(3, TEXT_DIM, dtype=torch.float64)
 
     def features(numbers: list[int]) -> list[Tensor]:
         (pixels,), kwargs = call("Siglip2VisionModel", None, numbers)
@@ -179,7 +179,7 @@ def test_lfm2_vl__the_tower_of_a_multimodal_llm():
 
 def test_a_tower_that_packs_only_now_and_then_says_that_it_cannot():
     """RADIO takes images, or all their patches as one sequence, in which no image would have a context of its own."""
-    encoder = covft.wrap(build("RadioModel"), covft.text.HashTextEncoder(CONTEXT_DIM))
+    encoder = covft.wrap(build("RadioModel"), covft.testing.HashTextEncoder(TEXT_DIM))
     encoder(torch.randn(2, 3, 32, 32), "how many?")
     with pytest.raises(ShapeError, match="patches as one sequence"):
         encoder(torch.randn(24, 3 * 8 * 8), "how many?", image_grid_hw=torch.tensor([[4, 4], [2, 4]]))
@@ -190,10 +190,10 @@ def test_adapter__says_what_padding_is():
         name="mine/gemma4",
         classes=("transformers.models.gemma4.modeling_gemma4.Gemma4VisionModel",),
         library="transformers",
-        mask_argument="pixel_position_ids",
-        mask_padding=-1,
+        input=InputFormat(mask_argument="pixel_position_ids", mask_padding=-1),
     )
     spec = covft.describe(build("Gemma4VisionModel"), family)
-    assert (spec.mask_argument, spec.mask_padding, spec.is_packed) == ("pixel_position_ids", -1, False)
-    assert covft.describe(build("Gemma4VisionModel")).mask_padding == -1
-    assert covft.describe(build("Siglip2VisionModel")).mask_padding is None
+    assert spec.input == family.input
+    assert not spec.input.is_packed
+    assert covft.describe(build("Gemma4VisionModel")).input.mask_padding == -1
+    assert covft.describe(build("Siglip2VisionModel")).input.mask_padding is None

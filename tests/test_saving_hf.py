@@ -15,7 +15,7 @@ import covft
 from benchmarks.coverage import page
 from benchmarks.coverage.transformers_cases import all_cases, build
 from covft.errors import CheckpointError
-from covft.text import HashTextEncoder
+from covft.testing import HashTextEncoder
 from tests.integrations.mllms import BY_NAME as MLLMS
 from tests.towers import perturb
 

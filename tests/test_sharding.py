@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 import covft
-from covft.adapters.fake import ToyViT
+from covft.checkpoints.fingerprint import fingerprint
+from covft.checkpoints.folder import read_folder, write_folder
 from covft.errors import CheckpointError, TextEncoderError, UnsupportedViTError
-from covft.fingerprint import fingerprint
-from covft.folder import read_folder, write_folder
-from covft.sharding import (
+from covft.testing import ToyViT
+from covft.utils.sharding import (
     assign,
     full,
     gathered,
@@ -237,7 +237,7 @@ def test_save__takes_what_another_library_gathered(tmp_path):
     plain = perturbed(wrapped(copy.deepcopy(vit)))
     plain.save_pretrained(tmp_path / "plain")
     spread = wrapped(partitioned(vit))
-    gatherer, state = covft.saving.save, plain.vit.state_dict()
+    gatherer, state = covft.checkpoints.saving.save, plain.vit.state_dict()
     for nothing in (state, {}):  # processes that do not write have nothing to wait for, and often nothing at all
         gatherer(spread, tmp_path / "other", gathered=nothing, writes=False)
     assert not (tmp_path / "other").exists()
@@ -275,7 +275,7 @@ def test_load_into__an_engine_is_refused(tmp_path):
     encoder.save_pretrained(tmp_path)
     encoder.vit.norm.weight._hp_mapping = object()
     with pytest.raises(CheckpointError, match="inside a DeepSpeed engine"):
-        covft.checkpoint.load_into(encoder, tmp_path)
+        covft.checkpoints.loading.load_into(encoder, tmp_path)
 
 
 class Texts(nn.Module):

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 import covft
-from covft.conditioning import Conditioning
+from covft.conditioning import Scope
 from covft.errors import ShapeError
 from tests.nn import oracle
-from tests.towers import CONTEXT_DIM, MLLAMA, PATCH, SIZE, perturb
+from tests.towers import MLLAMA, PATCH, SIZE, TEXT_DIM, perturb
 
 PATCHES = (SIZE // PATCH) ** 2 + 1  # of a tile, its class token among them
 
 
 def wrapped(**settings):
-    encoder = covft.wrap(MLLAMA.build().double().eval(), CONTEXT_DIM, **settings)
+    encoder = covft.wrap(MLLAMA.build().double().eval(), TEXT_DIM, **settings)
     perturb(encoder)
     return encoder
 
@@ -29,7 +29,7 @@ def batch():
 
 def test_an_ffn_is_the_equations_over_the_real_tokens():
     encoder = wrapped(layers=[1])
-    (images, inputs), texts = batch(), torch.randn(4, CONTEXT_DIM, dtype=torch.float64)
+    (images, inputs), texts = batch(), torch.randn(4, TEXT_DIM, dtype=torch.float64)
     calls = []
     slot = encoder.slots()[1]
     slot.register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
@@ -49,7 +49,7 @@ def test_an_ffn_is_the_equations_over_the_real_tokens():
 
 def test_another_text_changes_its_image_alone():
     encoder = wrapped()
-    (images, inputs), texts = batch(), torch.randn(4, CONTEXT_DIM, dtype=torch.float64)
+    (images, inputs), texts = batch(), torch.randn(4, TEXT_DIM, dtype=torch.float64)
     before = encoder(images, texts, **inputs).last_hidden_state.flatten(0, 1)
     texts[1] = -texts[1]
     after = encoder(images, texts, **inputs).last_hidden_state.flatten(0, 1)
@@ -62,20 +62,19 @@ def test_the_number_of_texts_is_that_of_images():
     encoder = wrapped()
     images, inputs = batch()
     with pytest.raises(ShapeError, match="4 images, but the text is for 2"):
-        encoder(images, torch.randn(2, CONTEXT_DIM, dtype=torch.float64), **inputs)
+        encoder(images, torch.randn(2, TEXT_DIM, dtype=torch.float64), **inputs)
 
 
 def test_rows_may_be_repeated_where_it_was_said():
-    conditioning = Conditioning(image_axes=2)
     texts = torch.randn(6, 3)
-    with conditioning.open(texts) as scope:
-        with pytest.raises(ShapeError, match="12 images, but the text is for 6"):
-            scope.text_for(12)
-        scope.per_row = 2
-        assert torch.equal(scope.text_for(6), texts)
-        assert torch.equal(scope.text_for(12), texts[[0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5]])
-        with pytest.raises(ShapeError, match="8 images, but the text is for 6"):
-            scope.text_for(8)
-    with conditioning.open(texts[:2], torch.tensor([1, 0, 1, 1])) as scope:
-        scope.per_row = 2
-        assert torch.equal(scope.text_for(8), texts[[1, 0, 1, 0, 1, 1, 1, 1]])
+    scope = Scope(texts)
+    with pytest.raises(ShapeError, match="12 images, but the text is for 6"):
+        scope.text_for(12)
+    scope.per_row = 2
+    assert torch.equal(scope.text_for(6), texts)
+    assert torch.equal(scope.text_for(12), texts[[0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5]])
+    with pytest.raises(ShapeError, match="8 images, but the text is for 6"):
+        scope.text_for(8)
+    scope = Scope(texts[:2], torch.tensor([1, 0, 1, 1]))
+    scope.per_row = 2
+    assert torch.equal(scope.text_for(8), texts[[1, 0, 1, 0, 1, 1, 1, 1]])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import covft
-from covft.config import CONTEXTS, ROUTINGS, CoVFTConfig
+from covft.config import CoVFTConfig
 from covft.errors import (
     ConfigError,
     LayerIndexError,
@@ -20,11 +20,11 @@ from covft.errors import (
     UnknownViTError,
     UnsupportedViTError,
 )
-from tests.towers import BY_NAME, CONTEXT_DIM, TOWERS, features, perturb
+from tests.towers import BY_NAME, TEXT_DIM, TOWERS, features, perturb
 
 SETTINGS = [
-    *({"routing": routing} for routing in ROUTINGS),
-    *({"context": context} for context in CONTEXTS if context != "cve"),
+    *({"routing": routing} for routing in CoVFTConfig.choices("routing")),
+    *({"context": context} for context in CoVFTConfig.choices("context") if context != "cve"),
 ]
 
 
@@ -78,8 +78,8 @@ def test_wrap__identity_text_matters_unwrap(tower, settings):
     vit.requires_grad_(True)
     images, inputs, asked = tower.images(3), tower.inputs(3), hidden_states(tower.name)
     before, plain = snapshot(vit), vit(images, **inputs, **asked)
-    encoder = covft.wrap(vit, CONTEXT_DIM, **settings)
-    one, two = torch.randn(3, CONTEXT_DIM), torch.randn(3, CONTEXT_DIM)
+    encoder = covft.wrap(vit, TEXT_DIM, **settings)
+    one, two = torch.randn(3, TEXT_DIM), torch.randn(3, TEXT_DIM)
 
     wrapped = encoder(images, one, **inputs, **asked)
     assert type(wrapped) is type(plain)
@@ -111,7 +111,7 @@ def test_training__exactly_the_named_parameters_move(tower, train_norms):
                 parameter.fill_(1.0)
     layers = [1, 2]
     before = snapshot(vit)
-    encoder = covft.wrap(vit, CONTEXT_DIM, layers=layers, train_norms=train_norms).train()
+    encoder = covft.wrap(vit, TEXT_DIM, layers=layers, train_norms=train_norms).train()
     perturb(encoder)
 
     expected = set()
@@ -133,7 +133,7 @@ def test_training__exactly_the_named_parameters_move(tower, train_norms):
     for _ in range(3):
         optimizer.zero_grad()
         images, inputs = tower.images(4), tower.inputs(4)
-        output = encoder(images, torch.randn(4, CONTEXT_DIM), **inputs, **hidden_states(tower.name))
+        output = encoder(images, torch.randn(4, TEXT_DIM), **inputs, **hidden_states(tower.name))
         read = output if isinstance(output, Tensor) else output.hidden_states[-2]  # the penultimate block
         read.square().sum().backward()
         had_gradient |= {n for n, p in vit.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
@@ -149,11 +149,11 @@ def test_training__exactly_the_named_parameters_move(tower, train_norms):
 @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD])
 def test_training__experts_come_apart_from_the_real_start(optimizer_class):
     tower = BY_NAME["hf-clip"]
-    encoder = covft.wrap(tower.build(), CONTEXT_DIM).train()
+    encoder = covft.wrap(tower.build(), TEXT_DIM).train()
     gates = [slot.router.gate.weight for slot in encoder.slots().values()]
     assert all(gate.abs().max() > 0 for gate in gates)
     optimizer = optimizer_class(encoder.trainable_parameters(), lr=1e-3)
-    images, texts = tower.images(8), torch.randn(8, CONTEXT_DIM)
+    images, texts = tower.images(8), torch.randn(8, TEXT_DIM)
     target = torch.randn(8, 17, 32)
     for step in range(20):
         optimizer.zero_grad()
@@ -200,7 +200,7 @@ def test_clip_l_336__parameters():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", CoVFTConfig.choices("routing"))
 def test_clip_l_336__identity_at_full_size(routing):
     vit = clip_l_336().eval()
     images = torch.randn(1, 3, 336, 336)
@@ -231,7 +231,7 @@ def _resnet() -> nn.Module:
 
 
 def _wrapped_vit() -> nn.Module:
-    return covft.wrap(BY_NAME["timm-clip"].build(), CONTEXT_DIM).vit
+    return covft.wrap(BY_NAME["timm-clip"].build(), TEXT_DIM).vit
 
 
 REFUSED = [
@@ -254,7 +254,7 @@ REFUSED = [
     (None, {"activation": "relu"}, ConfigError, "activation='relu'"),
     (None, {"routing": "sparse", "top_k": 5}, ConfigError, "top_k=5"),
     (None, {"num_heads": 5}, ConfigError, "does not divide"),
-    (None, {"text_encoder": None}, ConfigError, "looks at the text"),
+    (None, {"text_encoder": None}, ConfigError, "needs text"),
     (None, {"text_encoder": object()}, TextEncoderError, "text encoder"),
     (None, {"text_encoder": 0}, TextEncoderError, "width"),
     (_resnet, {}, UnknownViTError, "ResNet has no transformer blocks"),
@@ -267,18 +267,18 @@ REFUSED = [
 def test_wrap__refuses_before_anything_changed(build, options, error, message):
     vit = (build or BY_NAME["timm-clip"].build)()
     before = snapshot(vit)
-    options = {"text_encoder": CONTEXT_DIM, **options}
+    options = {"text_encoder": TEXT_DIM, **options}
     with pytest.raises(error, match=message):
         covft.wrap(vit, **options)
     assert_unchanged(vit, before)
 
 
 def test_wrap__refuses_an_encoder_and_a_compiled_vit():
-    encoder = covft.wrap(BY_NAME["timm-clip"].build(), CONTEXT_DIM)
+    encoder = covft.wrap(BY_NAME["timm-clip"].build(), TEXT_DIM)
     with pytest.raises(UnsupportedViTError, match="wrapped already"):
-        covft.wrap(encoder, CONTEXT_DIM)
+        covft.wrap(encoder, TEXT_DIM)
     with pytest.raises(UnsupportedViTError, match=r"inside OptimizedModule(.|\n)*vit\._orig_mod"):
-        covft.wrap(torch.compile(BY_NAME["timm-clip"].build()), CONTEXT_DIM)
+        covft.wrap(torch.compile(BY_NAME["timm-clip"].build()), TEXT_DIM)
 
 
 def test_wrap__refuses_ddp(tmp_path):
@@ -287,26 +287,26 @@ def test_wrap__refuses_ddp(tmp_path):
     try:
         vit = BY_NAME["timm-clip"].build()
         with pytest.raises(UnsupportedViTError, match=r"inside DistributedDataParallel(.|\n)*vit\.module"):
-            covft.wrap(DistributedDataParallel(vit), CONTEXT_DIM)
+            covft.wrap(DistributedDataParallel(vit), TEXT_DIM)
     finally:
         torch.distributed.destroy_process_group()
 
 
 def test_unwrap__twice_and_of_something_else():
-    encoder = covft.wrap(BY_NAME["timm-clip"].build(), CONTEXT_DIM)
+    encoder = covft.wrap(BY_NAME["timm-clip"].build(), TEXT_DIM)
     vit = covft.unwrap(encoder)
     with pytest.raises(UnsupportedViTError, match="unwrapped already"):
         covft.unwrap(encoder)
     with pytest.raises(UnsupportedViTError, match=r"not what covft\.wrap returned"):
         covft.unwrap(vit)
-    assert covft.wrap(vit, CONTEXT_DIM).layers == (1, 2)
+    assert covft.wrap(vit, TEXT_DIM).layers == (1, 2)
 
 
 def test_unwrap__follows_a_cast():
     tower = BY_NAME["timm-clip"]
     vit = tower.build()
     plain = copy.deepcopy(vit).to(torch.bfloat16)
-    encoder = covft.wrap(vit, CONTEXT_DIM).to(torch.bfloat16)
+    encoder = covft.wrap(vit, TEXT_DIM).to(torch.bfloat16)
     covft.unwrap(encoder)
     for name, tensor in vit.state_dict().items():
         assert torch.equal(tensor, plain.state_dict()[name]), name
@@ -316,7 +316,7 @@ def test_unwrap__keeps_types_that_differ_within_an_ffn():
     vit = BY_NAME["timm-clip"].build().to(torch.bfloat16)
     vit.blocks[1].mlp.fc2.float()
     before = snapshot(vit)
-    covft.unwrap(covft.wrap(vit, CONTEXT_DIM))
+    covft.unwrap(covft.wrap(vit, TEXT_DIM))
     assert_unchanged(vit, before)
     assert vit.blocks[1].mlp.fc2.weight.dtype == torch.float32
 
@@ -327,10 +327,10 @@ def test_unwrap__keeps_types_that_differ_within_an_ffn():
 def test_settings__given_keywords_override_config_which_overrides_defaults():
     config = CoVFTConfig(layers=(1,), experts=3, routing="sparse", top_k=1)
     build = BY_NAME["timm-clip"].build
-    plain = covft.wrap(build(), CONTEXT_DIM, config=config).covft_config
+    plain = covft.wrap(build(), TEXT_DIM, config=config).covft_config
     assert (plain.layers, plain.experts, plain.routing, plain.top_k) == ((1,), 3, "sparse", 1)
     # A keyword that equals the default still overrides the configuration.
-    given = covft.wrap(build(), CONTEXT_DIM, config=config, experts=4, layers=None).covft_config
+    given = covft.wrap(build(), TEXT_DIM, config=config, experts=4, layers=None).covft_config
     assert (given.layers, given.experts, given.routing) == ((1, 2), 4, "sparse")
 
 
@@ -339,11 +339,11 @@ def test_settings__default_layers_are_the_latter_half_without_the_last(depth, la
     import timm
 
     vit = timm.create_model("test_vit", depth=depth, num_classes=0)
-    assert covft.wrap(vit, CONTEXT_DIM).layers == tuple(layers)
+    assert covft.wrap(vit, TEXT_DIM).layers == tuple(layers)
 
 
 def test_settings__negative_layers_count_from_the_end():
-    encoder = covft.wrap(BY_NAME["timm-clip"].build(), CONTEXT_DIM, layers=[-2, 0])
+    encoder = covft.wrap(BY_NAME["timm-clip"].build(), TEXT_DIM, layers=[-2, 0])
     assert encoder.layers == (0, 2)
 
 
@@ -357,14 +357,14 @@ def test_text_is_optional_where_nothing_looks_at_it(settings):
 
 def test_wrap__new_modules_are_where_and_what_the_ffn_is():
     vit = BY_NAME["hf-clip"].build().to(torch.bfloat16)
-    encoder = covft.wrap(vit, CONTEXT_DIM)
+    encoder = covft.wrap(vit, TEXT_DIM)
     assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
-    output = encoder(BY_NAME["hf-clip"].images(2, torch.bfloat16), torch.randn(2, CONTEXT_DIM))
+    output = encoder(BY_NAME["hf-clip"].images(2, torch.bfloat16), torch.randn(2, TEXT_DIM))
     assert output.last_hidden_state.dtype == torch.bfloat16
 
 
 def test_wrap__survives_initialisation_by_transformers():
-    encoder = covft.wrap(BY_NAME["hf-clip"].build(), CONTEXT_DIM)
+    encoder = covft.wrap(BY_NAME["hf-clip"].build(), TEXT_DIM)
     before = {name: p.clone() for name, p in encoder.named_parameters()}
     encoder.vit.init_weights()
     assert all(torch.equal(p, before[name]) for name, p in encoder.named_parameters())
@@ -372,9 +372,9 @@ def test_wrap__survives_initialisation_by_transformers():
 
 def test_padding__does_not_reach_the_context():
     tower = BY_NAME["hf-siglip2"]
-    encoder = covft.wrap(tower.build().eval(), CONTEXT_DIM)
+    encoder = covft.wrap(tower.build().eval(), TEXT_DIM)
     perturb(encoder)
-    images, inputs, text = tower.images(2), tower.inputs(2), torch.randn(2, CONTEXT_DIM)
+    images, inputs, text = tower.images(2), tower.inputs(2), torch.randn(2, TEXT_DIM)
     encoder(images, text, **inputs)
     before = encoder.routing_weights()
     changed = images + 50 * (1 - inputs["pixel_attention_mask"])[..., None]
@@ -384,6 +384,6 @@ def test_padding__does_not_reach_the_context():
 
 
 def test_sparse_and_shape_errors_come_from_the_tower_not_from_the_ffn():
-    encoder = covft.wrap(BY_NAME["timm-clip"].build(), CONTEXT_DIM, routing="sparse")
+    encoder = covft.wrap(BY_NAME["timm-clip"].build(), TEXT_DIM, routing="sparse")
     with pytest.raises(ShapeError, match="2 images"):
-        encoder(BY_NAME["timm-clip"].images(2), torch.randn(3, CONTEXT_DIM))
+        encoder(BY_NAME["timm-clip"].images(2), torch.randn(3, TEXT_DIM))

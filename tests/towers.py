@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 SIZE, PATCH, WIDTH, DEPTH = 32, 8, 32, 4
-CONTEXT_DIM = 16
+TEXT_DIM = 16
 # Sides in patches of the images of packed towers, one after another.
 GRIDS = [(4, 6), (2, 2), (4, 2)]
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import covft
 from covft.errors import UnknownViTError, UnsupportedViTError
-from covft.text import HashTextEncoder
+from covft.testing import HashTextEncoder
 
 TOLERANCE = 1e-4
 FFN_TOLERANCE = 1e-3  # rounding adds up on the way to the last one
-CONTEXT_DIM = 16
+TEXT_DIM = 16
 EXPERTS = 2
 
 # The arguments and the keywords of a call of the ViT on so many images.
@@ -125,7 +125,7 @@ def _check(
     parameters = {name: id(parameter) for name, parameter in vit.named_parameters()}
     encoder = covft.wrap(
         vit,
-        HashTextEncoder(CONTEXT_DIM),
+        HashTextEncoder(TEXT_DIM),
         layers=range(spec.depth) if layers is None else layers,
         experts=EXPERTS,
         adapter=adapter,

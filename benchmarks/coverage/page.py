@@ -165,6 +165,6 @@ The same tables, of the version that you have: `covft describe --all timm`, `ope
 
 An index, as in `layers=`, counts FFNs in the order in which they run: stage after stage in a hierarchical ViT, branch
 by branch in one with branches, two for a block with two FFNs. Layouts say how tokens lie in what an FFN gets: `BND`
-(images, tokens or rows and columns, width), `BCHW` channels second, `(BF)ND` an image in several rows (windows,
+(images, tokens or rows and columns, width), `BCHW` channels second, `(BP)ND` an image in several rows (windows,
 frames, pixels of a patch), `TD` and `1TD` all images of a batch one after another.
 """

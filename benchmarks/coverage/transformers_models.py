@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import covft
 from benchmarks.coverage import batch
-from benchmarks.coverage.check import CONTEXT_DIM, EXPERTS, Result, check, tensors
+from benchmarks.coverage.check import EXPERTS, TEXT_DIM, Result, check, tensors
 from benchmarks.coverage.transformers_cases import Case, all_cases, build
-from covft.text import HashTextEncoder
+from covft.testing import HashTextEncoder
 
 # An image's routing in a batch and alone are the same arithmetic in another order.
 ALONE = 1e-4
@@ -54,7 +54,7 @@ def _inputs(vit: nn.Module, case: Case) -> Any:
 
 def _wrapped(vit: nn.Module, case: Case) -> covft.ContextEncoder:
     layers = range(covft.describe(vit).depth) if case.layers is None else case.layers
-    encoder = covft.wrap(vit, HashTextEncoder(CONTEXT_DIM), layers=layers, experts=EXPERTS)
+    encoder = covft.wrap(vit, HashTextEncoder(TEXT_DIM), layers=layers, experts=EXPERTS)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in encoder.trainable_parameters():

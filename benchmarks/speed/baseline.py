@@ -3,7 +3,7 @@
 It does what equations 7 to 10 of the paper say, with torch's own modules: every expert runs, the outputs are stacked,
 weighed and summed; the context is drawn by `nn.MultiheadAttention` over all tokens, with the text beside every token.
 
-Shapes: B images, N tokens, D embed_dim, C context_dim, E experts.
+Shapes: B images, N tokens, D embed_dim, C text_dim, E experts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ObviousMoE(nn.Module):
     Args:
         ffn: The pretrained FFN.
         embed_dim: Width D of the tokens.
-        context_dim: Width C of the text features.
+        text_dim: Width C of the text features.
         num_experts: Number of experts E.
         top_k: Experts per image; None weighs all.
         num_heads: Heads of the attention.
@@ -48,17 +48,17 @@ class ObviousMoE(nn.Module):
         self,
         ffn: nn.Module,
         embed_dim: int,
-        context_dim: int,
+        text_dim: int,
         num_experts: int,
         top_k: int | None = None,
         num_heads: int = 4,
     ) -> None:
         super().__init__()
         self.experts = nn.ModuleList(copy.deepcopy(ffn) for _ in range(num_experts))
-        self.image, self.text = Refinement(embed_dim), Refinement(context_dim)
-        width = embed_dim + context_dim
-        self.attention = nn.MultiheadAttention(context_dim, num_heads, kdim=width, vdim=width, batch_first=True)
-        self.gate = nn.Linear(context_dim, num_experts)
+        self.image, self.text = Refinement(embed_dim), Refinement(text_dim)
+        width = embed_dim + text_dim
+        self.attention = nn.MultiheadAttention(text_dim, num_heads, kdim=width, vdim=width, batch_first=True)
+        self.gate = nn.Linear(text_dim, num_experts)
         self.top_k = top_k
 
     def forward(self, x_BND: Tensor, text_BC: Tensor) -> Tensor:
@@ -84,11 +84,11 @@ class ObviousMoE(nn.Module):
         context: Any = moe.context
         assert isinstance(context, CrossAttentionContext)
         router: Any = moe.router
-        embed_dim, context_dim = moe.embed_dim, context.width
+        embed_dim, text_dim = moe.embed_dim, context.context_dim
         found = cls(
             moe.experts[0],
             embed_dim,
-            context_dim,
+            text_dim,
             len(moe.experts),
             router.top_k if isinstance(router, SparseRouter) else None,
             context.attention.num_heads,
@@ -102,8 +102,8 @@ class ObviousMoE(nn.Module):
         mha.q_proj_weight.copy_(theirs.q_proj.weight)
         mha.k_proj_weight[:, :embed_dim].copy_(theirs.k_proj_weight)  # the text half of a key changes nothing
         mha.v_proj_weight.copy_(torch.cat([theirs.v_proj_image_weight, theirs.v_proj_text.weight], dim=1))
-        mha.in_proj_bias[:context_dim].copy_(theirs.q_proj.bias)
-        mha.in_proj_bias[2 * context_dim :].copy_(theirs.v_proj_text.bias)
+        mha.in_proj_bias[:text_dim].copy_(theirs.q_proj.bias)
+        mha.in_proj_bias[2 * text_dim :].copy_(theirs.v_proj_text.bias)
         mha.out_proj.load_state_dict(theirs.out_proj.state_dict())
         found.gate.load_state_dict(router.gate.state_dict())
         return found

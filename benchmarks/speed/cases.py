@@ -32,7 +32,7 @@ class Size:
         num_heads: Heads of the self-attention.
         image_size: Side of an image, pixels.
         patch_size: Side of a patch, pixels.
-        context_dim: Width C of the text features.
+        text_dim: Width C of the text features.
         layers: Adapted blocks.
     """
 
@@ -42,7 +42,7 @@ class Size:
     num_heads: int = 16
     image_size: int = 336
     patch_size: int = 14
-    context_dim: int = 768
+    text_dim: int = 768
     layers: tuple[int, ...] = tuple(range(11, 23))
 
     @property
@@ -92,7 +92,7 @@ class Block:
         self.moe = ContextualMoE(
             self.ffn,
             embed_dim=size.embed_dim,
-            context_dim=size.context_dim,
+            text_dim=size.text_dim,
             num_experts=experts,
             routing=routing,
             top_k=min(2, experts),
@@ -102,7 +102,7 @@ class Block:
                 parameter.add_(0.01 * torch.randn_like(parameter))
         self.baseline = ObviousMoE.like(self.moe)
         self.x = torch.randn(batch, size.tokens, size.embed_dim, device=device, dtype=dtype, requires_grad=True)
-        self.text = torch.randn(batch, size.context_dim, device=device, dtype=dtype)
+        self.text = torch.randn(batch, size.text_dim, device=device, dtype=dtype)
 
     def ways(self, names: tuple[str, ...], compiled: bool = False) -> dict[str, Callable[[], Tensor]]:
         """Forwards by name: `plain` (the FFN alone), `baseline`, and covft by what backward recomputes."""
@@ -236,7 +236,7 @@ class Tower:
         self.size, self.dtype, self.device = size, dtype, device
         torch.manual_seed(0)
         self.images = torch.randn(batch, 3, size.image_size, size.image_size, device=device, dtype=dtype)
-        self.text = torch.randn(batch, size.context_dim, device=device, dtype=dtype)
+        self.text = torch.randn(batch, size.text_dim, device=device, dtype=dtype)
 
     def plain(self) -> nn.Module:
         """The tower as it is, all of it trainable (full fine-tuning)."""
@@ -245,7 +245,7 @@ class Tower:
     def wrapped(self, **settings: Any) -> covft.ContextEncoder:
         """The tower under CoVFT, with experts that differ."""
         torch.manual_seed(0)
-        encoder = covft.wrap(self.plain(), self.size.context_dim, layers=self.size.layers, **settings)
+        encoder = covft.wrap(self.plain(), self.size.text_dim, layers=self.size.layers, **settings)
         with torch.no_grad():
             for slot in encoder.slots().values():
                 for parameter in slot.experts.parameters():
@@ -390,12 +390,12 @@ def measure_compressed(
     tower = Tower(size, 1, device=device)
     torch.manual_seed(0)
     plain = tower.plain().eval()
-    encoder = covft.wrap(copy.deepcopy(plain), size.context_dim, layers=size.layers)
+    encoder = covft.wrap(copy.deepcopy(plain), size.text_dim, layers=size.layers)
     optimizer = torch.optim.AdamW(encoder.param_groups(lr=1e-4, router_lr=1e-3))
     target = torch.randn(size.embed_dim, device=device)
     for step in range(steps):
         torch.manual_seed(step)
-        text = torch.randn(1, size.context_dim, device=device)
+        text = torch.randn(1, size.text_dim, device=device)
         features = encoder(torch.randn_like(tower.images), text, output_hidden_states=True).hidden_states[-2]
         # Something to learn that depends on the text.
         loss = (features.mean(dim=(0, 1)) - text.mean() * target).square().mean()
@@ -404,7 +404,7 @@ def measure_compressed(
         optimizer.step()
     encoder.eval()
     reports: list[Any] = []
-    taken = seconds_of(lambda: reports.append(encoder.compress(rank, tower.images, tower.text)), device)
+    taken = seconds_of(lambda: reports.append(covft.compress(encoder, rank, tower.images, tower.text)), device)
     report = reports[0]
     models = {"plain": plain, "compressed": encoder}
     with torch.no_grad():
@@ -443,7 +443,7 @@ def measure_wrap(size: Size, *, runs: int = 5, device: str = "cpu") -> Iterator[
         wrapped: list[covft.ContextEncoder] = []
 
         def wrap(vit: Any = vit, wrapped: list[covft.ContextEncoder] = wrapped) -> None:
-            wrapped.append(covft.wrap(vit, size.context_dim, layers=size.layers))
+            wrapped.append(covft.wrap(vit, size.text_dim, layers=size.layers))
 
         peak = peak_memory(lambda wrap=wrap, times=times: times.append(seconds_of(wrap, device)), device)
         # The FFNs that were there are kept for unwrap(), so all of this is new.

@@ -1,8 +1,17 @@
-"""How each library builds a ViT: where its blocks, FFNs and norms are. Nothing here runs a model."""
+"""How each library builds a ViT: where its blocks, FFNs and norms are, and how images reach it. Runs no model."""
 
-from covft.adapters.fake import ToyViT
 from covft.adapters.families import ViTFamily
+from covft.adapters.input_format import InputFormat
 from covft.adapters.registry import describe, list_adapters, register_adapter
 from covft.adapters.spec import Adapter, BlockSpec, ViTSpec
 
-__all__ = ["Adapter", "BlockSpec", "ToyViT", "ViTFamily", "ViTSpec", "describe", "list_adapters", "register_adapter"]
+__all__ = [
+    "Adapter",
+    "BlockSpec",
+    "InputFormat",
+    "ViTFamily",
+    "ViTSpec",
+    "describe",
+    "list_adapters",
+    "register_adapter",
+]

@@ -254,7 +254,7 @@ def _layout(path: str, ffn: nn.Module, packing: str, *, folded: bool) -> str:
             expected="a feed-forward module of two or more nn.Linear or nn.Conv2d",
             got=type(ffn).__name__,
         )
-    rows = "(BF)" if folded else "B"
+    rows = "(BP)" if folded else "B"
     if _is_convolution(projections[0]):
         return f"{rows}CHW"
     return f"{rows}ND" if folded else packing

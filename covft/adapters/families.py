@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from covft.adapters.discovery import find_blocks, why_none
+from covft.adapters.input_format import InputFormat, lookup
 from covft.adapters.spec import ViTSpec, class_names
 from covft.errors import UnknownViTError, UnsupportedViTError
 
@@ -44,19 +45,7 @@ class ViTFamily:
         block_class: Class name of the blocks, where neither a path nor structure tells them from other modules.
         folded: Attributes of those FFNs for which an image is several rows, one after another, such as its windows.
         prefix_tokens: Tokens before the patches, added up: numbers, and dotted attributes of the model.
-        mask_argument: Argument of the model's forward that marks real tokens, shape `(B, N)`.
-        mask_unit: Where an entry of the mask stands for a tile, how many of its tokens are real: a dotted attribute
-            of the model.
-        mask_padding: Where that argument tells several numbers of each token rather than whether it is real: what all
-            of them are for padding.
-        image_axes: How many leading axes of the model's input, and of the mask, count images.
-        layout: Shape of the tokens at the FFNs: `"BND"`, or `"TD"` or `"1TD"` where those of all images of a batch
-            are one sequence; see `ViTSpec`.
-        sizes_argument: Argument of a packed model's forward that has the sides of each image.
-        sizes_unit: The length of a side that makes one token: a number, or a dotted attribute of the model.
-        sizes_square: Where sides count squares of tokens: how many tokens such a square is high and wide, a number or
-            a dotted attribute of the model.
-        merges: Whether tokens of a packed model are merged on the way, equally many into one.
+        input: How images reach the model; its `prefix_tokens` are those above.
         refused: Why these models cannot be wrapped, and the nearest thing that can; None for all that can.
 
     Example:
@@ -72,15 +61,7 @@ class ViTFamily:
     block_class: str | None = None
     folded: tuple[str, ...] = ()
     prefix_tokens: tuple[int | str, ...] = ()
-    mask_argument: str | None = None
-    mask_unit: str | None = None
-    mask_padding: int | None = None
-    image_axes: int = 1
-    layout: str = "BND"
-    sizes_argument: str | None = None
-    sizes_unit: int | str = 1
-    sizes_square: int | str = 1
-    merges: bool = False
+    input: InputFormat = field(default_factory=InputFormat)
     refused: tuple[str, str] | None = None
 
     def matches(self, vit: nn.Module) -> bool:
@@ -115,7 +96,7 @@ class ViTFamily:
                 fix="covft.wrap(model.vision_model, ...), or model.visual, model.vision_tower",
             )
         blocks = find_blocks(
-            vit, self.blocks, self.mlp, block_class=self.block_class, folded=self.folded, packing=self.layout
+            vit, self.blocks, self.mlp, block_class=self.block_class, folded=self.folded, packing=self.input.layout
         )
         if not blocks:
             reason, nearest = why_none(vit)
@@ -125,22 +106,14 @@ class ViTFamily:
                 got=", ".join(name for name, _ in vit.named_children()) or "no child modules",
                 fix=f"{nearest}; or adapter=ViTFamily(blocks='path.of.the.blocks', mlp='name_of_the_ffn', ...)",
             )
-        prefix, packed = self._prefix(vit), self.sizes_argument is not None
+        prefix = self._prefix(vit)
         self._check_packing(vit)
+        packed = self.input.is_packed
         return ViTSpec(
             library=self.library,
             class_name=type(vit).__name__,
             blocks=blocks,
-            layout=self.layout,
-            num_prefix_tokens=prefix,
-            mask_argument=self.mask_argument,
-            mask_unit=None if self.mask_unit is None else int(_lookup(vit, self.mask_unit)),
-            image_axes=self.image_axes,
-            sizes_argument=self.sizes_argument,
-            mask_padding=self.mask_padding,
-            sizes_unit=_number(vit, self.sizes_unit),
-            sizes_square=_number(vit, self.sizes_square),
-            merges=self.merges,
+            input=self.input.resolved(vit, prefix),
             image_size=None if packed else _image_size(vit),
             num_tokens=None if packed else _num_tokens(vit, prefix),
         )
@@ -148,36 +121,25 @@ class ViTFamily:
     def _check_packing(self, vit: nn.Module) -> None:
         arguments = inspect.signature(vit.forward).parameters
         found = [name for name in _PACKED_ARGUMENTS if name in arguments]
-        known = self.sizes_argument in arguments and self.layout != "BND"
-        plain = self.sizes_argument is None and self.layout == "BND" and not found
+        layout, sizes = self.input.layout, self.input.sizes_argument
+        known = sizes in arguments and layout != "BND"
+        plain = sizes is None and layout == "BND" and not found
         if not (known or plain):
             raise UnsupportedViTError(
                 f"{type(vit).__name__} sees all images of a batch as one sequence, in a way that covft does not know.",
                 expected="an argument that has the sides of each image, whose product is its number of tokens",
-                got=f"{', '.join(found) or 'none'}; layout={self.layout!r}, sizes_argument={self.sizes_argument!r}",
-                fix="adapter=ViTFamily(..., layout='TD', sizes_argument='grid_thw'), if each image's tokens are "
-                "together at the FFNs",
+                got=f"{', '.join(found) or 'none'}; layout={layout!r}, sizes_argument={sizes!r}",
+                fix="adapter=ViTFamily(..., input=InputFormat(layout='TD', sizes_argument='grid_thw')), if the tokens "
+                "of each image are together at the FFNs",
             )
 
     def _prefix(self, vit: nn.Module) -> int | None:
-        parts = [p if isinstance(p, int) else _lookup(vit, p) for p in self.prefix_tokens]
+        parts = [p if isinstance(p, int) else lookup(vit, p) for p in self.prefix_tokens]
         return None if any(part is None for part in parts) or not parts else sum(parts)
 
 
-def _lookup(root: Any, path: str) -> Any:
-    for name in path.split("."):
-        root = getattr(root, name, None)
-        if root is None:
-            return None
-    return root
-
-
-def _number(vit: nn.Module, value: int | str) -> int:
-    return value if isinstance(value, int) else int(_lookup(vit, value))
-
-
 def _first(root: Any, *paths: str) -> Any:
-    return next((value for path in paths if (value := _lookup(root, path)) is not None), None)
+    return next((value for path in paths if (value := lookup(root, path)) is not None), None)
 
 
 def _side(value: Any) -> int | None:
@@ -195,7 +157,7 @@ def _num_tokens(vit: nn.Module, prefix: int | None) -> int | None:
     if patches is None:
         size, patch = _image_size(vit), _side(_first(vit, "config.patch_size", "patch_size"))
         patches = None if size is None or not patch else (size // patch) ** 2
-    grid = _lookup(vit, "grid_size")
+    grid = lookup(vit, "grid_size")
     if grid is not None:
         patches = math.prod(grid)
     return None if patches is None or prefix is None else int(patches) + prefix
@@ -211,22 +173,21 @@ def _timm(name: str, *classes: str, **known: Any) -> ViTFamily:
     )
 
 
-def _hf(model: str, *classes: str, prefix: tuple[int | str, ...], mask: str | None = None) -> ViTFamily:
+def _hf(model: str, *classes: str, prefix: tuple[int | str, ...], mask: str | None = None, **known: Any) -> ViTFamily:
     module = f"transformers.models.{model}.modeling_{model}"
     return ViTFamily(
         name=f"transformers/{model}",
         classes=tuple(f"{module}.{cls}" for cls in classes),
         library="transformers",
         prefix_tokens=prefix,
-        mask_argument=mask,
+        input=InputFormat(mask_argument=mask, **known),
     )
 
 
 def _packed(
-    model: str, *classes: str, layout: str = "TD", sizes: str = "grid_thw", unit: int | str = 1, prefix: int = 0
+    model: str, *classes: str, layout: str = "TD", sizes: str = "grid_thw", prefix: int = 0, **known: Any
 ) -> ViTFamily:
-    family = _hf(model, *classes, prefix=(prefix,))
-    return replace(family, layout=layout, sizes_argument=sizes, sizes_unit=unit)
+    return _hf(model, *classes, prefix=(prefix,), layout=layout, sizes_argument=sizes, **known)
 
 
 FAMILIES: tuple[ViTFamily, ...] = (
@@ -257,9 +218,12 @@ FAMILIES: tuple[ViTFamily, ...] = (
         prefix_tokens=("trunk.num_prefix_tokens",),
     ),
     # Padded: the mask is about patches alone.
-    replace(
-        _timm("naflex", "naflexvit.NaFlexVit", "gemma4_vit.Gemma4VitEncoder", "gemma4_vit.Gemma4VitClassifier"),
-        mask_argument="patch_valid",
+    _timm(
+        "naflex",
+        "naflexvit.NaFlexVit",
+        "gemma4_vit.Gemma4VitEncoder",
+        "gemma4_vit.Gemma4VitClassifier",
+        input=InputFormat(mask_argument="patch_valid"),
     ),
     # Pixels of a patch, and positions within patches, are rows of their own.
     _timm("tnt", "tnt.TNT", blocks="blocks", mlp=("mlp_in", "mlp"), folded=("mlp_in",)),
@@ -280,26 +244,21 @@ FAMILIES: tuple[ViTFamily, ...] = (
     _hf("dinov3_vit", "DINOv3ViTModel", prefix=(1, "config.num_register_tokens")),
     _hf("internvl", "InternVLVisionModel", prefix=(1,)),
     _hf("vit", "ViTModel", prefix=(1,)),
-    replace(
-        _hf("mllama", "MllamaVisionModel", prefix=(), mask="aspect_ratio_mask"), mask_unit="num_patches", image_axes=2
-    ),
+    _hf("mllama", "MllamaVisionModel", prefix=(), mask="aspect_ratio_mask", mask_unit="num_patches", image_axes=2),
     # Padded.
     _hf("idefics2", "Idefics2VisionTransformer", prefix=(0,), mask="patch_attention_mask"),
     _hf("idefics3", "Idefics3VisionTransformer", prefix=(0,), mask="patch_attention_mask"),
     _hf("kosmos2_5", "Kosmos2_5VisionEncoder", prefix=(0,), mask="attention_mask"),
     _hf("phi4_multimodal", "Phi4MultimodalVisionModel", prefix=(0,), mask="patch_attention_mask"),
     _hf("smolvlm", "SmolVLMVisionTransformer", prefix=(0,), mask="patch_attention_mask"),
-    replace(
-        _hf("gemma4", "Gemma4VisionModel", prefix=(0,), mask="pixel_position_ids"),
-        mask_padding=-1,  # the row and the column of a patch that is not there
-    ),
+    # -1: row and column of a padding patch.
+    _hf("gemma4", "Gemma4VisionModel", prefix=(0,), mask="pixel_position_ids", mask_padding=-1),
     # A mask may be left out there: patches have their row and column, from 1, before their pixels.
     replace(
-        _hf("kosmos2_5", "Kosmos2_5VisionModel", prefix=(0,), mask="flattened_patches"),
+        _hf("kosmos2_5", "Kosmos2_5VisionModel", prefix=(0,), mask="flattened_patches", mask_padding=0),
         name="transformers/kosmos2_5/model",
-        mask_padding=0,
     ),
-    replace(_hf("pix2struct", "Pix2StructVisionModel", prefix=(0,), mask="flattened_patches"), mask_padding=0),
+    _hf("pix2struct", "Pix2StructVisionModel", prefix=(0,), mask="flattened_patches", mask_padding=0),
     # Packed.
     _packed("cohere_compass", "CohereCompassVisionModel"),
     _packed("cosmos3_edge", "Cosmos3EdgeVisionModel"),
@@ -312,20 +271,23 @@ FAMILIES: tuple[ViTFamily, ...] = (
     _packed("glm_image", "GlmImageVisionModel"),
     _packed("glm_ocr", "GlmOcrVisionModel"),
     _packed("hunyuan_vl", "HunYuanVLVisionTransformer", layout="1TD"),
-    replace(
-        _packed("inkling2", "Inkling2VisionModel", sizes="image_grid_thw", prefix=1),
+    _packed(
+        "inkling2",
+        "Inkling2VisionModel",
+        sizes="image_grid_thw",
+        prefix=1,
         sizes_square="config.spatial_merge_size",
     ),
     _packed("kimi_k25", "Kimi_K25VisionModel"),
     _packed("lfm3_vl", "Lfm3VlVisionModel"),
-    replace(_packed("minicpm_ocr", "MiniCPMOcrVisionModel", layout="1TD", sizes="target_sizes"), merges=True),
-    replace(_packed("minicpmv4_6", "MiniCPMV4_6VisionModel", layout="1TD", sizes="target_sizes"), merges=True),
-    replace(_packed("minicpmv4_7", "MiniCPMV4_7VisionModel", layout="1TD", sizes="target_sizes"), merges=True),
+    _packed("minicpm_ocr", "MiniCPMOcrVisionModel", layout="1TD", sizes="target_sizes", merges=True),
+    _packed("minicpmv4_6", "MiniCPMV4_6VisionModel", layout="1TD", sizes="target_sizes", merges=True),
+    _packed("minicpmv4_7", "MiniCPMV4_7VisionModel", layout="1TD", sizes="target_sizes", merges=True),
     _packed("minimax_m3_vl", "MiniMaxM3VLVisionModel", layout="1TD"),
     _packed("muse_glimmer", "MuseGlimmerVisionModel"),
     _packed("muse_spark", "MuseSparkVisionModel"),
     _packed("paddleocr_vl", "PaddleOCRVisionTransformer", "PaddleOCRVisionModel"),
-    _packed("pixtral", "PixtralVisionModel", layout="1TD", sizes="image_sizes", unit="config.patch_size"),
+    _packed("pixtral", "PixtralVisionModel", layout="1TD", sizes="image_sizes", sizes_unit="config.patch_size"),
     _packed("qwen2_5_omni", "Qwen2_5OmniVisionEncoder"),
     _packed("qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel"),
     _packed("qwen2_vl", "Qwen2VisionTransformerPretrainedModel"),
@@ -374,7 +336,7 @@ FAMILIES: tuple[ViTFamily, ...] = (
                 "table_transformer",
                 "TableTransformerModel",
                 "it is a convnet, and the layers behind it have no FFN module",
-                "a ViT, such as transformers.ViTModel; for the convnet there is covft.tune",
+                "a ViT, such as transformers.ViTModel",
             ),
         )
     ),
@@ -387,6 +349,14 @@ FAMILIES: tuple[ViTFamily, ...] = (
             ("sam2", "Sam2Model", "backbone.blocks"),
             ("sam3_tracker", "Sam3TrackerModel", "backbone.layers"),
         )
+    ),
+    ViTFamily(
+        name="covft/toy",
+        classes=("covft.testing.ToyViT",),
+        library="covft",
+        blocks="blocks",
+        mlp="mlp",
+        prefix_tokens=(1,),
     ),
     # Everything else of these libraries: by structure, prefix tokens unknown.
     ViTFamily(name="timm", classes=("timm.models.",), library="timm", prefix_tokens=("num_prefix_tokens",)),

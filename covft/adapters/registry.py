@@ -11,7 +11,6 @@ from importlib import metadata
 
 from torch import nn
 
-from covft.adapters.fake import TOY_FAMILY
 from covft.adapters.families import FAMILIES
 from covft.adapters.spec import Adapter, ViTSpec
 from covft.errors import ConfigError, UnknownViTError
@@ -48,7 +47,7 @@ def register_adapter(adapter: Adapter) -> Adapter:
 
 def list_adapters() -> list[Adapter]:
     """All adapters, in the order in which they are asked."""
-    ours: list[Adapter] = [*FAMILIES, TOY_FAMILY]
+    ours: list[Adapter] = [*FAMILIES]
     taken = {adapter.name for adapter in (*_registered.values(), *ours)}
     return [*_registered.values(), *_from_entry_points(taken), *ours]
 

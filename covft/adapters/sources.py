@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from covft.errors import UnknownViTError, UnsupportedViTError
-from covft.extras import import_library
+from covft.utils.extras import import_library
 
 # Left on models that load_vit built and that do not say themselves where they came from.
 _SOURCE_ATTRIBUTE = "_covft_source"

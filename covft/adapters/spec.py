@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import nn
+
+from covft.adapters.input_format import InputFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,8 @@ class BlockSpec:
         norms: Dotted paths, within the block, of the norms outside its FFNs that have affine weights.
         layout: How tokens lie in what the FFN gets. `"BND"`: (images, tokens, width), with any number of axes between
             images and width, such as (images, height, width, width). `"BCHW"`: channels second, as convolutions want
-            them. `"(BF)ND"`, `"(BF)CHW"`: each image is several rows, one after another: patches of which the FFN
-            sees the pixels, windows, pixel positions. `"TD"`, `"1TD"`: packed, see `ViTSpec`.
+            them. `"(BP)ND"`, `"(BP)CHW"`: each image is several rows, one after another: patches of which the FFN
+            sees the pixels, windows, pixel positions. `"TD"`, `"1TD"`: packed, see `InputFormat`.
         output: Attribute of the block that holds the second half of an FFN that comes in two, `mlp` being the first;
             None where the FFN is one module.
         adds_residual: Whether that second half is also given the block's residual, and adds it.
@@ -72,22 +74,7 @@ class ViTSpec:
         library: Where the model comes from: `timm`, `open_clip`, `transformers`, or a third party's name.
         class_name: Class of the model.
         blocks: Its transformer blocks, one entry per FFN, in the order in which they run.
-        layout: Shape of the tokens at the FFNs. `"BND"`: there is an axis for images; each block's own layout says
-            where. `"TD"`: (tokens, width), those of
-            all images one after another; `"1TD"`: the same below an axis of one.
-        num_prefix_tokens: Tokens before the patches (class token, registers); None if unknown.
-        mask_argument: Argument of the model that marks real tokens, shape `(B, N)`; None if there is none.
-        mask_unit: Where an entry of that mask stands for a tile: how many of its tokens are real, those behind them
-            being padding. None where it stands for a token.
-        mask_padding: Where that argument tells several numbers of each token (its row and column) rather than whether
-            it is real: what all of them are for padding. None for a mask.
-        image_axes: How many leading axes of the model's input count images; one text belongs to each.
-        sizes_argument: Argument of a packed model (`"TD"`, `"1TD"`) that has the sides of each image, shape
-            `(images, sides)`; None for others. An image has as many tokens as its sides, multiplied,
-            and its prefix tokens.
-        sizes_unit: The length of a side that makes one token.
-        sizes_square: Where sides count squares of tokens: how many tokens such a square is high and wide.
-        merges: Whether tokens of a packed model are merged on the way, equally many into one.
+        input: How images reach the model.
         image_size: Height (= width) of the images in pixels; None if it may vary or is unknown.
         num_tokens: Tokens per image at that size, prefix included; None if unknown.
     """
@@ -95,16 +82,7 @@ class ViTSpec:
     library: str
     class_name: str
     blocks: tuple[BlockSpec, ...]
-    layout: str = "BND"
-    num_prefix_tokens: int | None = None
-    mask_argument: str | None = None
-    mask_unit: int | None = None
-    mask_padding: int | None = None
-    image_axes: int = 1
-    sizes_argument: str | None = None
-    sizes_unit: int = 1
-    sizes_square: int = 1
-    merges: bool = False
+    input: InputFormat = field(default_factory=InputFormat)
     image_size: int | None = None
     num_tokens: int | None = None
 
@@ -112,11 +90,6 @@ class ViTSpec:
     def depth(self) -> int:
         """Number of FFNs, which is that of the blocks where each has one."""
         return len(self.blocks)
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether the FFNs see all images of a batch as one sequence of tokens."""
-        return self.sizes_argument is not None
 
     @property
     def default_layers(self) -> tuple[int, ...]:

@@ -59,7 +59,7 @@ class Collator:
 
         Returns:
             `input_ids`, `labels`, `attention_mask` (B, L); `pixel_values` (T, 3, H, W) over all tiles of all rows;
-            `image_to_row` (T,), the row of each tile (the `index` of a `ContextEncoder`); `image_flags` (T,), 1 for an
+            `context_index` (T,), the row of each tile (the `index` of a `ContextEncoder`); `image_flags` (T,), 1 for an
             image and 0 for a dummy; `num_tiles`, a list per row; `context_text`, B strings.
 
         Raises:
@@ -101,7 +101,7 @@ class Collator:
             flags += [int(image is not None)] * len(stacked[-1])
         return {
             "pixel_values": torch.cat(stacked),
-            "image_to_row": torch.tensor(rows, dtype=torch.int64),
+            "context_index": torch.tensor(rows, dtype=torch.int64),
             "image_flags": torch.tensor(flags, dtype=torch.int64),
         }
 

@@ -11,7 +11,6 @@ from covft.nn.context import (
     TextContext,
 )
 from covft.nn.experts import Experts
-from covft.nn.fake import FixedRouter
 from covft.nn.losses import load_balance_loss, router_z_loss
 from covft.nn.moe import ContextualMoE
 from covft.nn.router import DenseRouter, RandomRouter, Router, Routing, SparseRouter, UniformRouter
@@ -24,7 +23,6 @@ __all__ = [
     "CrossAttentionContext",
     "DenseRouter",
     "Experts",
-    "FixedRouter",
     "ImageContext",
     "QuickGELU",
     "RandomRouter",

@@ -4,8 +4,8 @@ Tokens come as `(B, N, D)`, or packed as `(T, D)` with the segments that say whe
 are refined as they come; only the attention, or the mean, over an image's tokens needs an axis for images.
 
 Shapes: B images, N tokens of an image (prefix tokens included), T tokens of all images of a packed batch,
-D embed_dim (width of the tokens), C context_dim (width of the text features), H heads, K = C / H, W width of
-the context vector.
+D embed_dim (width of the tokens), C text_dim (width of the text features), H heads, A = C / H (width of a head),
+W context_dim (width of the context vector).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class SingleQueryAttention(nn.Module):
 
     Args:
         embed_dim: Width D of the tokens.
-        context_dim: Width C of the text features and of the result.
+        text_dim: Width C of the text features and of the result.
         num_heads: Heads H; must divide C.
         device: Device of the parameters.
         dtype: Type of the parameters.
@@ -100,7 +100,7 @@ class SingleQueryAttention(nn.Module):
     def __init__(
         self,
         embed_dim: int,
-        context_dim: int,
+        text_dim: int,
         num_heads: int = 4,
         *,
         device: torch.device | str | None = None,
@@ -109,17 +109,17 @@ class SingleQueryAttention(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         self.num_heads = num_heads
-        self.q_proj = nn.Linear(context_dim, context_dim, device=device, dtype=dtype)
-        self.k_proj_weight = nn.Parameter(torch.empty(context_dim, embed_dim, device=device, dtype=dtype))
-        self.v_proj_image_weight = nn.Parameter(torch.empty(context_dim, embed_dim, device=device, dtype=dtype))
-        self.v_proj_text = nn.Linear(context_dim, context_dim, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(context_dim, context_dim, device=device, dtype=dtype)
+        self.q_proj = nn.Linear(text_dim, text_dim, device=device, dtype=dtype)
+        self.k_proj_weight = nn.Parameter(torch.empty(text_dim, embed_dim, device=device, dtype=dtype))
+        self.v_proj_image_weight = nn.Parameter(torch.empty(text_dim, embed_dim, device=device, dtype=dtype))
+        self.v_proj_text = nn.Linear(text_dim, text_dim, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(text_dim, text_dim, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise as `nn.MultiheadAttention` of the same sizes does: Xavier uniform, biases zero."""
-        context_dim, embed_dim = self.k_proj_weight.shape
-        joint_bound = math.sqrt(6 / (context_dim + embed_dim + context_dim))
+        text_dim, embed_dim = self.k_proj_weight.shape
+        joint_bound = math.sqrt(6 / (text_dim + embed_dim + text_dim))
         nn.init.xavier_uniform_(self.q_proj.weight)
         for weight in (self.k_proj_weight, self.v_proj_image_weight, self.v_proj_text.weight):
             nn.init.uniform_(weight, -joint_bound, joint_bound)
@@ -138,18 +138,18 @@ class SingleQueryAttention(nn.Module):
             The context vectors, shape `(B, C)`.
         """
         heads = self.num_heads
-        query_BHK = self.q_proj(text_BC).unflatten(-1, (heads, -1))
-        query_BHK = query_BHK * query_BHK.shape[-1] ** -0.5
-        key_HKD = self.k_proj_weight.unflatten(0, (heads, -1))
-        folded_BHD = torch.einsum("bhk,hkd->bhd", query_BHK, key_HKD)
+        query_BHA = self.q_proj(text_BC).unflatten(-1, (heads, -1))
+        query_BHA = query_BHA * query_BHA.shape[-1] ** -0.5
+        key_HAD = self.k_proj_weight.unflatten(0, (heads, -1))
+        folded_BHD = torch.einsum("bha,had->bhd", query_BHA, key_HAD)
         scores_BHN = torch.einsum("bhd,bnd->bhn", folded_BHD, tokens_BND)
         if mask_BN is not None:
             scores_BHN = scores_BHN.masked_fill(~mask_BN[:, None], -torch.inf)
         attention_BHN = wide_softmax(scores_BHN).to(tokens_BND.dtype)
         mean_BHD = torch.einsum("bhn,bnd->bhd", attention_BHN, tokens_BND)
-        value_HKD = self.v_proj_image_weight.unflatten(0, (heads, -1))
-        image_BHK = torch.einsum("bhd,hkd->bhk", mean_BHD, value_HKD)
-        value_BC = image_BHK.flatten(1) + self.v_proj_text(text_BC)
+        value_HAD = self.v_proj_image_weight.unflatten(0, (heads, -1))
+        image_BHA = torch.einsum("bhd,had->bha", mean_BHD, value_HAD)
+        value_BC = image_BHA.flatten(1) + self.v_proj_text(text_BC)
         return self.out_proj(value_BC)
 
     @torch.no_grad()
@@ -177,7 +177,7 @@ class SingleQueryAttention(nn.Module):
 class ContextExtractor(Protocol):
     """What a context is: tokens and text features in, one vector per image out."""
 
-    width: int
+    context_dim: int
     needs_text: bool
 
     def __call__(
@@ -187,7 +187,7 @@ class ContextExtractor(Protocol):
         mask_BN: Tensor | None = None,
         segments: Segments | None = None,
     ) -> Tensor:
-        """The context vectors, shape `(B, width)`, of tokens `(B, N, D)`, or `(T, D)` with segments."""
+        """The context vectors, shape `(B, W)`, of tokens `(B, N, D)`, or `(T, D)` with segments."""
         ...
 
 
@@ -196,7 +196,7 @@ class CrossAttentionContext(nn.Module):
 
     Args:
         embed_dim: Width D of the tokens.
-        context_dim: Width C of the text features.
+        text_dim: Width C of the text features.
         num_heads: Attention heads; must divide C.
         activation: Of the refinement, `"gelu"` or `"quick_gelu"`.
         device: Device of the parameters.
@@ -212,7 +212,7 @@ class CrossAttentionContext(nn.Module):
     def __init__(
         self,
         embed_dim: int,
-        context_dim: int,
+        text_dim: int,
         *,
         num_heads: int = 4,
         activation: str = "gelu",
@@ -220,10 +220,10 @@ class CrossAttentionContext(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.width = context_dim
+        self.context_dim = text_dim
         self.image = ResidualRefinement(embed_dim, activation=activation, device=device, dtype=dtype)
-        self.text = ResidualRefinement(context_dim, activation=activation, device=device, dtype=dtype)
-        self.attention = SingleQueryAttention(embed_dim, context_dim, num_heads, device=device, dtype=dtype)
+        self.text = ResidualRefinement(text_dim, activation=activation, device=device, dtype=dtype)
+        self.attention = SingleQueryAttention(embed_dim, text_dim, num_heads, device=device, dtype=dtype)
 
     def forward(
         self, tokens: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None, segments: Segments | None = None
@@ -240,7 +240,7 @@ class ImageContext(nn.Module):
 
     def __init__(self, embed_dim: int, **kwargs: object) -> None:
         super().__init__()
-        self.width = embed_dim
+        self.context_dim = embed_dim
         self.image = ResidualRefinement(embed_dim, **kwargs)  # type: ignore[arg-type]
 
     def forward(
@@ -259,10 +259,10 @@ class TextContext(nn.Module):
 
     needs_text = True
 
-    def __init__(self, context_dim: int, **kwargs: object) -> None:
+    def __init__(self, text_dim: int, **kwargs: object) -> None:
         super().__init__()
-        self.width = context_dim
-        self.text = ResidualRefinement(context_dim, **kwargs)  # type: ignore[arg-type]
+        self.context_dim = text_dim
+        self.text = ResidualRefinement(text_dim, **kwargs)  # type: ignore[arg-type]
 
     def forward(
         self, tokens: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None, segments: Segments | None = None
@@ -276,11 +276,11 @@ class ConcatContext(nn.Module):
 
     needs_text = True
 
-    def __init__(self, embed_dim: int, context_dim: int, **kwargs: object) -> None:
+    def __init__(self, embed_dim: int, text_dim: int, **kwargs: object) -> None:
         super().__init__()
-        self.width = embed_dim + context_dim
+        self.context_dim = embed_dim + text_dim
         self.image = ResidualRefinement(embed_dim, **kwargs)  # type: ignore[arg-type]
-        self.text = ResidualRefinement(context_dim, **kwargs)  # type: ignore[arg-type]
+        self.text = ResidualRefinement(text_dim, **kwargs)  # type: ignore[arg-type]
 
     def forward(
         self, tokens: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None, segments: Segments | None = None
@@ -293,7 +293,7 @@ class ConcatContext(nn.Module):
 def make_context(
     kind: str,
     embed_dim: int,
-    context_dim: int | None,
+    text_dim: int | None,
     *,
     num_heads: int = 4,
     activation: str = "gelu",
@@ -305,7 +305,7 @@ def make_context(
     Args:
         kind: `"cve"`, `"image"`, `"text"` or `"concat"`.
         embed_dim: Width D of the tokens.
-        context_dim: Width C of the text features; may be None for `"image"`.
+        text_dim: Width C of the text features; may be None for `"image"`.
         num_heads: Heads of `"cve"`.
         activation: Of the refinements.
         device: Device of the parameters.
@@ -314,13 +314,13 @@ def make_context(
     shared = {"activation": activation, "device": device, "dtype": dtype}
     if kind == "image":
         return ImageContext(embed_dim, **shared)
-    assert context_dim is not None, "checked by wrap()"
+    assert text_dim is not None, "checked by wrap()"
     if kind == "text":
-        return TextContext(context_dim, **shared)
+        return TextContext(text_dim, **shared)
     if kind == "concat":
-        return ConcatContext(embed_dim, context_dim, **shared)
+        return ConcatContext(embed_dim, text_dim, **shared)
     return CrossAttentionContext(
-        embed_dim, context_dim, num_heads=num_heads, activation=activation, device=device, dtype=dtype
+        embed_dim, text_dim, num_heads=num_heads, activation=activation, device=device, dtype=dtype
     )
 
 

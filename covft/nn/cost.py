@@ -1,6 +1,6 @@
 """What an adapted block costs: parameters and arithmetic, counted on paper.
 
-Shapes: N tokens of an image (prefix tokens included), D embed_dim, C context_dim, H heads, W width of the
+Shapes: N tokens of an image (prefix tokens included), D embed_dim, C text_dim, H heads, W width of the
 context vector, E experts, K experts that run per image.
 """
 
@@ -36,7 +36,7 @@ class BlockCost:
 def count_parameters(
     *,
     embed_dim: int,
-    context_dim: int,
+    text_dim: int,
     ffn_parameters: int,
     num_experts: int = 4,
     routing: str = "dense",
@@ -46,23 +46,23 @@ def count_parameters(
 
     Args:
         embed_dim: Width D of the tokens.
-        context_dim: Width C of the text features.
+        text_dim: Width C of the text features.
         ffn_parameters: Parameters of the FFN that the experts are copies of.
         num_experts: Number of experts E.
         routing: `"dense"`, `"sparse"`, `"uniform"` or `"random"`.
         context: `"cve"`, `"image"`, `"text"` or `"concat"`.
 
     Example:
-        >>> count_parameters(embed_dim=1024, context_dim=768, ffn_parameters=8_393_728).total  # CLIP-L, BERT
+        >>> count_parameters(embed_dim=1024, text_dim=768, ffn_parameters=8_393_728).total  # CLIP-L, BERT
         43485188
     """
-    width, sees_image, sees_text = _context(routing, context, embed_dim, context_dim)
+    width, sees_image, sees_text = _context(routing, context, embed_dim, text_dim)
     # q, v_text and out are C x C with a bias; the image halves of k and v are C x D without.
-    attention = 3 * (context_dim**2 + context_dim) + 2 * context_dim * embed_dim
+    attention = 3 * (text_dim**2 + text_dim) + 2 * text_dim * embed_dim
     return BlockCost(
         experts=num_experts * ffn_parameters,
         image_refinement=_refinement(embed_dim) if sees_image else 0,
-        text_refinement=_refinement(context_dim) if sees_text else 0,
+        text_refinement=_refinement(text_dim) if sees_text else 0,
         attention=attention if sees_image and sees_text and context == "cve" else 0,
         router=width * num_experts + num_experts if width else 0,
     )
@@ -71,7 +71,7 @@ def count_parameters(
 def count_flops(
     *,
     embed_dim: int,
-    context_dim: int,
+    text_dim: int,
     ffn_weights: int,
     num_tokens: int,
     num_experts: int = 4,
@@ -86,7 +86,7 @@ def count_flops(
 
     Args:
         embed_dim: Width D of the tokens.
-        context_dim: Width C of the text features.
+        text_dim: Width C of the text features.
         ffn_weights: Elements of the FFN's weight matrices, biases and norms not counted.
         num_tokens: Tokens per image N.
         num_experts: Number of experts E.
@@ -96,29 +96,29 @@ def count_flops(
         num_heads: Heads of the attention H.
 
     Example:
-        >>> cost = count_flops(embed_dim=1024, context_dim=768, ffn_weights=8_388_608, num_tokens=577)
+        >>> cost = count_flops(embed_dim=1024, text_dim=768, ffn_weights=8_388_608, num_tokens=577)
         >>> f"{cost.total / 1e9:.1f} GFLOPs, of which experts {cost.experts / 1e9:.1f}"
         '43.6 GFLOPs, of which experts 38.7'
     """
-    width, sees_image, sees_text = _context(routing, context, embed_dim, context_dim)
+    width, sees_image, sees_text = _context(routing, context, embed_dim, text_dim)
     running = num_experts if routing in ("dense", "uniform") else top_k
     # Per image: project query, text value and output (C x C each), fold the key weights into the query and
     # apply the value weights to the average (C x D each). Per token and head: one score, one weighted sum.
-    attention = 2 * (3 * context_dim**2 + 2 * context_dim * embed_dim + 2 * num_heads * num_tokens * embed_dim)
+    attention = 2 * (3 * text_dim**2 + 2 * text_dim * embed_dim + 2 * num_heads * num_tokens * embed_dim)
     return BlockCost(
         experts=running * 2 * num_tokens * ffn_weights,
         image_refinement=8 * embed_dim**2 * num_tokens if sees_image else 0,
-        text_refinement=8 * context_dim**2 if sees_text else 0,
+        text_refinement=8 * text_dim**2 if sees_text else 0,
         attention=attention if sees_image and sees_text and context == "cve" else 0,
         router=2 * width * num_experts,
     )
 
 
-def _context(routing: str, context: str, embed_dim: int, context_dim: int) -> tuple[int, bool, bool]:
+def _context(routing: str, context: str, embed_dim: int, text_dim: int) -> tuple[int, bool, bool]:
     """Width W of the context vector, and whether it is made of image and of text."""
     if routing in ("uniform", "random"):
         return 0, False, False
-    width = {"cve": context_dim, "image": embed_dim, "text": context_dim, "concat": embed_dim + context_dim}
+    width = {"cve": text_dim, "image": embed_dim, "text": text_dim, "concat": embed_dim + text_dim}
     return width[context], context != "text", context != "image"
 
 

@@ -30,14 +30,14 @@ class Experts(nn.ModuleList):
         recompute: What backward computes again: `"none"`; `"activation"`, all but the products of the first linear
             layers, which are kept; `"all"`, where the tokens alone are kept.
         plan: How the experts compute, if it is known.
-        why_not: Why it is not known.
+        unfused_reason: Why it is not known.
         skip_below: In eval mode, experts with smaller weights are left out for an image; 0 leaves out none.
     """
 
     recompute: str = "none"
     skip_below: float = 0.0
     plan: FFNPlan | None = None
-    why_not: str = "it was not looked for"
+    unfused_reason: str = "it was not looked for"
 
     @classmethod
     def upcycled(cls, ffn: nn.Module, num_experts: int, *, plans: dict[Any, Any] | None = None) -> Experts:
@@ -55,7 +55,7 @@ class Experts(nn.ModuleList):
         plans, form = {} if plans is None else plans, FFNPlan.form_of(ffn)
         if form not in plans:
             plans[form] = FFNPlan.of(ffn)
-        experts.plan, experts.why_not = plans[form]
+        experts.plan, experts.unfused_reason = plans[form]
         return experts
 
     @property
@@ -64,9 +64,9 @@ class Experts(nn.ModuleList):
         return self[0]
 
     @property
-    def way(self) -> str:
+    def summary(self) -> str:
         """What backward computes again, and why the experts are called one by one if they are."""
-        return f"recompute={self.recompute!r}" + ("" if self.plan else f", one by one: {self.why_not}")
+        return f"recompute={self.recompute!r}" + ("" if self.plan else f", one by one: {self.unfused_reason}")
 
     def forward(self, x: Tensor, routing: Routing, *args: Any, **kwargs: Any) -> Tensor:
         """Run the experts and mix.

@@ -153,7 +153,7 @@ class LowRankExperts(nn.Module):
         return self.num_experts
 
     @property
-    def way(self) -> str:
+    def summary(self) -> str:
         """How the experts are made, for `print`."""
         return f"expert_rank={self.rank}"
 

@@ -1,7 +1,7 @@
 """The contextual mixture of experts that stands where a block's FFN stood.
 
-Shapes: B images, N tokens, T tokens of all images of a packed batch, D embed_dim, C context_dim, W width of the
-context vector, E experts.
+Shapes: B images, N tokens, T tokens of all images of a packed batch, D embed_dim, C text_dim, W context_dim,
+E experts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ContextualMoE(nn.Module):
     Args:
         ffn: The pretrained FFN to copy; not changed.
         embed_dim: Width D of the tokens.
-        context_dim: Width C of the text features; None where no text is used.
+        text_dim: Width C of the text features; None where no text is used.
         num_experts: Number of experts E.
         routing: `"dense"`, `"sparse"`, `"uniform"` or `"random"`.
         top_k: Experts per image for `"sparse"` and `"random"`.
@@ -44,7 +44,7 @@ class ContextualMoE(nn.Module):
 
     Example:
         >>> ffn = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-        >>> moe = ContextualMoE(ffn, embed_dim=8, context_dim=4)
+        >>> moe = ContextualMoE(ffn, embed_dim=8, text_dim=4)
         >>> moe(torch.rand(2, 5, 8), torch.rand(2, 4)).shape
         torch.Size([2, 5, 8])
     """
@@ -54,7 +54,7 @@ class ContextualMoE(nn.Module):
         ffn: nn.Module,
         *,
         embed_dim: int,
-        context_dim: int | None,
+        text_dim: int | None,
         num_experts: int = 4,
         routing: str = "dense",
         top_k: int = 2,
@@ -73,12 +73,12 @@ class ContextualMoE(nn.Module):
         self.context = None
         if routing in ("dense", "sparse"):
             self.context = make_context(
-                context, embed_dim, context_dim, num_heads=num_heads, activation=activation, **place
+                context, embed_dim, text_dim, num_heads=num_heads, activation=activation, **place
             )
         self.router = make_router(
             routing,
             num_experts,
-            width=None if self.context is None else self.context.width,  # type: ignore[arg-type]
+            context_dim=None if self.context is None else self.context.context_dim,  # type: ignore[arg-type]
             top_k=top_k,
             eval_seed=eval_seed,
             **place,
@@ -103,7 +103,7 @@ class ContextualMoE(nn.Module):
 
     def extra_repr(self) -> str:
         """How the experts run, for `print`."""
-        return self.experts.way
+        return self.experts.summary
 
     @property
     def needs_text(self) -> bool:

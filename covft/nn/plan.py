@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
+from covft.utils.sharding import is_zero
+
 _HALVES = "_halves"
 _QUICK = 1.702
 _OTHER_FORM = "another form than linear, activation, linear"
@@ -51,7 +53,7 @@ class FFNPlan:
         Returns:
             The plan and an empty string, or None and the reason why there is none.
         """
-        reason = _why_not(ffn, _linears(ffn))
+        reason = _unfused_reason(ffn, _linears(ffn))
         if reason:
             return None, reason
         # Other weights than its own, which may be zero or so small that any plan would fit.
@@ -108,7 +110,7 @@ class FFNPlan:
         layers = [ffn.get_submodule(name) for name in (*self.first, self.last)]
         if any(type(layer) is not nn.Linear for layer in layers):
             return False
-        return all(type(w) is nn.Parameter and not hasattr(w, "ds_id") for w in self.weights(ffn) if w is not None)
+        return all(type(w) is nn.Parameter and not is_zero(w) for w in self.weights(ffn) if w is not None)
 
 
 class Between:
@@ -167,7 +169,7 @@ def _linears(ffn: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in ffn.named_modules() if type(module) is nn.Linear}
 
 
-def _why_not(ffn: nn.Module, linears: dict[str, nn.Linear]) -> str:
+def _unfused_reason(ffn: nn.Module, linears: dict[str, nn.Linear]) -> str:
     parameters = list(ffn.parameters())
     if any(parameter.is_meta for parameter in parameters):
         return "its weights are on the meta device"

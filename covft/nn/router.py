@@ -1,6 +1,6 @@
 """Which experts an image uses, and with what weight: one decision per image, shared by its tokens.
 
-Shapes: B images, W width of the context vector, E experts, K = top_k.
+Shapes: B images, W context_dim (width of the context vector), E experts, K = top_k.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class DenseRouter(nn.Module):
     adaptive optimizer would keep them equal for ever.
 
     Args:
-        width: Width W of the context vector.
+        context_dim: Width W of the context vector.
         num_experts: Number of experts E.
         device: Device of the parameters.
         dtype: Type of the parameters.
@@ -73,7 +73,7 @@ class DenseRouter(nn.Module):
 
     def __init__(
         self,
-        width: int,
+        context_dim: int,
         num_experts: int,
         *,
         device: torch.device | str | None = None,
@@ -81,7 +81,7 @@ class DenseRouter(nn.Module):
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
-        self.gate = nn.Linear(width, num_experts, device=device, dtype=dtype)
+        self.gate = nn.Linear(context_dim, num_experts, device=device, dtype=dtype)
 
     def forward(
         self,
@@ -101,7 +101,7 @@ class SparseRouter(DenseRouter):
     """The `top_k` experts of the softmax, their weights renormalised to sum to 1.
 
     Args:
-        width: Width W of the context vector.
+        context_dim: Width W of the context vector.
         num_experts: Number of experts E.
         top_k: Experts per image K.
         device: Device of the parameters.
@@ -110,14 +110,14 @@ class SparseRouter(DenseRouter):
 
     def __init__(
         self,
-        width: int,
+        context_dim: int,
         num_experts: int,
         top_k: int,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(width, num_experts, device=device, dtype=dtype)
+        super().__init__(context_dim, num_experts, device=device, dtype=dtype)
         self.top_k = top_k
 
     def forward(
@@ -211,7 +211,7 @@ def make_router(
     routing: str,
     num_experts: int,
     *,
-    width: int | None,
+    context_dim: int | None,
     top_k: int = 2,
     eval_seed: int = 0,
     device: torch.device | str | None = None,
@@ -222,7 +222,7 @@ def make_router(
     Args:
         routing: `"dense"`, `"sparse"`, `"uniform"` or `"random"`.
         num_experts: Number of experts E.
-        width: Width of the context vector; None where nothing is learned.
+        context_dim: Width W of the context vector; None where nothing is learned.
         top_k: Experts per image for `"sparse"` and `"random"`.
         eval_seed: Seed of `"random"` in eval mode.
         device: Device of the parameters.
@@ -232,7 +232,7 @@ def make_router(
         return UniformRouter(num_experts)
     if routing == "random":
         return RandomRouter(num_experts, top_k, eval_seed=eval_seed)
-    assert width is not None, "a learned router has a context"
+    assert context_dim is not None, "a learned router has a context"
     if routing == "sparse":
-        return SparseRouter(width, num_experts, top_k, device=device, dtype=dtype)
-    return DenseRouter(width, num_experts, device=device, dtype=dtype)
+        return SparseRouter(context_dim, num_experts, top_k, device=device, dtype=dtype)
+    return DenseRouter(context_dim, num_experts, device=device, dtype=dtype)

@@ -7,7 +7,6 @@ encoded once, alone, so that its features depend on nothing else.
 from covft.text.base import CachedTextEncoder, TextEncoder
 from covft.text.cache import FeatureCache
 from covft.text.callables import CallableTextEncoder
-from covft.text.fake import HashTextEncoder
 from covft.text.hf import HFTextEncoder
 from covft.text.open_clip import OpenCLIPTextEncoder
 from covft.text.precomputed import PrecomputedFeatures
@@ -21,7 +20,6 @@ __all__ = [
     "FeatureCache",
     "FeatureTable",
     "HFTextEncoder",
-    "HashTextEncoder",
     "OpenCLIPTextEncoder",
     "PrecomputedFeatures",
     "SentenceTransformersEncoder",

@@ -25,11 +25,11 @@ class TextEncoder(Protocol):
 
     Attributes:
         name: What a saved config writes down; `as_text_encoder(name)` builds the encoder again where it can.
-        width: Features per text, C.
+        text_dim: Features per text, C.
     """
 
     name: str
-    width: int
+    text_dim: int
 
     def encode(self, texts: list[str]) -> Tensor:
         """Encode each text by itself.
@@ -52,7 +52,7 @@ class CachedTextEncoder(ABC):
     """
 
     name: str
-    width: int
+    text_dim: int
     _probe_fix: str | None = None
 
     def __init__(self, name: str, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
@@ -108,7 +108,7 @@ class CachedTextEncoder(ABC):
     def _gather(self, keys: list[Any], compute: Callable[[Any], Tensor]) -> Tensor:
         """One row per key, from the cache or computed alone."""
         if not keys:
-            return torch.empty(0, self.width, device=self.device)
+            return torch.empty(0, self.text_dim, device=self.device)
         rows: dict[Hashable, Tensor] = {}
         with _undisturbed(self.device):
             for key in keys:
@@ -116,19 +116,19 @@ class CachedTextEncoder(ABC):
                     continue
                 row = self.cache.get(key)
                 if row is None:
-                    row = self._run(compute, key, self.width)
+                    row = self._run(compute, key, self.text_dim)
                     self.cache.put(key, row)
                 rows[key] = row
             dtype = rows[keys[-1]].dtype
             return torch.stack([rows[key].to(dtype) for key in keys]).to(self.device)
 
-    def _run(self, compute: Callable[[Any], Tensor], key: Any, width: int | None) -> Tensor:
+    def _run(self, compute: Callable[[Any], Tensor], key: Any, text_dim: int | None) -> Tensor:
         """Features of one key, shape `(C,)`, checked, detached, on the CPU."""
         for module in self._text_modules():
             module.eval()
         with _undisturbed(self.device):
             features = compute(key)
-            check_features(features, width, shown(key))
+            check_features(features, text_dim, shown(key))
             # A clone made here is an ordinary tensor even when the model ran in inference mode
             # (sentence-transformers does), and owns no more memory than its row.
             return features[0].detach().to("cpu").clone()
@@ -177,7 +177,7 @@ class CachedTextEncoder(ABC):
         return self
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, width={getattr(self, 'width', None)})"
+        return f"{type(self).__name__}({self.name!r}, text_dim={getattr(self, 'text_dim', None)})"
 
 
 def check_texts(texts: Sequence[str]) -> list[str]:
@@ -207,8 +207,8 @@ def check_texts(texts: Sequence[str]) -> list[str]:
     return strings
 
 
-def check_features(features: object, width: int | None, text: str) -> None:
-    """Refuse features that are no finite floating-point `(1, width)`.
+def check_features(features: object, text_dim: int | None, text: str) -> None:
+    """Refuse features that are no finite floating-point `(1, text_dim)`.
 
     Raises:
         ShapeError: If the shape is another.
@@ -217,10 +217,10 @@ def check_features(features: object, width: int | None, text: str) -> None:
     if not isinstance(features, Tensor):
         raise TextEncoderError("A text encoder must return a tensor.", expected="Tensor (S, C)", got=describe(features))
     is_row = features.dim() == 2 and features.shape[0] == 1 and features.shape[1] > 0
-    if not is_row or (width is not None and features.shape[1] != width):
+    if not is_row or (text_dim is not None and features.shape[1] != text_dim):
         raise ShapeError(
             "A text encoder must return one row of features per text.",
-            expected=f"(1, {width or 'C'}) for one text",
+            expected=f"(1, {text_dim or 'C'}) for one text",
             got=tuple(features.shape),
         )
     if not features.is_floating_point():

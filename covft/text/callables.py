@@ -19,7 +19,7 @@ class CallableTextEncoder(CachedTextEncoder):
     Args:
         function: Takes `list[str]` (S of them), returns a tensor or array `(S, C)`. A module is put into eval
             mode before each call.
-        width: Features per text, C. Found by one call with a harmless text if not given.
+        text_dim: Features per text, C. Found by one call with a harmless text if not given.
         name: For saved configs, by default `callable:` and the function's name.
         cache_bytes: Bound on the memory of the kept features.
 
@@ -28,17 +28,17 @@ class CallableTextEncoder(CachedTextEncoder):
         ShapeError: If it does not return `(1, C)` for one text.
 
     Example:
-        >>> CallableTextEncoder(lambda texts: torch.ones(len(texts), 8), name="ones").width
+        >>> CallableTextEncoder(lambda texts: torch.ones(len(texts), 8), name="ones").text_dim
         8
     """
 
-    _probe_fix = "covft.text.CallableTextEncoder(function, width=C), if the function knows only certain texts"
+    _probe_fix = "covft.text.CallableTextEncoder(function, text_dim=C), if the function knows only certain texts"
 
     def __init__(
         self,
         function: Callable[[list[str]], Any],
         *,
-        width: int | None = None,
+        text_dim: int | None = None,
         name: str | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
@@ -48,7 +48,7 @@ class CallableTextEncoder(CachedTextEncoder):
         super().__init__(name or f"callable:{label}", cache_bytes=cache_bytes)
         self.function = function
         self._device = torch.device("cpu")
-        self.width = width if width is not None else self._try(self._encode_one, PROBES[0]).shape[0]
+        self.text_dim = text_dim if text_dim is not None else self._try(self._encode_one, PROBES[0]).shape[0]
 
     @property
     def device(self) -> torch.device:

@@ -93,7 +93,7 @@ class HFTextEncoder(CachedTextEncoder):
             revision=revision,
         )
         self._modules = text_modules(self.model)
-        self.width = self._probe() if self.tokenizer is not None else self._probe_tokens()
+        self.text_dim = self._probe() if self.tokenizer is not None else self._probe_tokens()
         # Last: a model that cannot be used is left as it was.
         freeze(self._modules)
 

@@ -9,8 +9,8 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from covft.errors import TextEncoderError
-from covft.extras import import_library
-from covft.sharding import unpartitioned
+from covft.utils.extras import import_library
+from covft.utils.sharding import unpartitioned
 
 
 def load_pretrained(auto_class: str, source: str, **kwargs: Any) -> Any:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from covft.errors import TextEncoderError
-from covft.extras import import_library
 from covft.text.base import CachedTextEncoder, freeze
 from covft.text.cache import DEFAULT_CACHE_BYTES
+from covft.utils.extras import import_library
 
 # The vocabulary of CLIP's own byte-pair tokenizer; a tower of this size was trained with it.
 _CLIP_VOCABULARY = 49408
@@ -58,7 +58,7 @@ class OpenCLIPTextEncoder(CachedTextEncoder):
         self.max_length: int | None = getattr(tower, "context_length", getattr(loaded, "context_length", None))
         self.tokenizer = tokenizer or self._default_tokenizer()
         self._modules, self._loose = _text_tower(loaded)
-        self.width = self._probe()
+        self.text_dim = self._probe()
         freeze(self._modules, self._loose)
 
     @property

@@ -12,7 +12,7 @@ from torch import nn
 from covft.errors import MissingDependencyError, TextEncoderError
 from covft.text.base import TextEncoder, describe, mro_modules
 from covft.text.callables import CallableTextEncoder
-from covft.text.fake import HashTextEncoder
+from covft.text.hashed import HashTextEncoder
 from covft.text.hf import HFTextEncoder
 from covft.text.loading import find_json, split_options
 from covft.text.open_clip import OpenCLIPTextEncoder
@@ -22,7 +22,7 @@ from covft.text.sentence_transformers import SentenceTransformersEncoder
 ACCEPTED = (
     "a model id or folder; a loaded text model of transformers, sentence-transformers or open_clip, alone or "
     "as (model, tokenizer); a callable list[str] -> (S, C); an int C for features that the caller brings; "
-    "or an object with name, width and encode(texts)"
+    "or an object with name, text_dim and encode(texts)"
 )
 
 
@@ -44,7 +44,7 @@ def as_text_encoder(obj: Any, *, pooling: str | None = None, revision: str | Non
         MissingDependencyError: If a library is needed that is not installed.
 
     Example:
-        >>> as_text_encoder(768).width
+        >>> as_text_encoder(768).text_dim
         768
     """
     if isinstance(obj, str):
@@ -69,7 +69,7 @@ def _is_text_encoder(obj: Any) -> bool:
     return (
         not isinstance(obj, type)
         and isinstance(getattr(obj, "name", None), str)
-        and isinstance(getattr(obj, "width", None), int)
+        and isinstance(getattr(obj, "text_dim", None), int)
         and callable(getattr(obj, "encode", None))
     )
 

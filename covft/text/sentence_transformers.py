@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from covft.errors import TextEncoderError
-from covft.extras import import_library
 from covft.text.base import CachedTextEncoder, freeze
 from covft.text.cache import DEFAULT_CACHE_BYTES
 from covft.text.loading import not_loaded
+from covft.utils.extras import import_library
 
 
 class SentenceTransformersEncoder(CachedTextEncoder):
@@ -50,7 +50,7 @@ class SentenceTransformersEncoder(CachedTextEncoder):
         self.model = loaded
         self.revision = revision
         self.max_length: int | None = getattr(loaded, "max_seq_length", None)
-        self.width = self._probe()
+        self.text_dim = self._probe()
         freeze([loaded])
 
     @property

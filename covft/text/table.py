@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm  # comes with huggingface_hub
 
 from covft.errors import TextEncoderError
-from covft.folder import write_tensors
 from covft.text.base import CachedTextEncoder, TextEncoder, check_texts, shown
+from covft.utils.files import write_tensors
 
 _CHUNK = 256  # texts between two steps of a progress bar
 
@@ -34,7 +34,7 @@ class FeatureTable(CachedTextEncoder):
         TextEncoderError: If the two do not fit together, or the fallback is of another width.
 
     Example:
-        >>> from covft.text import HashTextEncoder
+        >>> from covft.testing import HashTextEncoder
         >>> table = FeatureTable.precompute(HashTextEncoder(8), ["how many?", "where?"])
         >>> table.encode(["where?"]).shape
         torch.Size([1, 8])
@@ -47,14 +47,14 @@ class FeatureTable(CachedTextEncoder):
                 expected="digests (S, 32) and features (S, C), S >= 1",
                 got=f"{tuple(digests.shape)} and {tuple(features.shape)}",
             )
-        if fallback is not None and fallback.width != features.shape[1]:
+        if fallback is not None and fallback.text_dim != features.shape[1]:
             raise TextEncoderError(
                 "The fallback is another encoder than the one that made the features.",
                 expected=f"width {features.shape[1]} ({name})",
-                got=f"width {fallback.width} ({fallback.name})",
+                got=f"width {fallback.text_dim} ({fallback.name})",
             )
         super().__init__(name, cache_bytes=0)
-        self.width = int(features.shape[1])
+        self.text_dim = int(features.shape[1])
         self.fallback = fallback
         self._features = features
         self._rows = {bytes(digest): row for row, digest in enumerate(digests.numpy())}

@@ -18,13 +18,16 @@ from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
 import covft
 from covft.data import CHAT_TEMPLATES, ConversationDataset, InternVLRows, Tiling
-from covft.integrations import RECIPES, MLLMTrainer, MLLMTrainingArguments, train_only
-from covft.integrations.assembling import (
+from covft.integrations import (
+    RECIPES,
+    MLLMTrainer,
+    MLLMTrainingArguments,
     build_internvl,
     freeze_unread,
     image_text_of,
     load_image_processor,
     load_projector,
+    train_only,
 )
 
 PARTS = {"covft": ("projector", "llm", "covft"), "frozen": ("projector", "llm"), "full": ("projector", "llm", "vision")}

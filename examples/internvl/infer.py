@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 
 import covft
 from covft.data import tile_image
-from covft.integrations.assembling import image_text_of
+from covft.integrations import image_text_of
 
 
 @dataclass

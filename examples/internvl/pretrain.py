@@ -15,8 +15,16 @@ import torch
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
 from covft.data import CHAT_TEMPLATES, ConversationDataset, InternVLRows, Tiling
-from covft.integrations import RECIPES, MLLMTrainer, MLLMTrainingArguments, train_only
-from covft.integrations.assembling import build_internvl, image_text_of, load_image_processor, save_projector
+from covft.integrations import (
+    RECIPES,
+    MLLMTrainer,
+    MLLMTrainingArguments,
+    build_internvl,
+    image_text_of,
+    load_image_processor,
+    save_projector,
+    train_only,
+)
 
 
 @dataclass

@@ -15,8 +15,16 @@ import torch
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
 from covft.data import CHAT_TEMPLATES, ConversationDataset, LlavaRows
-from covft.integrations import RECIPES, MLLMTrainer, MLLMTrainingArguments, train_only
-from covft.integrations.assembling import build_llava, image_text_of, load_image_processor, save_projector
+from covft.integrations import (
+    RECIPES,
+    MLLMTrainer,
+    MLLMTrainingArguments,
+    build_llava,
+    image_text_of,
+    load_image_processor,
+    save_projector,
+    train_only,
+)
 
 
 @dataclass

@@ -137,7 +137,7 @@ def test_several_ffns_of_a_block_are_found_by_their_names():
     vit = model(both, block(mlp=ffn()))
     found = find_blocks(vit, "layers", ("mlp_in", "mlp"), folded=("mlp_in",))
     assert [(b.index, b.path, b.mlp, b.layout) for b in found] == [
-        (0, "layers.0", "mlp_in", "(BF)ND"),
+        (0, "layers.0", "mlp_in", "(BP)ND"),
         (1, "layers.0", "mlp", "BND"),
         (2, "layers.1", "mlp", "BND"),
     ]
@@ -300,7 +300,7 @@ def test_describe_runs_nothing_and_changes_nothing(monkeypatch):
     for module in vit.modules():
         monkeypatch.setattr(type(module), "forward", refuse)
     spec = describe(vit)
-    assert (spec.depth, spec.num_prefix_tokens, spec.library) == (6, 1, "timm")
+    assert (spec.depth, spec.input.prefix_tokens, spec.library) == (6, 1, "timm")
     assert [(name, id(module), sorted(vars(module))) for name, module in vit.named_modules()] == modules
     assert [(p.requires_grad, p._version) for p in vit.parameters()] == flags
     assert all(torch.equal(tensor, before[name]) for name, tensor in vit.state_dict().items())

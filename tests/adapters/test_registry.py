@@ -83,7 +83,7 @@ def entry_points(monkeypatch):
 
 
 def assert_home(spec):
-    assert (spec.library, spec.class_name, spec.depth, spec.num_prefix_tokens) == ("homelib", "HomeViT", 3, 0)
+    assert (spec.library, spec.class_name, spec.depth, spec.input.prefix_tokens) == ("homelib", "HomeViT", 3, 0)
     assert [block.path for block in spec.blocks] == ["stages.0", "stages.1", "stages.2"]
     assert {(b.mlp, b.embed_dim, b.ffn_dim, b.norms) for b in spec.blocks} == {("dense", 8, 24, ("pre", "post"))}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import covft
 from benchmarks.coverage.check import check
 from covft.errors import UnknownViTError
-from tests.towers import CONTEXT_DIM, perturb
+from tests.towers import TEXT_DIM, perturb
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -54,8 +54,8 @@ def ids() -> Tensor:
 def test_the_whole_model_goes_on_working(kind):
     model = WHOLE[kind]().double().eval()
     plain, tokens = copy.deepcopy(model), ids()
-    images, texts = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.randn(3, CONTEXT_DIM).double()
-    encoder = covft.wrap(model.visual, CONTEXT_DIM, layers=[0, 1, 2])
+    images, texts = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.randn(3, TEXT_DIM).double()
+    encoder = covft.wrap(model.visual, TEXT_DIM, layers=[0, 1, 2])
     torch.testing.assert_close(model.encode_text(tokens), plain.encode_text(tokens))
     with encoder.condition(texts):
         torch.testing.assert_close(model.encode_image(images), plain.encode_image(images))
@@ -72,9 +72,9 @@ def test_the_whole_model_goes_on_working(kind):
 @pytest.mark.parametrize("kind", WHOLE)
 def test_gradient_checkpointing_of_the_whole_model_is_exact(kind):
     model = WHOLE[kind]().double().train()
-    encoder = covft.wrap(model.visual, CONTEXT_DIM, layers=[0, 1, 2])
+    encoder = covft.wrap(model.visual, TEXT_DIM, layers=[0, 1, 2])
     perturb(encoder)
-    images, texts = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.randn(3, CONTEXT_DIM).double()
+    images, texts = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.randn(3, TEXT_DIM).double()
     parameters = list(encoder.trainable_parameters())
 
     def gradients() -> tuple[Tensor | None, ...]:
@@ -96,8 +96,8 @@ def test_gradient_checkpointing_of_the_whole_model_is_exact(kind):
 def test_coca_writes_captions_as_before():
     model = coca().double().eval()
     plain, tokens = copy.deepcopy(model), ids()
-    images, texts = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.randn(3, CONTEXT_DIM).double()
-    encoder = covft.wrap(model.visual, CONTEXT_DIM, layers=[0, 1])
+    images, texts = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.randn(3, TEXT_DIM).double()
+    encoder = covft.wrap(model.visual, TEXT_DIM, layers=[0, 1])
     with encoder.condition(texts):
         found = model(images, tokens)
     for name, value in plain(images, tokens).items():
@@ -132,7 +132,7 @@ def test_towers(name):
 def test_convnets_are_refused_by_name(vision, reason):
     tower = open_clip.model._build_vision_tower(16, vision)
     with pytest.raises(UnknownViTError, match=reason):
-        covft.wrap(tower, CONTEXT_DIM)
+        covft.wrap(tower, TEXT_DIM)
 
 
 def test_results_are_json():

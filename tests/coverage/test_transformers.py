@@ -24,9 +24,9 @@ KINDS = {
     "stages": ("SwinModel", ["BND"]),
     "further arguments": ("SegformerModel", ["BND"]),
     "channels first": ("SwiftFormerModel", ["BCHW"]),
-    "pixel positions are rows": ("MobileViTModel", ["(BF)ND"]),
-    "windows are rows": ("RfDetrDinov2Backbone", ["(BF)ND"]),
-    "frames are rows": ("VideoPrismVisionModel", ["(BF)ND"]),
+    "pixel positions are rows": ("MobileViTModel", ["(BP)ND"]),
+    "windows are rows": ("RfDetrDinov2Backbone", ["(BP)ND"]),
+    "frames are rows": ("VideoPrismVisionModel", ["(BP)ND"]),
     "padded": ("Gemma4VisionModel", ["BND"]),
     "tiles": ("MllamaVisionModel", ["BND"]),
     "packed": ("Kimi_K25VisionModel", ["TD"]),
@@ -138,7 +138,7 @@ def test_page__groups_what_is_alike():
             found("b"),
             found("d", "refused", reason=reason, layouts=[], num_blocks=0),
             found("a", num_blocks=5),
-            found("c", class_name="Swin", layouts=["BND", "(BF)ND"]),
+            found("c", class_name="Swin", layouts=["BND", "(BP)ND"]),
             {"name": "e", "library": "timm", "verdict": "no attention"},
         ]
     )

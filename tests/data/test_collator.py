@@ -33,23 +33,23 @@ def test_padding(side, multiple):
 def test_every_tile_finds_its_row():
     samples = [sample(3, 2, text="a"), sample(4, text="b"), sample(2, 1, text="c"), sample(2, 3, text="d")]
     batch = Collator(0)(samples)
-    assert batch["image_to_row"].tolist() == [0, 0, 1, 2, 3, 3, 3]
+    assert batch["context_index"].tolist() == [0, 0, 1, 2, 3, 3, 3]
     assert batch["image_flags"].tolist() == [1, 1, 0, 1, 1, 1, 1]
     assert batch["context_text"] == ["a", "b", "c", "d"]
     assert batch["num_tiles"] == [[2], [0], [1], [3]]
     for row, one in enumerate(samples):
-        tiles = batch["pixel_values"][batch["image_to_row"] == row]
+        tiles = batch["pixel_values"][batch["context_index"] == row]
         assert torch.equal(tiles, torch.zeros(1, 3, 4, 4) if one["pixel_values"] is None else one["pixel_values"])
 
 
 def test_dummies_of_a_batch():
     mixed, text = [sample(3), sample(3, 1), sample(3)], [sample(3), sample(3)]
     collate = Collator(0, image_shape=(3, 4, 4), dummies="batch")
-    assert collate(mixed)["image_to_row"].tolist() == [1]
-    assert (collate(text)["image_to_row"].tolist(), collate(text)["image_flags"].tolist()) == ([0], [0])
-    assert Collator(0, image_shape=(3, 4, 4))(text)["image_to_row"].tolist() == [0, 1]
+    assert collate(mixed)["context_index"].tolist() == [1]
+    assert (collate(text)["context_index"].tolist(), collate(text)["image_flags"].tolist()) == ([0], [0])
+    assert Collator(0, image_shape=(3, 4, 4))(text)["context_index"].tolist() == [0, 1]
     none = Collator(0, dummies="none")
-    assert none(mixed)["image_to_row"].tolist() == [1]
+    assert none(mixed)["context_index"].tolist() == [1]
     assert "pixel_values" not in none(text)
 
 

@@ -96,7 +96,7 @@ def test_real_image_processors(folder):
     assert data.image_shape == (3, 28, 28)
     batch = Collator(0, image_shape=data.image_shape)([data[row] for row in range(5)])
     assert batch["pixel_values"].shape == (6, 3, 28, 28)
-    assert batch["image_to_row"].tolist() == [0, 1, 2, 3, 3, 4]
+    assert batch["context_index"].tolist() == [0, 1, 2, 3, 3, 4]
 
 
 def test_stage_one_sees_images_and_captions_only(folder):

@@ -10,7 +10,8 @@ import torch
 from covft.cli import main
 from covft.data import InternVLRows, LlavaRows, open_rows, questions_of
 from covft.data.broken import DataError
-from covft.text import FeatureTable, HashTextEncoder
+from covft.testing import HashTextEncoder
+from covft.text import FeatureTable
 
 
 def turns(*questions):

@@ -11,7 +11,7 @@ from torch import nn
 import covft
 from covft.data import IGNORE_INDEX, Collator
 from covft.integrations import attach, get_encoder
-from covft.sharding import gathered
+from covft.utils.sharding import gathered
 from tests.integrations.mllms import BY_NAME, SIZE, Row
 from tests.towers import perturb
 
@@ -24,7 +24,7 @@ ROWS = [
     Row(0, "a dog, and where?"),
     Row(0, "what is a cup?"),
 ]
-TEXTS = covft.text.HashTextEncoder(16)
+TEXTS = covft.testing.HashTextEncoder(16)
 
 
 def save_base(folder: Path) -> None:

@@ -69,7 +69,7 @@ def assert_same_files(folder, other):
 def test_the_batch_is_the_hard_case(ddp):
     one, other = batch_of(0, 2), batch_of(1, 2)
     assert one["image_flags"].tolist() == [1, 1, 1]
-    assert one["image_to_row"].tolist() == [0, 1, 1]
+    assert one["context_index"].tolist() == [0, 1, 1]
     assert other["image_flags"].tolist() == [0, 0]
     gradients = alone(ddp)
     tower = [name for name in gradients if "vision_tower" in name]

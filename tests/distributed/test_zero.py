@@ -8,8 +8,8 @@ import importlib.util
 import pytest
 import torch
 
-from covft.fingerprint import difference
-from covft.folder import read_folder
+from covft.checkpoints.fingerprint import difference
+from covft.checkpoints.folder import read_folder
 from covft.integrations import detach, get_encoder
 from tests.distributed import processes
 from tests.distributed.llava import attached_model, loss_of, trained_gradients

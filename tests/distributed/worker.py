@@ -18,10 +18,10 @@ import torch
 from torch import distributed, nn
 
 import covft
-from covft.checkpoint import load_into
+from covft.checkpoints.loading import load_into
 from covft.errors import CheckpointError, TextEncoderError, UnsupportedViTError
 from covft.integrations import attach, detach, get_encoder
-from covft.sharding import full
+from covft.utils.sharding import full
 from tests.distributed.llava import LLAVA, TEXTS, attached_model, loss_of, trained_gradients
 
 
@@ -168,7 +168,7 @@ def text_encoders(folder: Path) -> None:
     """No engine ever gathers a text encoder, so covft loads it whole, and refuses one that is not."""
     from transformers import AutoModel
 
-    from covft.adapters.fake import ToyViT
+    from covft.testing import ToyViT
 
     encoder = covft.wrap(ToyViT(), str(folder / "text"))
     assert encoder.encode_text("a cup").shape == (1, 16)

@@ -26,7 +26,7 @@ def llava(tmp_path_factory):
     """A LLaVA with the chat template of llava-hf, and a picture."""
     import copy
 
-    from covft.integrations.assembling import build_llava, llava_processor, load_image_processor
+    from covft.integrations import build_llava, llava_processor, load_image_processor
     from tests.integrations.prompts import tokenizer_of
 
     root = tmp_path_factory.mktemp("llava")
@@ -64,7 +64,7 @@ def test_open_clip(monkeypatch, capsys):
     monkeypatch.setattr(open_clip, "create_model", lambda name, pretrained: _small())
     namespace = run(monkeypatch, "with_open_clip.py")
     assert "features (2, 32)" in capsys.readouterr().out
-    assert namespace["encoder"].text_encoder.width == 32
+    assert namespace["encoder"].text_encoder.text_dim == 32
 
 
 def _small():

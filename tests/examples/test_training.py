@@ -235,7 +235,7 @@ def test_llava_answers_as_it_was_trained(runs, monkeypatch, capsys):
     arguments += ["--question", question, "--max_new_tokens", 6, "--device", "cpu"]
     answer, seen = ask(monkeypatch, "llava/infer.py", *arguments)
     assert capsys.readouterr().out.strip() == answer
-    assert covft.get_encoder(seen["model"]).text_encoder.width == 16
+    assert covft.get_encoder(seen["model"]).text_encoder.text_dim == 16
 
     # The prompt is the one of the training data, up to where the answer begins, and so are the pixels.
     from transformers import AutoProcessor

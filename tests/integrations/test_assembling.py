@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from covft.errors import CheckpointError, ConfigError, UnknownViTError, UnsupportedViTError
-from covft.integrations.assembling import (
+from covft.integrations import (
     build_internvl,
     build_llava,
     freeze_unread,
@@ -23,7 +23,7 @@ from covft.integrations.assembling import (
     save_projector,
     whole_weights,
 )
-from covft.integrations.internvit import convert
+from covft.integrations.building.internvit import convert
 from tests.integrations.prompts import tokenizer_of
 
 SIZE, PATCH, WIDTH, DEPTH = 32, 8, 32, 4
@@ -436,7 +436,7 @@ def test_the_image_processor_makes_what_the_tower_takes(parts, tmp_path):
 
 def test_covft_goes_into_an_assembled_model(parts, tokenizer):
     import covft
-    from covft.text import HashTextEncoder
+    from covft.testing import HashTextEncoder
 
     for model in (
         build_llava(parts / "dinov3", parts / "phi3", copy.deepcopy(tokenizer)),
@@ -608,7 +608,7 @@ def test_a_save_that_fails_leaves_the_old_projector(parts, tokenizer, tmp_path, 
         file.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("covft.folder.save_file", full_disk)
+    monkeypatch.setattr("covft.utils.files.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_projector(model, tmp_path)
     assert path.read_bytes() == before

@@ -24,7 +24,7 @@ from covft.integrations import attach, detach, get_encoder
 from tests.integrations.mllms import BY_NAME, MLLMS, Batch, Row, watch
 from tests.towers import perturb
 
-TEXTS = covft.text.HashTextEncoder(16)
+TEXTS = covft.testing.HashTextEncoder(16)
 CUP, PEOPLE, DOG = "what is left of the cup?", "how many people are there?", "a dog, and where?"
 MIXED = [Row(1, CUP), Row(0, DOG), Row(2, PEOPLE)]
 every_mllm = pytest.mark.parametrize("mllm", MLLMS, ids=str)
@@ -102,7 +102,7 @@ def test_attach__leaves_out_what_the_model_does_not_read_and_nothing_else(mllm):
     detach(model)
     before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
     if last - 1 >= -depth:
-        with pytest.raises(ConfigError, match=f"feature_layer={last - 1} would leave out") as error:
+        with pytest.raises(ConfigError, match=f"feature_layer={last - 1} would skip") as error:
             attach(model, TEXTS, tokenizer=mllm.tokenizer, layers=[0], feature_layer=last - 1)
         assert f"feature_layer={last}" in str(error.value)
         assert all(torch.equal(tensor, before[name]) for name, tensor in vit.state_dict().items())
@@ -168,7 +168,7 @@ def test_signature__is_the_models_own_and_context_text():
     own = inspect.signature(model.forward)
     attach(model, TEXTS, tokenizer=None)
     names = list(inspect.signature(model.forward).parameters)
-    added = ["context_text", "image_to_row", "image_flags", "num_tiles"]
+    added = ["context_text", "context_index", "image_flags", "num_tiles"]
     assert names == [*list(own.parameters)[:-1], *added, "kwargs"]
     assert "image_flags" not in inspect.signature(model.generate).parameters
     assert inspect.signature(model.forward).parameters["context_text"].default is None
@@ -572,7 +572,7 @@ def test_accelerate__mixed_precision_wraps_and_unwraps(request):
     assert logits.dtype == torch.float32
     assert len(runs) == 1
     assert "context_text" in inspect.signature(prepared.forward).parameters
-    with pytest.raises(UnsupportedViTError, match="stands for model"):
+    with pytest.raises(UnsupportedViTError, match="Another library has replaced model"):
         detach(model)
     back = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     assert torch.equal(forward(back, batch)[0], wanted)
@@ -701,7 +701,7 @@ def test_refused__and_nothing_is_changed():
         attach(model, TEXTS, tokenizer="a name")
     with pytest.raises(covft.errors.LayerIndexError):
         attach(model, TEXTS, tokenizer=mllm.tokenizer, layers=[9])
-    with pytest.raises(ConfigError, match="saved tower has its settings"):
+    with pytest.raises(ConfigError, match="saved tower has its own settings"):
         attach(model, TEXTS, tokenizer=mllm.tokenizer, experts=2, pretrained="somewhere")
     assert inspect.ismethod(model.forward)
     attach(model, TEXTS, tokenizer=mllm.tokenizer)

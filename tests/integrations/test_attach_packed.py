@@ -10,7 +10,7 @@ import torch
 import covft
 from covft.errors import MissingContextError, ShapeError, UnsupportedViTError
 from covft.integrations import attach, get_encoder
-from covft.integrations.models import find_tower
+from covft.integrations.mllm.families import find_tower
 from tests.integrations.mllms import ALIKE, BY_NAME, MLLM, Row, watch
 from tests.integrations.test_attach import CUP, DOG, MIXED, PEOPLE, TEXTS, alone, attached, changed, forward
 from tests.towers import PATCH, perturb
@@ -173,7 +173,8 @@ def test_refused__a_packed_tower_whose_sizes_have_another_name():
             return True
 
         def describe(self, vit):
-            return dataclasses.replace(covft.describe(vit), sizes_argument="kwargs")
+            spec = covft.describe(vit)
+            return dataclasses.replace(spec, input=dataclasses.replace(spec.input, sizes_argument="kwargs"))
 
     with pytest.raises(UnsupportedViTError, match="where the sizes of images come from"):
         attach(model, TEXTS, tokenizer=None, adapter=Renamed())

@@ -8,11 +8,11 @@ import torch
 import covft
 from covft.errors import ShapeError
 from covft.integrations import attach, get_encoder
-from covft.integrations.attachment import image_id
+from covft.integrations.mllm.attachment import image_id
 from tests.integrations.mllms import BY_NAME, MLLMS, Row, watch
 from tests.towers import perturb
 
-TEXTS = covft.text.HashTextEncoder(16)
+TEXTS = covft.testing.HashTextEncoder(16)
 CUP, PEOPLE, DOG = "what is left of the cup?", "how many people are there?", "a dog, and where?"
 # Models whose `pixel_values` are a plain batch of tiles, as the collator makes it.
 PLAIN = [mllm for mllm in MLLMS if mllm.layout == "plain"]
@@ -36,7 +36,7 @@ def with_dummies(inputs, flags, rows):
         **inputs,
         "pixel_values": torch.stack(tiles),
         "image_flags": torch.tensor(flags),
-        "image_to_row": torch.tensor(rows),
+        "context_index": torch.tensor(rows),
         "num_tiles": [[] for _ in inputs["input_ids"]],
     }
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from covft.errors import ConfigError, MissingContextError
-from covft.integrations.marks import learn_marks
-from covft.integrations.prompt import PromptReader
+from covft.integrations.mllm.chat_template import learn_marks
+from covft.integrations.mllm.prompt import PromptReader
 from tests.integrations.prompts import IMAGE, KINDS, TEMPLATES, render, tokenizer_of
 
 SYSTEM = "You are a helpful assistant."

@@ -31,7 +31,7 @@ from tests.integrations.mllms import BY_NAME, Row
 from tests.integrations.training import arguments, build, dataset, write_folder
 from tests.towers import perturb
 
-TEXTS = covft.text.HashTextEncoder(16)
+TEXTS = covft.testing.HashTextEncoder(16)
 ROOT = Path(__file__).parents[2]
 
 

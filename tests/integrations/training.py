@@ -54,7 +54,7 @@ def build(seed: int = 0, *, attached: bool = True, **settings: Any) -> Any:
     torch.manual_seed(seed)
     model = BY_NAME["llava"].build()
     if attached:
-        covft.attach(model, covft.text.HashTextEncoder(16), tokenizer=BY_NAME["llava"].tokenizer, **settings)
+        covft.attach(model, covft.testing.HashTextEncoder(16), tokenizer=BY_NAME["llava"].tokenizer, **settings)
     return model
 
 

@@ -157,7 +157,7 @@ def test_widths_and_what_each_context_looks_at():
     for context, (width, sees_image, sees_text) in table.items():
         vector = context(tokens, text)
         assert vector.shape == (2, width)
-        assert context.width == width
+        assert context.context_dim == width
         assert context.needs_text == sees_text
         assert torch.equal(context(tokens + torch.randn_like(tokens), text), vector) != sees_image
         assert torch.equal(context(tokens, text + torch.randn_like(text)), vector) != sees_text

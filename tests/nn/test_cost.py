@@ -24,7 +24,7 @@ VARIANTS = [
 def build(routing, context, experts=5, top_k=2):
     ffn = nn.Sequential(nn.Linear(D, F), nn.GELU(), nn.Linear(F, D))
     return ffn, ContextualMoE(
-        ffn, embed_dim=D, context_dim=C, num_experts=experts, routing=routing, top_k=top_k, context=context
+        ffn, embed_dim=D, text_dim=C, num_experts=experts, routing=routing, top_k=top_k, context=context
     )
 
 
@@ -33,7 +33,7 @@ def test_parameters(routing, context):
     ffn, moe = build(routing, context)
     counted = count_parameters(
         embed_dim=D,
-        context_dim=C,
+        text_dim=C,
         ffn_parameters=sum(p.numel() for p in ffn.parameters()),
         num_experts=5,
         routing=routing,
@@ -52,7 +52,7 @@ def test_flops(routing, context, top_k):
         moe(torch.randn(B, N, D), torch.randn(B, C))
     counted = count_flops(
         embed_dim=D,
-        context_dim=C,
+        text_dim=C,
         ffn_weights=sum(p.numel() for p in ffn.parameters() if p.dim() > 1),
         num_tokens=N,
         num_experts=5,
@@ -66,7 +66,7 @@ def test_flops(routing, context, top_k):
 
 def test_the_parts_of_a_block_of_clip_l():
     """The numbers that the documentation gives for CLIP-L/14, text width 768, 4 experts."""
-    counted = count_parameters(embed_dim=1024, context_dim=768, ffn_parameters=8_393_728)
+    counted = count_parameters(embed_dim=1024, text_dim=768, ffn_parameters=8_393_728)
     assert (counted.experts, counted.image_refinement, counted.text_refinement) == (
         33_574_912,
         4_199_424,

@@ -43,7 +43,7 @@ def random_moe(shape, context="cve", routing="dense", activation="gelu"):
     moe = ContextualMoE(
         feed_forward(shape["D"], shape["F"]),
         embed_dim=shape["D"],
-        context_dim=shape["C"],
+        text_dim=shape["C"],
         num_experts=shape["E"],
         routing=routing,
         top_k=shape["K"],
@@ -166,14 +166,14 @@ def test_an_experts_gradient_is_its_weight_times_its_gradient_alone(num_images):
 @pytest.mark.parametrize(("context", "routing"), VARIANTS)
 def test_at_the_start_the_output_is_that_of_the_ffn(context, routing):
     ffn = feed_forward(6, 9)
-    moe = ContextualMoE(ffn, embed_dim=6, context_dim=8, routing=routing, context=context, num_experts=3)
+    moe = ContextualMoE(ffn, embed_dim=6, text_dim=8, routing=routing, context=context, num_experts=3)
     x, text = torch.randn(4, 5, 6, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
     torch.testing.assert_close(moe(x, text), ffn(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("context", "routing"), VARIANTS)
 def test_submodules_that_a_variant_does_not_use_do_not_exist(context, routing):
-    moe = ContextualMoE(feed_forward(6, 9), embed_dim=6, context_dim=8, routing=routing, context=context)
+    moe = ContextualMoE(feed_forward(6, 9), embed_dim=6, text_dim=8, routing=routing, context=context)
     parts = {
         "cve": {"context.image", "context.text", "context.attention"},
         "image": {"context.image"},
@@ -190,13 +190,13 @@ def test_submodules_that_a_variant_does_not_use_do_not_exist(context, routing):
 def test_the_text_may_be_left_out_where_nothing_looks_at_it():
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     for context, routing in [("image", "dense"), ("image", "sparse"), ("cve", "uniform"), ("cve", "random")]:
-        moe = ContextualMoE(feed_forward(6, 9), embed_dim=6, context_dim=None, routing=routing, context=context)
+        moe = ContextualMoE(feed_forward(6, 9), embed_dim=6, text_dim=None, routing=routing, context=context)
         assert moe(x).shape == x.shape
 
 
 @pytest.mark.parametrize("text", [None, torch.zeros(3, 8), torch.zeros(8), torch.zeros(2, 1, 8)])
 def test_text_of_another_batch_is_refused(text):
-    moe = ContextualMoE(feed_forward(6, 9, torch.float32), embed_dim=6, context_dim=8)
+    moe = ContextualMoE(feed_forward(6, 9, torch.float32), embed_dim=6, text_dim=8)
     with pytest.raises(ShapeError, match=r"Expected: text features of shape \(2, C\)"):
         moe(torch.zeros(2, 3, 6), text)
 
@@ -212,7 +212,7 @@ def test_tokens_on_a_grid_are_the_same_tokens_in_a_row():
 
 @pytest.mark.parametrize("routing", ["dense", "sparse", "uniform", "random"])
 def test_bfloat16_stays_finite_and_weights_are_float32(routing):
-    moe = ContextualMoE(feed_forward(16, 32, torch.bfloat16), embed_dim=16, context_dim=8, routing=routing)
+    moe = ContextualMoE(feed_forward(16, 32, torch.bfloat16), embed_dim=16, text_dim=8, routing=routing)
     x = (torch.randn(3, 7, 16) * 30).to(torch.bfloat16).requires_grad_()
     text = torch.randn(3, 8) * 30
     routing_, context = moe.route(x, text)
@@ -229,7 +229,7 @@ def test_bfloat16_stays_finite_and_weights_are_float32(routing):
 
 def test_parameters_of_a_clip_l_block_are_those_that_the_paper_counts():
     ffn = nn.Sequential(nn.Linear(1024, 4096, device="meta"), nn.GELU(), nn.Linear(4096, 1024, device="meta"))
-    moe = ContextualMoE(ffn, embed_dim=1024, context_dim=768, num_experts=4)
+    moe = ContextualMoE(ffn, embed_dim=1024, text_dim=768, num_experts=4)
 
     def count(module):
         return sum(parameter.numel() for parameter in module.parameters())
@@ -245,6 +245,6 @@ def test_parameters_of_a_clip_l_block_are_those_that_the_paper_counts():
 
 def test_training_mode_is_that_of_the_ffn():
     ffn = feed_forward(6, 9).eval()
-    moe = ContextualMoE(ffn, embed_dim=6, context_dim=8)
+    moe = ContextualMoE(ffn, embed_dim=6, text_dim=8)
     assert not any(module.training for module in moe.modules())
-    assert all(m.training for m in ContextualMoE(ffn.train(), embed_dim=6, context_dim=8).modules())
+    assert all(m.training for m in ContextualMoE(ffn.train(), embed_dim=6, text_dim=8).modules())

@@ -132,10 +132,11 @@ def test_weights_of_a_bfloat16_router_are_float32(make):
 
 
 def test_fixed_router__stands_in_for_any_other():
-    from covft.nn import ContextualMoE, FixedRouter
+    from covft.nn import ContextualMoE
+    from covft.testing import FixedRouter
 
     ffn = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 4)).double()
-    moe = ContextualMoE(ffn, embed_dim=4, context_dim=None, num_experts=2, routing="uniform")
+    moe = ContextualMoE(ffn, embed_dim=4, text_dim=None, num_experts=2, routing="uniform")
     with torch.no_grad():
         for parameter in moe.parameters():
             parameter.add_(torch.randn_like(parameter))

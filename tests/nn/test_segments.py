@@ -95,7 +95,7 @@ def test_outputs_and_gradients_are_those_of_the_equations(context, routing, lead
 
 
 def test_what_does_not_fit_is_refused():
-    moe = ContextualMoE(feed_forward(6, 9, torch.float32), embed_dim=6, context_dim=8)
+    moe = ContextualMoE(feed_forward(6, 9, torch.float32), embed_dim=6, text_dim=8)
     segments = Segments([2, 3])
     with pytest.raises(ShapeError, match="5 tokens, of 2 images"):
         moe(torch.zeros(4, 6), torch.zeros(2, 8), segments=segments)

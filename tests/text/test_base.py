@@ -8,19 +8,20 @@ import torch
 from torch import nn
 
 from covft.errors import ShapeError, TextEncoderError
-from covft.text import CachedTextEncoder, CallableTextEncoder, HashTextEncoder, TextEncoder
+from covft.testing import HashTextEncoder
+from covft.text import CachedTextEncoder, CallableTextEncoder, TextEncoder
 
 
 class Counting:
     """A text model that writes down how it was called."""
 
-    def __init__(self, width=6):
-        self.width = width
+    def __init__(self, text_dim=6):
+        self.text_dim = text_dim
         self.calls = []
 
     def __call__(self, texts):
         self.calls.append(list(texts))
-        return torch.tensor([[float(len(text) + i) for i in range(self.width)] for text in texts])
+        return torch.tensor([[float(len(text) + i) for i in range(self.text_dim)] for text in texts])
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_texts_are_encoded_alone_and_each_once(counting):
 def test_the_cache_is_bounded_and_all_rows_still_come_back():
     row_bytes = sys.getsizeof("question 10") + 6 * 4
     model = Counting()
-    encoder = CallableTextEncoder(model, width=6, cache_bytes=3 * row_bytes)
+    encoder = CallableTextEncoder(model, text_dim=6, cache_bytes=3 * row_bytes)
     texts = [f"question {index}" for index in range(10, 60)]
     assert torch.equal(encoder.encode(texts), model(texts))
     assert len(encoder.cache) == 3
@@ -102,14 +103,14 @@ def test_no_texts_give_no_rows(counting):
 
 @pytest.mark.parametrize("shape", [(6,), (2, 6), (1, 5), (1, 1, 6), (1, 0)])
 def test_features_of_another_shape_are_refused(shape):
-    encoder = CallableTextEncoder(lambda texts: torch.zeros(shape), width=6)
+    encoder = CallableTextEncoder(lambda texts: torch.zeros(shape), text_dim=6)
     with pytest.raises(ShapeError, match=r"Expected: \(1, 6\)"):
         encoder.encode(["a"])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_features_that_are_not_finite_are_refused_and_not_kept(value):
-    encoder = CallableTextEncoder(lambda texts: torch.full((1, 6), value), width=6)
+    encoder = CallableTextEncoder(lambda texts: torch.full((1, 6), value), text_dim=6)
     with pytest.raises(TextEncoderError, match="'what\\?' are not finite"):
         encoder.encode(["what?"])
     assert len(encoder.cache) == 0
@@ -118,7 +119,7 @@ def test_features_that_are_not_finite_are_refused_and_not_kept(value):
 @pytest.mark.parametrize("features", [torch.zeros(1, 6, dtype=torch.int64), [[0.0] * 6], None])
 def test_features_of_another_type_are_refused(features):
     with pytest.raises(TextEncoderError, match=r"tensor|floating"):
-        CallableTextEncoder(lambda texts: features, width=6).encode(["a"])
+        CallableTextEncoder(lambda texts: features, text_dim=6).encode(["a"])
 
 
 def test_features_never_depend_on_what_surrounds_the_call():
@@ -126,7 +127,7 @@ def test_features_never_depend_on_what_surrounds_the_call():
     seen = torch.randn(1, 8)
 
     def encoder():
-        return CallableTextEncoder(lambda texts: linear(seen), width=8)
+        return CallableTextEncoder(lambda texts: linear(seen), text_dim=8)
 
     plain = encoder().encode(["a"])
     assert not plain.requires_grad
@@ -172,7 +173,7 @@ def test_two_questions_with_equal_features_are_refused():
     class Constant(CachedTextEncoder):
         def __init__(self):
             super().__init__("constant")
-            self.width = self._probe()
+            self.text_dim = self._probe()
 
         def _encode_one(self, text):
             return torch.ones(1, 3)

@@ -13,8 +13,8 @@ def embed(texts):
 
 def test_width_and_name_come_from_the_function():
     encoder = CallableTextEncoder(embed)
-    assert (encoder.width, encoder.name) == (5, "callable:embed")
-    assert repr(encoder) == "CallableTextEncoder('callable:embed', width=5)"
+    assert (encoder.text_dim, encoder.name) == (5, "callable:embed")
+    assert repr(encoder) == "CallableTextEncoder('callable:embed', text_dim=5)"
 
 
 def test_the_width_costs_one_call_and_none_where_it_is_given():
@@ -27,7 +27,7 @@ def test_the_width_costs_one_call_and_none_where_it_is_given():
     CallableTextEncoder(function)
     assert len(calls) == 1
     assert len(calls[0]) == 1
-    CallableTextEncoder(function, width=5)
+    CallableTextEncoder(function, text_dim=5)
     assert len(calls) == 1
 
 
@@ -42,10 +42,10 @@ def test_a_function_that_knows_only_its_own_texts_says_how_to_give_the_width():
     def look_up(texts):
         return torch.stack([table[text] for text in texts])
 
-    with pytest.raises(TextEncoderError, match="width=C") as caught:
+    with pytest.raises(TextEncoderError, match="text_dim=C") as caught:
         CallableTextEncoder(look_up)
     assert isinstance(caught.value.__cause__, KeyError)
-    assert torch.equal(CallableTextEncoder(look_up, width=3).encode(["known"]), torch.ones(1, 3))
+    assert torch.equal(CallableTextEncoder(look_up, text_dim=3).encode(["known"]), torch.ones(1, 3))
 
 
 def test_one_row_for_a_list_is_refused_at_once():

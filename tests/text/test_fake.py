@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from covft.errors import TextEncoderError
-from covft.text import HashTextEncoder
+from covft.testing import HashTextEncoder
 
 
 def test_features_are_a_function_of_the_text():

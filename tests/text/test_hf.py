@@ -26,7 +26,7 @@ def hidden(encoder, text):
 
 def test_real_model_cls(minilm, minilm_folder):
     features = minilm.encode(TEXTS)
-    assert (minilm.width, minilm.name, minilm.pooling) == (384, f"{minilm_folder}?pooling=cls", "cls")
+    assert (minilm.text_dim, minilm.name, minilm.pooling) == (384, f"{minilm_folder}?pooling=cls", "cls")
     for text, row in zip(TEXTS, features, strict=True):
         torch.testing.assert_close(row, hidden(minilm, text)[0, 0], rtol=0, atol=1e-6)
 
@@ -132,7 +132,7 @@ def test_tokens_give_the_features_of_their_strings(make_bert, bert_tokenizer, si
 
 def test_tokens_need_no_tokenizer_but_strings_do(make_bert, bert_tokenizer):
     encoder = HFTextEncoder(make_bert())
-    assert encoder.width == 16
+    assert encoder.text_dim == 16
     batch = bert_tokenizer(TEXTS, padding=True, return_tensors="pt")
     assert encoder.encode_tokens(batch).shape == (3, 16)
     with pytest.raises(TextEncoderError, match="without a tokenizer"):
@@ -230,7 +230,7 @@ def test_two_towers_give_projected_features_and_the_vision_tower_is_left_alone(c
     assert not model.text_projection.weight.requires_grad
     with torch.no_grad():
         expected = model.eval().get_text_features(**ids).pooler_output
-    assert encoder.width == expected.shape[1] == 512
+    assert encoder.text_dim == expected.shape[1] == 512
     torch.testing.assert_close(features, expected)
 
 
@@ -241,7 +241,7 @@ def test_a_text_model_with_projection(tmp_path):
     model = CLIPTextModelWithProjection(config).eval()
     tokenizer = clip_tokenizer(tmp_path, 12)
     encoder = HFTextEncoder(model, tokenizer=tokenizer)
-    assert encoder.width == 24
+    assert encoder.text_dim == 24
     with torch.no_grad():
         expected = model(**tokenizer("a cup", return_tensors="pt")).text_embeds
     torch.testing.assert_close(encoder.encode(["a cup"]), expected)

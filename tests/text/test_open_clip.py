@@ -60,7 +60,7 @@ def expected(model, text):
 def test_features_are_those_of_encode_text(model):
     encoder = OpenCLIPTextEncoder(model)
     features = encoder.encode(TEXTS)
-    assert encoder.width == 24
+    assert encoder.text_dim == 24
     torch.testing.assert_close(features, torch.cat([expected(model, text) for text in TEXTS]))
 
 

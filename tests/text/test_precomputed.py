@@ -7,7 +7,7 @@ from covft.text import PrecomputedFeatures, TextEncoder
 def test_it_has_a_width_and_refuses_texts():
     encoder = PrecomputedFeatures(768)
     assert isinstance(encoder, TextEncoder)
-    assert (encoder.width, encoder.name) == (768, "features:768")
+    assert (encoder.text_dim, encoder.name) == (768, "features:768")
     with pytest.raises(TextEncoderError, match=r"features of shape \(S, 768\)"):
         encoder.encode(["a question"])
 

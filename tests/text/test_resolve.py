@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from covft.errors import MissingDependencyError, TextEncoderError
+from covft.testing import HashTextEncoder
 from covft.text import (
     CallableTextEncoder,
-    HashTextEncoder,
     HFTextEncoder,
     OpenCLIPTextEncoder,
     PrecomputedFeatures,
@@ -34,7 +34,7 @@ def without_sentence_transformers(monkeypatch):
 def test_an_int_is_a_width():
     encoder = as_text_encoder(768)
     assert isinstance(encoder, PrecomputedFeatures)
-    assert encoder.width == 768
+    assert encoder.text_dim == 768
 
 
 def test_a_function_is_called():
@@ -52,7 +52,7 @@ def test_a_module_of_the_users_own_is_called():
 def test_what_is_a_text_encoder_stays_itself():
     class Own:
         name = "own"
-        width = 3
+        text_dim = 3
 
         def encode(self, texts):
             return torch.ones(len(texts), 3)
@@ -119,7 +119,7 @@ def test_pooling_is_refused_where_there_is_none(other):
 @pytest.mark.parametrize("made", [PrecomputedFeatures(5), HashTextEncoder(7)])
 def test_names_give_the_encoder_back(made):
     again = as_text_encoder(made.name)
-    assert (type(again), again.name, again.width) == (type(made), made.name, made.width)
+    assert (type(again), again.name, again.text_dim) == (type(made), made.name, made.text_dim)
 
 
 @pytest.mark.parametrize("options", [{"pooling": "mean"}, {"normalize": True, "max_length": 9}, {}])

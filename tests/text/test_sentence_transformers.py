@@ -21,7 +21,7 @@ def test_features_are_those_of_its_own_encode(model, minilm_folder):
     encoder = SentenceTransformersEncoder(model)
     expected = torch.stack([model.encode(text, convert_to_tensor=True) for text in TEXTS])
     assert torch.equal(encoder.encode(TEXTS), expected)
-    assert (encoder.width, encoder.name) == (384, minilm_folder)
+    assert (encoder.text_dim, encoder.name) == (384, minilm_folder)
 
 
 def test_neighbours_change_nothing(model):

@@ -7,7 +7,8 @@ import torch
 
 import covft
 from covft.errors import TextEncoderError
-from covft.text import FeatureTable, HashTextEncoder
+from covft.testing import HashTextEncoder
+from covft.text import FeatureTable
 from tests.towers import TOWERS
 
 TEXTS = ["what is left of the cup?", "how many people are there?", "où est le chien ?", "what is left of the cup?"]
@@ -31,7 +32,7 @@ def test_precompute__each_distinct_text_once_and_the_same_features(tmp_path):
     assert len(table) == 3
     wanted = HashTextEncoder(16).encode(TEXTS)
     for found in (table, FeatureTable.load(path)):
-        assert found.width == 16
+        assert found.text_dim == 16
         assert found.name == encoder.name
         assert torch.equal(found.encode(TEXTS), wanted)
     assert [entry.name for entry in path.parent.iterdir()] == ["texts.safetensors"]

@@ -12,12 +12,10 @@ from typing import Any
 
 from covft.data import CHAT_TEMPLATES
 from covft.errors import ConfigError
-from covft.integrations.prompt import PromptReader
+from covft.integrations.mllm.prompt import PromptReader
 
 
-def prompt_reader(
-    tokenizer: Any, conversation: Any, image_ids: Iterable[int] = (), *, turns: str = "all", system: str | None = None
-) -> PromptReader:
+def prompt_reader(tokenizer: Any, conversation: Any, image_ids: Iterable[int] = (), **reading: Any) -> PromptReader:
     """A reader for the prompts of a codebase.
 
     Args:
@@ -25,8 +23,7 @@ def prompt_reader(
         conversation: What writes the prompts: a conversation object of LLaVA or InternVL, a name in
             `covft.data.CHAT_TEMPLATES`, a Jinja chat template, or None for the tokenizer's own.
         image_ids: Ids of image placeholders; negative ones need not be named.
-        turns: `"all"`, `"first"` or `"last"`.
-        system: As for `covft.attach`.
+        **reading: As for `PromptReader`: `turns`, `system`, `empty_instruction`.
 
     Raises:
         ConfigError: If there is no such template, or `turns` is not known.
@@ -37,7 +34,7 @@ def prompt_reader(
         source = tokenizer
     else:
         source = SimpleNamespace(tokenizer=tokenizer, chat_template=template_of(conversation))  # as processors look
-    return PromptReader(source, image_ids, turns=turns, system=system)
+    return PromptReader(source, image_ids, **reading)
 
 
 def template_of(name: Any) -> str:

@@ -7,21 +7,23 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from covft.config import Settings
 from covft.errors import ConfigError, ShapeError, UnsupportedViTError
-from covft.integrations.attachment import starts_again
-from covft.integrations.calls import Call
 from covft.integrations.codebases.conversations import prompt_reader
-from covft.integrations.codebases.installing import NO_IMAGE, TowerAttachment, install, unattached
+from covft.integrations.codebases.installing import NO_IMAGE, TowerAttachment, install
 from covft.integrations.codebases.launch import Flags, launch
+from covft.integrations.codebases.patches import non_reentrant
+from covft.integrations.mllm.attach import unattached
+from covft.integrations.mllm.attachment import starts_again
+from covft.integrations.mllm.overrides import Call
 
 Model = TypeVar("Model", bound=nn.Module)
 IMAGE_CONTEXT = "<IMG_CONTEXT>"
@@ -36,9 +38,9 @@ def attach(
     conversation: Any = None,
     turns: str = "all",
     system: str | None = None,
-    default_text: str | None = None,
+    empty_instruction: str | None = None,
     pretrained: str | Path | None = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> Model:
     """Make the tower of an `InternVLChatModel` context-aware, in place.
 
@@ -55,7 +57,7 @@ def attach(
             `covft.data.CHAT_TEMPLATES` or a Jinja chat template; None takes the model's own.
         turns: Which of several user turns make the instruction: `"all"`, `"first"` or `"last"`.
         system: As for `covft.attach`.
-        default_text: For rows whose user says nothing; without it such a row is an error.
+        empty_instruction: Instruction of rows whose user says nothing; None makes such a row an error.
         pretrained: A saved tower to start from, instead of settings.
         **settings: As for `covft.wrap`: `layers`, `experts`, `routing`, ...
 
@@ -76,8 +78,15 @@ def attach(
     if conversation is None:
         conversation = getattr(target, "conv_template", None)
     placeholder = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
-    reader = prompt_reader(tokenizer, conversation, (placeholder,), turns=turns, system=system)
-    if reader.marks is None and default_text is None:
+    reader = prompt_reader(
+        tokenizer,
+        conversation,
+        (placeholder,),
+        turns=turns,
+        system=system,
+        empty_instruction=empty_instruction,
+    )
+    if reader.marks is None and empty_instruction is None:
         raise ConfigError(
             f"The instruction cannot be read from these prompts. {reader.problem}",
             expected="a conversation with turns of users",
@@ -91,7 +100,6 @@ def attach(
         reader,
         {"forward": TilesCall, "generate": GenerateCall, "extract_feature": FeatureCall},
         read=getattr(target, "select_layer", None),
-        default_text=default_text,
         pretrained=pretrained,
         **settings,
     )
@@ -131,26 +139,6 @@ class FeatureCall(Call):
         """Call it."""
         with non_reentrant():
             return self.inner(*self._own(args), **kwargs)
-
-
-@contextlib.contextmanager
-def non_reentrant() -> Iterator[None]:
-    """Let `torch.utils.checkpoint.checkpoint`, called by its full name, be non-reentrant where nobody says which.
-
-    Their encoder calls it without `use_reentrant`, which means the reentrant kind in many releases of torch.
-    """
-    home: Any = torch.utils.checkpoint
-    before = home.checkpoint
-
-    def checkpoint(function: Any, *args: Any, use_reentrant: bool | None = None, **kwargs: Any) -> Any:
-        use_reentrant = False if use_reentrant is None else use_reentrant
-        return before(function, *args, use_reentrant=use_reentrant, **kwargs)
-
-    home.checkpoint = checkpoint
-    try:
-        yield
-    finally:
-        home.checkpoint = before
 
 
 def texts_of_tiles(attachment: TowerAttachment, given: Mapping[str, Any]) -> tuple[list[str], Tensor]:

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from covft.errors import ConfigError, MissingDependencyError
-from covft.integrations.callback import CoVFTCallback
 from covft.integrations.codebases.launch import parse
+from covft.integrations.training.callback import CoVFTCallback
 
 _PROGRAM = "covft.integrations.codebases.llama_factory"
 
@@ -28,13 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         MissingDependencyError: If LLaMA-Factory is not installed.
     """
     flags = parse(_PROGRAM, sys.argv[1:] if arguments is None else arguments)
-    unused = ["default_text"] if "default_text" in flags.reading else []
-    unused += ["chat_template"] if flags.chat_template is not None else []
-    if unused:
+    if flags.chat_template is not None:
         raise ConfigError(
-            f"--covft_{unused[0]} says nothing here: LLaMA-Factory gives its tokenizer the template of its YAML file.",
+            "--covft_chat_template has no effect: LLaMA-Factory gives its tokenizer the template of its YAML file.",
             expected="template: ... in the YAML file",
-            got=f"--covft_{unused[0]}",
+            got="--covft_chat_template",
         )
     try:
         run_exp = importlib.import_module("llamafactory.train.tuner").run_exp

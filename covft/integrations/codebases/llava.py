@@ -16,12 +16,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from covft.config import Settings
 from covft.errors import ConfigError, ShapeError, UnsupportedViTError
-from covft.integrations.calls import Call
 from covft.integrations.codebases.conversations import prompt_reader
-from covft.integrations.codebases.installing import NO_IMAGE, TowerAttachment, install, unattached
+from covft.integrations.codebases.installing import NO_IMAGE, TowerAttachment, install
 from covft.integrations.codebases.launch import Flags, launch
+from covft.integrations.mllm.attach import unattached
+from covft.integrations.mllm.overrides import Call
 
 Model = TypeVar("Model", bound=nn.Module)
 IMAGE_TOKEN_INDEX = -200  # in their input_ids: one image, however many tokens it becomes
@@ -36,9 +39,9 @@ def attach(
     conversation: Any = None,
     turns: str = "all",
     system: str | None = None,
-    default_text: str | None = None,
+    empty_instruction: str | None = None,
     pretrained: str | Path | None = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> Model:
     """Make the tower of a LLaVA model context-aware, in place.
 
@@ -55,7 +58,7 @@ def attach(
             their training sets by `--version` or `--prompt_version`.
         turns: Which of several user turns make the instruction: `"all"`, `"first"` or `"last"`.
         system: As for `covft.attach`.
-        default_text: For rows whose user says nothing; without it such a row is an error.
+        empty_instruction: Instruction of rows whose user says nothing; None makes such a row an error.
         pretrained: A saved tower to start from, instead of settings.
         **settings: As for `covft.wrap`: `layers`, `experts`, `routing`, ...
 
@@ -75,13 +78,19 @@ def attach(
     wrapper = _tower_of(target)
     if conversation is None:
         conversation = _default_conversation()
-    reader = prompt_reader(tokenizer, conversation, turns=turns, system=system)
-    if reader.marks is None and default_text is None:
+    reader = prompt_reader(
+        tokenizer,
+        conversation,
+        turns=turns,
+        system=system,
+        empty_instruction=empty_instruction,
+    )
+    if reader.marks is None and empty_instruction is None:
         raise ConfigError(
             f"The instruction cannot be read from these prompts. {reader.problem}",
             expected="a conversation with turns of users",
             got=getattr(conversation, "version", conversation),
-            fix="train stage 1 (plain captions) without covft, or give default_text='Describe the image.'",
+            fix="train stage 1 (plain captions) without covft, or give empty_instruction='Describe the image.'",
         )
     install(
         target,
@@ -90,7 +99,6 @@ def attach(
         reader,
         {_PREPARE: PrepareCall},
         read=getattr(wrapper, "select_layer", None),
-        default_text=default_text,
         pretrained=pretrained,
         **settings,
     )

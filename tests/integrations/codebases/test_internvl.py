@@ -9,7 +9,7 @@ import covft
 from covft.errors import ConfigError, MissingContextError, ShapeError, UnsupportedViTError
 from covft.integrations.codebases import internvl as launcher
 from covft.integrations.codebases.installing import NO_IMAGE
-from covft.text import HashTextEncoder
+from covft.testing import HashTextEncoder
 from tests.integrations.codebases.folders import STANDINS, forget, rows, write_json
 from tests.integrations.prompts import tokenizer_of
 
@@ -103,7 +103,7 @@ def test_tiles_have_the_question_of_their_row(theirs, monkeypatch, style):
     before = model(**batch).logits
     launcher.attach(model, HashTextEncoder(16), tokenizer=tokenizer, layers=(1, 2))
     encoder = covft.get_encoder(model)
-    assert encoder.spec.num_prefix_tokens == 1
+    assert encoder.spec.input.prefix_tokens == 1
     seen = texts_seen(model, monkeypatch)
     torch.testing.assert_close(model(**batch).logits, before, rtol=1e-4, atol=1e-5)
     assert seen == [[QUESTIONS[0]] * 3 + [NO_IMAGE] + [QUESTIONS[2]] * 2]

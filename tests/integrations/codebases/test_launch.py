@@ -1,15 +1,16 @@
 """Command lines, and where the launcher stands in."""
 
+import dataclasses
 import sys
 
 import pytest
 import torch
 
 import covft
+from covft.config import CoVFTConfig
 from covft.errors import ConfigError
 from covft.integrations.codebases.launch import launch, parse
-from covft.wrapping import DEFAULTS
-from tests.towers import BY_NAME, CONTEXT_DIM
+from tests.towers import BY_NAME, TEXT_DIM
 
 
 def test_flags_go_to_whom_they_belong():
@@ -67,9 +68,9 @@ def test_a_setting_has_a_flag(name):
 
 
 def test_every_setting_has_a_flag():
-    assert set(DEFAULTS) == set(FLAGS)
+    assert {field.name for field in dataclasses.fields(CoVFTConfig)} == set(FLAGS)
     flags = [text for name, (given, _) in FLAGS.items() for text in (f"--covft_{name}", given)]
-    encoder = covft.wrap(BY_NAME["timm-clip"].build(), CONTEXT_DIM, **parse("program", [*flags, "train.py"]).settings)
+    encoder = covft.wrap(BY_NAME["timm-clip"].build(), TEXT_DIM, **parse("program", [*flags, "train.py"]).settings)
     assert encoder.covft_config == covft.CoVFTConfig(**{name: wanted for name, (_, wanted) in FLAGS.items()})
 
 
@@ -81,7 +82,7 @@ def test_a_value_that_cannot_be_is_refused_before_anything_is_changed(flag, valu
     modules, trained = dict(vit.named_modules()), {name: p.requires_grad for name, p in vit.named_parameters()}
     weights = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
     with pytest.raises(ConfigError, match=f"{flag}="):
-        covft.wrap(vit, CONTEXT_DIM, **parse("program", [f"--covft_{flag}", value, "train.py"]).settings)
+        covft.wrap(vit, TEXT_DIM, **parse("program", [f"--covft_{flag}", value, "train.py"]).settings)
     assert dict(vit.named_modules()) == modules
     assert {name: p.requires_grad for name, p in vit.named_parameters()} == trained
     assert all(torch.equal(tensor, weights[name]) for name, tensor in vit.state_dict().items())

@@ -19,7 +19,7 @@ from covft.errors import (
 )
 from covft.integrations.codebases import llava as launcher
 from covft.integrations.codebases.installing import NO_IMAGE
-from covft.text import HashTextEncoder
+from covft.testing import HashTextEncoder
 from tests.integrations.codebases.folders import (
     SIZE,
     STANDINS,
@@ -256,7 +256,7 @@ def test_rows_without_an_instruction(theirs, home, monkeypatch):
     images = torch.randn(2, 3, SIZE, SIZE)
     with pytest.raises(MissingContextError, match="has no text of a user"):
         model(**batch, images=images)
-    model, tokenizer, conversation = attached(home, default_text="describe the image.")
+    model, tokenizer, conversation = attached(home, empty_instruction="describe the image.")
     seen = texts_seen(model, monkeypatch)
     model(**batch, images=images)
     assert seen == [[QUESTIONS[0], "describe the image."]]
@@ -478,7 +478,7 @@ def test_stage_1_saves_the_tower_beside_the_projector(theirs, home):
     flags = ["--tune_mm_mlp_adapter", "True"]
     with pytest.raises(ConfigError, match="train stage 1"):
         run(home, *flags, version="plain")
-    run(home, *flags, version="plain", covft_flags=["--covft_default_text", "describe the image."])
+    run(home, *flags, version="plain", covft_flags=["--covft_empty_instruction", "describe the image."])
     for folder in ("out", "out/checkpoint-1", "out/checkpoint-2"):
         assert (home / folder / "covft" / "model.safetensors").is_file()
         assert (home / folder / "mm_projector.bin").is_file()
@@ -512,7 +512,7 @@ def test_a_second_stage_goes_on_with_a_saved_tower(theirs, home, trainers):
     run(home, steps=1)
     arguments = ["--covft_pretrained", str(home / "out" / "covft")]
     theirs_too = ["--model_name_or_path", str(home / "vicuna")]
-    with pytest.raises(ConfigError, match="has its settings with it"):
+    with pytest.raises(ConfigError, match="has its own settings"):
         run(home, output_dir=home / "more", covft_flags=arguments)
     flags = ["--version", "v1", "--vision_tower", home / "clip", "--mm_vision_select_layer", "-2", "--data_path"]
     flags += [home / "data.json", "--output_dir", home / "more", "--max_steps", "1", "--use_cpu", "True"]
@@ -532,7 +532,7 @@ def test_blocks_that_nothing_reads_end_the_training_at_once(theirs, home):
 def test_reentrant_checkpointing_is_refused():
     from types import SimpleNamespace
 
-    from covft.integrations.codebases.trainer import before_trainer
+    from covft.integrations.codebases.trainer_hooks import before_trainer
 
     asked = SimpleNamespace(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ReentrantCheckpointError):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import covft
-from covft.errors import CheckpointError, ConfigError
+from covft.errors import CheckpointError
 from covft.integrations.codebases import ms_swift
-from covft.text import HashTextEncoder
+from covft.testing import HashTextEncoder
 from tests.integrations.mllms import MLLMS, Row
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -177,12 +177,9 @@ def test_a_model_of_other_shapes_is_refused(plugin, mllm, tmp_path):
 
 
 def test_flags(plugin, mllm, monkeypatch):
-    monkeypatch.setenv("COVFT_FLAGS", f"{FLAGS} --covft_default_text nothing")
-    with pytest.raises(ConfigError, match="not for ms-swift"):
-        plugin.prepare_model(SimpleNamespace(**ARGUMENTS), model_of(mllm))
-    monkeypatch.setenv(
-        "COVFT_FLAGS", "--covft_text_encoder hash:16 --covft_routing sparse --covft_chat_template chatml"
-    )
+    flags = "--covft_text_encoder hash:16 --covft_routing sparse --covft_chat_template chatml"
+    monkeypatch.setenv("COVFT_FLAGS", f"{flags} --covft_empty_instruction nothing")
     model = plugin.prepare_model(SimpleNamespace(**ARGUMENTS), model_of(mllm))
     assert covft.get_encoder(model).covft_config.routing == "sparse"
     assert isinstance(covft.get_encoder(model).text_encoder, HashTextEncoder)
+    assert model.forward.attachment.reader.empty_instruction == "nothing"

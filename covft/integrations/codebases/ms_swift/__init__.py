@@ -7,7 +7,6 @@ The plug-in itself lies in a folder of its own, because ms-swift puts the folder
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 import shlex
@@ -19,16 +18,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from covft import saving
-from covft.errors import CheckpointError, ConfigError
-from covft.folder import compare_tensors, write_tensors
-from covft.integrations.attaching import attach, attachment_of
-from covft.integrations.checkpoints import trained_outside
+from covft.checkpoints import saving
+from covft.checkpoints.folder import compare_tensors
+from covft.checkpoints.pretrained import FOLDER, prefix_of
+from covft.errors import CheckpointError
 from covft.integrations.codebases.conversations import template_of
-from covft.integrations.codebases.installing import NO_IMAGE
 from covft.integrations.codebases.launch import Flags, parse
-from covft.integrations.saving import FOLDER
-from covft.native import prefix_of
+from covft.integrations.codebases.patches import hold_text
+from covft.integrations.mllm.attach import attach
+from covft.integrations.mllm.attachment import attachment_of
+from covft.integrations.training.checkpoints import trained_outside
+from covft.utils.files import write_tensors
 
 VARIABLE = "COVFT_FLAGS"
 # The name by which transformers' own Trainer looks for weights when it resumes.
@@ -45,7 +45,7 @@ def register() -> type:
     methods = {"prepare_model": prepare_model, "save_pretrained": save_pretrained, "from_pretrained": from_pretrained}
     tuner = type("CovftTuner", (plugins.Tuner,), {name: staticmethod(method) for name, method in methods.items()})
     plugins.tuners_map["covft"] = tuner
-    _hold_text(importlib.import_module("swift.template").Template)
+    hold_text(importlib.import_module("swift.template").Template)
     return tuner
 
 
@@ -151,14 +151,7 @@ def from_pretrained(model: nn.Module, model_id: str, **kwargs: Any) -> nn.Module
 
 
 def _flags() -> Flags:
-    flags = parse(VARIABLE, [*shlex.split(os.environ.get(VARIABLE, "")), "ms-swift"])
-    if "default_text" in flags.reading:
-        raise ConfigError(
-            "--covft_default_text is not for ms-swift.",
-            expected="rows whose user says something",
-            got=os.environ[VARIABLE],
-        )
-    return flags
+    return parse(VARIABLE, [*shlex.split(os.environ.get(VARIABLE, "")), "ms-swift"])
 
 
 def _tokenizer(model: Any, flags: Flags) -> Any:
@@ -170,29 +163,3 @@ def _tokenizer(model: Any, flags: Flags) -> Any:
         return processor
     tokenizer = getattr(processor, "tokenizer", processor)
     return SimpleNamespace(tokenizer=tokenizer, chat_template=template_of(flags.chat_template))
-
-
-def _hold_text(template: Any) -> None:
-    """Hold the text around `pre_forward_hook`, in which some templates run the tower.
-
-    Those turn `input_ids` and images into `inputs_embeds` before the model's forward sees them.
-    """
-    inner = template.pre_forward_hook
-    if getattr(inner, "_covft", False):
-        return
-
-    @functools.wraps(inner)
-    def pre_forward_hook(self: Any, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        attachment = attachment_of(model)
-        if attachment is None or type(self)._post_encode is template._post_encode:
-            return inner(self, model, args, kwargs)
-        images = [kwargs.get(name) for name in ("pixel_values", "pixel_values_videos")]
-        if any(image is not None for image in images) or attachment.encoder.conditioning.scope() is not None:
-            held = attachment.conditioned(kwargs, None)
-        else:  # some templates then run the tower on a dummy, whose features they multiply by zero
-            held = attachment.encoder.condition(NO_IMAGE)
-        with held:
-            return inner(self, model, args, kwargs)
-
-    pre_forward_hook._covft = True  # type: ignore[attr-defined]
-    template.pre_forward_hook = pre_forward_hook

@@ -1,0 +1,135 @@
+"""The folder that a wrapped ViT is saved in: its files, written whole and read with suspicion.
+
+    covft_config.json    settings, what they belong to, and the digest of the weights file
+    model.safetensors    only what was added or trained
+    README.md            model card
+
+Every file is written aside and renamed. The configuration is renamed last and names the digest of the
+weights, so that a folder whose writing was cut short never passes for a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from covft.errors import CheckpointError
+from covft.utils.files import read_tensors, write_tensors, written_aside
+
+CONFIG_NAME = "covft_config.json"
+WEIGHTS_NAME = "model.safetensors"
+CARD_NAME = "README.md"
+FORMAT = 1
+
+
+def write_folder(folder: str | Path, tensors: dict[str, Tensor], config: dict[str, Any], card: str) -> None:
+    """Write a saved encoder.
+
+    Args:
+        folder: Made if it does not exist; other files in it are left alone.
+        tensors: The weights, by name.
+        config: JSON values; the digest of the weights is added.
+        card: Text of the model card; a card that is there already is kept.
+
+    Raises:
+        CheckpointError: If `folder` is a file, or a tensor is empty or a part of one.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file.", expected="a folder, or a path that does not exist yet")
+    stated = write_tensors(folder / WEIGHTS_NAME, tensors)
+    if not (folder / CARD_NAME).exists():
+        with written_aside(folder / CARD_NAME) as aside:
+            aside.write_text(card, encoding="utf-8")
+    whole = {"format": FORMAT, **config, "weights": {"file": WEIGHTS_NAME, **stated}}
+    with written_aside(folder / CONFIG_NAME) as aside:
+        aside.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+
+
+def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a saved encoder; the inverse of `write_folder`.
+
+    Returns:
+        The weights by name, on the CPU, and the configuration.
+
+    Raises:
+        CheckpointError: If a file is missing, cut short, damaged, or of a later format.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    path, stated = folder / WEIGHTS_NAME, config["weights"]
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no weights.", expected=WEIGHTS_NAME, got=_listing(folder))
+    return read_tensors(path, stated, CONFIG_NAME), config
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read the configuration of a saved encoder alone.
+
+    Raises:
+        CheckpointError: If it is missing, no JSON, incomplete, or of a later format.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} is not a saved covft encoder, or its saving was cut short.",
+            expected=f"a folder with {CONFIG_NAME} and {WEIGHTS_NAME}",
+            got=_listing(Path(folder)),
+            fix="encoder.save_pretrained(folder)",
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged.", expected="JSON", got=str(error)) from error
+    needed = {"format": int, "covft": dict, "base": dict, "text": dict, "weights": dict}
+    found = config if isinstance(config, dict) else {}
+    missing = [name for name, kind in needed.items() if not isinstance(found.get(name), kind)]
+    if "weights" not in missing:
+        missing += [f"weights.{name}" for name in ("bytes", "sha256") if name not in found["weights"]]
+    later = "format" not in missing and found["format"] > FORMAT
+    if missing and not later:
+        raise CheckpointError(f"{path} is incomplete.", expected=", ".join(needed), got=f"without {', '.join(missing)}")
+    if later:
+        raise CheckpointError(
+            f"{path} was written by a later version of covft.",
+            expected=f"format {FORMAT}",
+            got=f"format {config['format']}",
+            fix="pip install --upgrade covft",
+        )
+    return config
+
+
+def compare_tensors(wanted: dict[str, tuple], found: dict[str, tuple], source: str) -> None:
+    """Refuse tensors that are not exactly the wanted ones, naming every difference.
+
+    Args:
+        wanted: Shapes by name, of the encoder.
+        found: Shapes by name, of the source.
+        source: What to call it in the message.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unexpected or of another shape.
+    """
+    missing, unexpected = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    other = [
+        f"{name} {found[name]} instead of {wanted[name]}"
+        for name in sorted(set(wanted) & set(found))
+        if wanted[name] != found[name]
+    ]
+    parts = {"missing": missing, "unexpected": unexpected, "other shapes": other}
+    if any(parts.values()):
+        raise CheckpointError(
+            f"The tensors of {source} are not those of this encoder.",
+            expected=f"{len(wanted)} tensors",
+            got="; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names),
+            fix="wrap with the settings that it was trained with",
+        )
+
+
+def _listing(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder"
+    return ", ".join(sorted(entry.name for entry in folder.iterdir())) or "an empty folder"

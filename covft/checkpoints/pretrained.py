@@ -1,0 +1,223 @@
+"""`save_pretrained` of a wrapped ViT, and of what holds one: files that `from_pretrained` loads as what they say.
+
+The original FFNs are written under their original names, and what was added in `covft/` beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from covft.checkpoints import saving
+from covft.errors import CheckpointError
+from covft.surgery.overrides import Override
+from covft.surgery.save_guard import check_save_pretrained, running_save
+from covft.surgery.wrapped import WrappedViT
+from covft.utils.sharding import full, is_main_process, is_partitioned, is_sharded
+
+FOLDER = "covft"
+# Options of the Hub that push_to_hub takes too.
+_HUB_OPTIONS = ("commit_message", "private", "token", "create_pr", "revision", "max_shard_size")
+
+
+class SaveViT(Override):
+    """`save_pretrained` of the wrapped ViT itself."""
+
+    def __init__(self, encoder: WrappedViT) -> None:
+        super().__init__(encoder.vit, "save_pretrained")
+        self.encoder = encoder
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Save the ViT as `save` says, and upload it if that was asked for."""
+        given = self._named(self._own(args), kwargs)
+        push, repo_id = given.pop("push_to_hub", False), given.pop("repo_id", None)
+        save(self.encoder, self.owner, self.inner, given)
+        if push and given.get("is_main_process", True) and is_main_process():
+            options = {name: given[name] for name in _HUB_OPTIONS if name in given}
+            self.owner.push_to_hub(repo_id or Path(given["save_directory"]).name, **options)
+
+
+class OriginalStateHook:
+    """State-dict hook of the wrapped ViT: what holds it is saved with the original FFNs.
+
+    A state dict has the names of the running model, for whatever trains or copies it. Only transformers'
+    `save_pretrained` of a model around the ViT, which collects a state dict by itself, is given the original names.
+
+    Args:
+        encoder: The wrapped ViT.
+    """
+
+    def __init__(self, encoder: WrappedViT) -> None:
+        self.encoder = encoder
+        self._busy = False
+
+    def __call__(self, vit: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+        """Put the original tensors into a state dict that is about to be written."""
+        running = None if self._busy else running_save()
+        if running is None or vit is not self.encoder.vit or running.state_dict is not None:
+            return
+        own = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+        sharded = [name for name, tensor in own.items() if is_sharded(tensor)]
+        if sharded:
+            raise CheckpointError(
+                "Weights of a context-aware ViT are sharded, and save_pretrained does not gather them.",
+                expected="a model on one process, or one that covft.attach knows",
+                got=f"{len(sharded)} sharded tensors, such as {sharded[0]}",
+                fix="covft.attach(model, ...) instead of covft.wrap(tower, ...)",
+            )
+        original = original_state(self.encoder, own, prefix)
+        for name in own:
+            del state[name]
+        state.update(original)
+        if running.writes and is_main_process():
+            self._busy = True
+            try:
+                saving.save(self.encoder, Path(running.directory) / FOLDER)
+            finally:
+                self._busy = False
+
+
+def check(vit: nn.Module) -> None:
+    """Refuse a transformers that could save a model around this ViT wrongly.
+
+    Args:
+        vit: The ViT, before it is wrapped.
+
+    Raises:
+        UnsupportedVersionError: If its `save_pretrained` is not the one that covft knows.
+    """
+    if hasattr(vit, "save_pretrained"):
+        check_save_pretrained()
+
+
+def install(encoder: WrappedViT) -> None:
+    """Make the ViT, and what holds it, save the original weights and the adapted ones.
+
+    Args:
+        encoder: The wrapped ViT.
+    """
+    if hasattr(type(encoder.vit), "save_pretrained"):
+        SaveViT(encoder).install()
+    encoder.vit.register_state_dict_post_hook(OriginalStateHook(encoder))
+
+
+def remove(vit: nn.Module) -> None:
+    """Undo `install`.
+
+    Args:
+        vit: The ViT.
+    """
+    method = vit.__dict__.get("save_pretrained")
+    if isinstance(method, SaveViT):
+        method.remove()
+    for key in [key for key, hook in vit._state_dict_hooks.items() if isinstance(hook, OriginalStateHook)]:
+        del vit._state_dict_hooks[key]
+
+
+def save(encoder: WrappedViT, model: nn.Module, save_pretrained: Any, given: dict[str, Any]) -> Path | None:
+    """Save a model as one that `from_pretrained` loads, and the adapted ViT in `covft/` beside it.
+
+    What was trained outside the ViT is saved as it is. As for any model of transformers, the first process writes
+    alone. Under FSDP2 every process calls this without a state dict, or one with a state dict that was gathered; under
+    ZeRO-3 there has to be one.
+
+    Args:
+        encoder: The wrapped ViT.
+        model: The model that is saved: what holds the ViT, or the ViT itself.
+        save_pretrained: The model's own method.
+        given: Its arguments, by name.
+
+    Returns:
+        The folder of the adapted ViT; None on a process that wrote nothing.
+
+    Raises:
+        CheckpointError: If an option would write something else, or if weights are spread over processes.
+    """
+    if given.get("distributed_checkpoint"):
+        raise CheckpointError(
+            "save_pretrained(distributed_checkpoint=True) would write names that from_pretrained does not know.",
+            expected="distributed_checkpoint=False",
+            got="distributed_checkpoint=True",
+            fix="model.save_pretrained(folder)",
+        )
+    state, writes = given.get("state_dict"), given.get("is_main_process", True) and is_main_process()
+    if state is None:
+        state = _whole_state(model, writes=writes)
+    prefix = prefix_of(encoder.vit, model)
+    if state or writes:  # those who only took part have nothing
+        save_pretrained(**{**given, "state_dict": original_state(encoder, state, prefix)})
+    vit = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if not writes:
+        return None
+    folder = Path(given["save_directory"]) / FOLDER
+    saving.save(encoder, folder, gathered=vit, writes=True)
+    return folder
+
+
+def original_state(encoder: WrappedViT, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """A state dict with the ViT as it was before it was wrapped, and all else as it is.
+
+    Args:
+        encoder: The wrapped ViT.
+        state: A state dict of the ViT or of what holds it, which another library may have gathered.
+        prefix: Of the ViT's names in it.
+    """
+    original = encoder.original
+    ffns = {f"{prefix}{path}.": ffn for path, ffn in original.ffns.items()}
+    values = {f"{prefix}{name}": value for name, value in original.values.items()}
+    result: dict[str, Tensor] = {}
+    done: dict[str, Tensor] = {}  # with the first tensor that stands there now
+    for name, tensor in state.items():
+        place = next((place for place in ffns if name.startswith(place)), None)
+        if place is None:
+            result[name] = values[name].to(tensor) if name in values else tensor
+        elif place not in done and tensor.is_floating_point():
+            done[place] = tensor
+            result.update(_like(tensor, place, ffns[place]))
+    for place, ffn in ffns.items():
+        if done and place not in done:  # the second half of an FFN, which has no tensors of its own now
+            result.update(_like(next(iter(done.values())), place, ffn))
+    return result
+
+
+def _like(tensor: Tensor, place: str, ffn: nn.Module) -> dict[str, Tensor]:
+    """The state of an original FFN, of the type and on the device of a tensor."""
+    state = ffn.state_dict().items()
+    return {place + name: v.to(tensor) if v.is_floating_point() else v.to(tensor.device) for name, v in state}
+
+
+def _whole_state(model: nn.Module, *, writes: bool) -> dict[str, Tensor]:
+    """The state dict of a model, made whole tensor by tensor; empty on a process that only takes part."""
+    state = model.state_dict(keep_vars=True)
+    sharded = {name for name, tensor in state.items() if is_sharded(tensor)}
+    partitioned = [name for name in sharded if is_partitioned(state[name])]
+    if partitioned and writes:
+        raise CheckpointError(
+            "ZeRO-3 has partitioned the weights, so save_pretrained needs them gathered.",
+            expected="state_dict=",
+            got=f"{len(partitioned)} parameters that are elsewhere, such as {min(partitioned)}",
+            fix="model.save_pretrained(folder, state_dict=accelerator.get_state_dict(engine), "
+            "is_main_process=accelerator.is_main_process)",
+        )
+    if partitioned:
+        return {}  # the state dict that DeepSpeed gathers is None here: the first process has it
+    whole: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        value = full(tensor)
+        if writes or not sharded:
+            whole[name] = value.cpu() if name in sharded else value
+    return whole
+
+
+def prefix_of(module: nn.Module, model: nn.Module) -> str:
+    """What the names of a module's tensors begin with in a model: its path and a dot, or nothing.
+
+    Args:
+        module: A part of the model, or the model itself.
+        model: The model.
+    """
+    path = next(name for name, part in model.named_modules() if part is module)
+    return f"{path}." if path else ""

@@ -1,0 +1,168 @@
+"""Selects the tensors to save and the metadata of their base model, and writes them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from covft import __version__
+from covft.adapters.sources import source_of
+from covft.checkpoints.card import model_card
+from covft.checkpoints.fingerprint import fingerprint
+from covft.checkpoints.folder import CONFIG_NAME, write_folder
+from covft.errors import CheckpointError
+from covft.surgery.wrapped import WrappedViT
+from covft.utils.sharding import full, is_main_process, is_sharded
+
+
+def adapted_state_dict(encoder: WrappedViT) -> dict[str, Tensor]:
+    """What was added or trained, by the names it has in the ViT, whole.
+
+    Args:
+        encoder: A wrapped ViT. Where its weights are sharded, every process has to call this.
+    """
+    return {name: full(tensor) for name, tensor in adapted_tensors(encoder).items()}
+
+
+def adapted_tensors(encoder: WrappedViT, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What was added or trained, by the names it has in the ViT, as the modules hold it.
+
+    Args:
+        encoder: A wrapped ViT.
+        gathered: Tensors by name that count instead of those of the modules.
+    """
+    # Modules that torch wraps for activation checkpointing are not seen in the names of a state dict.
+    named = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in encoder.vit.named_parameters())
+    trained = {name for name, parameter in named if parameter.requires_grad} | set(encoder.norms)
+    slots, state = _slot_prefixes(encoder), _state(encoder, gathered)
+    return {name: tensor for name, tensor in state.items() if name.startswith(slots) or name in trained}
+
+
+def base_state_dict(encoder: WrappedViT, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The ViT's weights as they were before wrapping, by the names they had, as the modules hold them.
+
+    Parameters that the caller trained beside covft's are as they are now.
+
+    Args:
+        encoder: A wrapped ViT.
+        gathered: Tensors by name that count instead of those of the modules.
+    """
+    original = encoder.original
+    slots = tuple(f"{path}." for path in original.ffns)  # with other names of the same FFN, and second halves
+    state = {name: t for name, t in _state(encoder, gathered).items() if not name.startswith(slots)}
+    state.update({name: value for name, value in original.values.items() if name in state})
+    for path, ffn in original.ffns.items():
+        state.update({f"{path}.{name}": tensor for name, tensor in ffn.state_dict().items()})
+    return state
+
+
+def save(
+    encoder: WrappedViT,
+    folder: str | Path,
+    *,
+    gathered: Mapping[str, Tensor] | None = None,
+    writes: bool | None = None,
+) -> None:
+    """Write a saved folder; see `WrappedViT.save_pretrained`.
+
+    Sharded weights are made whole one by one, which every process has to take part in.
+
+    Args:
+        encoder: A wrapped ViT.
+        folder: Made if it does not exist.
+        gathered: Weights of the ViT by name that another library made whole; then no process waits for another.
+        writes: Whether this process writes. None: every one that calls this, and of sharded weights the first.
+
+    Raises:
+        CheckpointError: If the folder is a file, or weights are on the meta device, or sharded and not in `gathered`.
+    """
+    adapted, base = adapted_tensors(encoder, gathered), base_state_dict(encoder, gathered)
+    tensors = [*adapted.items(), *sorted(base.items())]
+    sharded = {name: tensor for name, tensor in tensors if is_sharded(tensor)}
+    if writes is None:
+        writes = not sharded or is_main_process()
+    if gathered is not None and not writes:
+        return
+    if gathered is not None and sharded:
+        raise CheckpointError(
+            "Weights are spread over processes, and the state dict does not have them.",
+            expected="the state dict of the whole model",
+            got=f"without {_first(sharded)}",
+            fix="model.save_pretrained(folder, state_dict=accelerator.get_state_dict(model)), with ZeRO-3 under "
+            "stage3_gather_16bit_weights_on_model_save",
+        )
+    meta = [name for name, tensor in tensors if tensor.is_meta]
+    if meta or not writes:
+        for tensor in sharded.values():
+            full(tensor)  # what the process that writes, or any other without an error, waits for
+    if meta and writes:
+        raise CheckpointError(
+            "Weights on the meta device have no values to save.",
+            expected="weights in memory, also at the time of wrap()",
+            got=_first(meta),
+            fix="load the ViT's weights on the process that saves, then wrap it, then shard it",
+        )
+    if writes:
+        whole = {name: full(tensor).cpu() if name in sharded else tensor for name, tensor in adapted.items()}
+        write_folder(folder, whole, _config(encoder, set(adapted), base), model_card(encoder))
+
+
+def push(encoder: WrappedViT, repo_id: str, **kwargs: Any) -> str:
+    """Save to a repository of the Hugging Face Hub; see `WrappedViT.push_to_hub`.
+
+    Args:
+        encoder: A wrapped ViT.
+        repo_id: Such as `name/repository`.
+        **kwargs: Options of the Hub's client.
+
+    Returns:
+        Address of the commit; empty on a process that only took part.
+    """
+    from huggingface_hub import HfApi
+
+    private = kwargs.pop("private", None)
+    api = HfApi(token=kwargs.pop("token", None))
+    with tempfile.TemporaryDirectory() as folder:
+        save(encoder, folder)
+        if not (Path(folder) / CONFIG_NAME).exists():
+            return ""
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
+
+
+def _config(encoder: WrappedViT, saved: set[str], base: Mapping[str, Tensor]) -> dict[str, Any]:
+    extra = sorted(name for name in saved & set(base) if name not in encoder.norms)
+    return {
+        "library_version": __version__,
+        "covft": encoder.covft_config.to_dict(),
+        "base": {
+            "source": source_of(encoder.vit),
+            "revision": getattr(getattr(encoder.vit, "config", None), "_commit_hash", None),
+            "library": encoder.spec.library,
+            "class_name": encoder.spec.class_name,
+            "fingerprint": fingerprint((name, tensor) for name, tensor in base.items() if name not in extra),
+        },
+        "text": {
+            "source": encoder.text_name,
+            "text_dim": encoder.text_dim,
+            "revision": encoder.text_source.revision,
+        },
+        "extra": extra,
+    }
+
+
+def _state(encoder: WrappedViT, gathered: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = encoder.vit.state_dict(keep_vars=True)
+    return {**state, **{name: tensor for name, tensor in (gathered or {}).items() if name in state}}
+
+
+def _first(names: Iterable[str]) -> str:
+    return ", ".join(list(names)[:5])
+
+
+def _slot_prefixes(encoder: WrappedViT) -> tuple[str, ...]:
+    return tuple(f"{encoder.spec.blocks[layer].mlp_path}." for layer in encoder.layers)

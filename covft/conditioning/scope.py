@@ -1,0 +1,353 @@
+"""Carries the text of a call to the FFNs that run in it, and in every recomputation of it.
+
+Shapes: B images, S texts, C text_dim, N tokens of an image.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from covft.adapters.input_format import InputFormat
+from covft.conditioning.frames import (
+    check_torch,
+    checkpoint_frames,
+    graph_task,
+    in_backward,
+    inside_autograd_function,
+)
+from covft.conditioning.tower_call import TowerCall
+from covft.errors import MissingContextError, ReentrantCheckpointError, ShapeError
+from covft.nn.segments import Segments
+
+
+class Scope:
+    """What holds for the FFNs that run inside it.
+
+    Args:
+        text_features: Shape `(S, C)`, one row per text; None where no text was given.
+        index: Which text each image has, shape `(B,)`; None where image i has text i.
+        shared: Whether the one text is for all images, however many.
+        seed: Seed of random routing in training mode.
+        call: What this run of the tower knows; None where the scope is a text that was given.
+
+    Attributes:
+        per_row: Images per row of a batch whose rows may all be repeated before the ViT runs, as `generate` does for
+            beams; None where nothing is repeated.
+        grad_enabled: Whether gradients were on where the text was given.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_frame",
+        "_graph_task",
+        "call",
+        "grad_enabled",
+        "index",
+        "per_row",
+        "seed",
+        "shared",
+        "text_features",
+    )
+
+    def __init__(
+        self,
+        text_features: Tensor | None,
+        index: Tensor | None = None,
+        *,
+        shared: bool = False,
+        seed: int | None = None,
+        call: TowerCall | None = None,
+    ) -> None:
+        self.text_features = text_features
+        self.index = index
+        self.shared = shared
+        self.seed = seed
+        self.call = call
+        self.per_row: int | None = None
+        self.grad_enabled = torch.is_grad_enabled()
+        self._graph_task = -1
+        self._frame = None
+        if not torch.compiler.is_compiling():
+            self._graph_task = graph_task()
+            innermost = next(iter(checkpoint_frames()), None)
+            self._frame = None if innermost is None else weakref.ref(innermost)
+
+    @property
+    def frame(self) -> Any:
+        """The innermost checkpoint frame that the scope was opened in; None outside of any."""
+        return None if self._frame is None else self._frame()
+
+    def holds_in(self, frames: list[Any]) -> bool:
+        """Return whether code that runs now, inside `frames`, runs inside this scope."""
+        if self._graph_task != graph_task():
+            return False
+        return self._frame is None or self.frame in frames
+
+    def text_for(self, num_images: int) -> Tensor | None:
+        """Return the text features of each image, shape `(num_images, C)`.
+
+        Raises:
+            ShapeError: If the text is for another number of images.
+        """
+        if self.text_features is None:
+            return None
+        if self.shared:
+            return self.text_features.expand(num_images, -1)
+        index, expected = self.index, len(self.text_features) if self.index is None else len(self.index)
+        if self.per_row and expected and num_images > expected and num_images % expected == 0:
+            each = torch.arange(expected, device=self.text_features.device) if index is None else index
+            index = each.view(-1, self.per_row).repeat_interleave(num_images // expected, dim=0).flatten()
+        elif expected != num_images:
+            raise ShapeError(
+                f"The ViT sees {num_images} images, but the text is for {expected}.",
+                expected=f"one text per image, or index= of shape ({num_images},) that says which text each has",
+                got=f"{len(self.text_features)} texts, "
+                + ("no index" if self.index is None else f"index of shape {tuple(self.index.shape)}"),
+                fix="encoder(images, texts, index=torch.tensor([...]))",
+            )
+        return self.text_features if index is None else self.text_features[index]
+
+    def check_rows(self, num_images: int) -> None:
+        """Refuse an FFN that sees other images than the tower, so that no text meets another's image.
+
+        Args:
+            num_images: How many images the FFN sees.
+
+        Raises:
+            ShapeError: If the tower sees another number.
+        """
+        seen = None if self.call is None else self.call.num_images
+        if seen not in (None, num_images) and not self.shared:
+            raise ShapeError(
+                "An FFN sees other rows than the images of the batch, so which text belongs to each is not known.",
+                expected=f"{seen} rows, one per image",
+                got=f"{num_images} rows",
+                fix="switch off stochastic depth that drops images of a batch; if a row is part of an image, "
+                "say so: adapter=ViTFamily(..., folded=('mlp',))",
+            )
+
+
+class Conditioning:
+    """Carries the text of one encoder's calls to its FFNs.
+
+    One object per encoder, shared by reference with its FFNs. Copies and pickles of it are empty: open scopes belong
+    to the calls that are running, not to the model.
+
+    Args:
+        format: How images reach the ViT.
+        needs_text: Whether a call without text is an error.
+        draws_seeds: Whether runs of the tower get a seed (random routing).
+        has_batch_norm: Whether the ViT has batch norms, whose statistics are kept as they are.
+
+    Raises:
+        UnsupportedVersionError: If activation checkpointing of this torch cannot be followed.
+    """
+
+    def __init__(
+        self,
+        format: InputFormat | None = None,
+        *,
+        needs_text: bool = True,
+        draws_seeds: bool = False,
+        has_batch_norm: bool = False,
+    ) -> None:
+        check_torch()
+        self.format = InputFormat() if format is None else format
+        self.needs_text = needs_text
+        self.draws_seeds = draws_seeds
+        self.has_batch_norm = has_batch_norm
+        self._local = _Local()
+        self._noted: weakref.WeakKeyDictionary[Any, Scope] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple:
+        return (_rebuild, (self.format, self.needs_text, self.draws_seeds, self.has_batch_norm))
+
+    def enter(self, text_features: Tensor | None, index: Tensor | None = None, *, shared: bool = False) -> Scope:
+        """Open a scope; `leave` must follow, whatever happens in between.
+
+        Args:
+            text_features: Shape `(S, C)`; None where the routing needs no text.
+            index: Which text each image has, shape `(B,)`.
+            shared: Whether the one text is for all images.
+        """
+        scope = Scope(text_features, index, shared=shared, seed=self._new_seed())
+        self._local.stack.append(scope)
+        return scope
+
+    def leave(self, scope: Scope) -> None:
+        """Close a scope, and whatever an exception left open inside it."""
+        stack = self._local.stack
+        while stack and stack.pop() is not scope:
+            pass
+
+    def scope(self) -> Scope | None:
+        """Return the scope that the running code belongs to; None if there is none.
+
+        During backward that is the scope of the original forward. Finding it also notes it for the checkpoint frames
+        around the caller, so that their recomputation finds it again.
+        """
+        stack = self._local.stack
+        if torch.compiler.is_compiling():
+            return stack[-1] if stack else None
+        frames = checkpoint_frames()
+        for scope in reversed(stack):
+            if scope.holds_in(frames):
+                self._note(scope, frames)
+                return scope
+        for frame in frames:
+            scope = self._noted.get(frame)
+            if scope is not None:
+                return scope
+        return None
+
+    def require(self) -> Scope | None:
+        """Return the scope of the caller, checked.
+
+        Raises:
+            MissingContextError: If the routing needs text and there is none.
+        """
+        scope = self.scope()
+        if self.needs_text and (scope is None or scope.text_features is None):
+            raise MissingContextError(
+                "A context-aware ViT was called without text."
+                if not in_backward()
+                else "A context-aware ViT is recomputed during backward, and its forward left no text for that.",
+                expected="text features for every image",
+                got="none",
+                fix="encoder(images, ['the question', ...]), or `with encoder.condition(texts):` around the call",
+            )
+        return scope
+
+    def enter_tower(self, vit: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Check the batch before any compute and open the run's scope; a forward pre-hook of the ViT.
+
+        Raises:
+            MissingContextError: If no text was given.
+            ShapeError: If the text is for another number of images, or images are packed in a way that is not known.
+        """
+        parent = self.require()
+        call = TowerCall.read(self.format, vit, args, kwargs)
+        if parent is not None and call.num_images is not None:
+            parent.text_for(call.num_images)
+        if self.has_batch_norm and vit.training:
+            freeze_batch_norms(vit)
+        seed = self._new_seed()
+        if parent is None:
+            scope = Scope(None, seed=seed, call=call)
+        else:
+            scope = Scope(parent.text_features, parent.index, shared=parent.shared, seed=seed, call=call)
+            scope.grad_enabled = parent.grad_enabled
+            scope.per_row = parent.per_row
+        self._local.stack.append(scope)
+
+    def leave_tower(self, vit: nn.Module, args: tuple, output: Any) -> None:
+        """Close the run's scope; a forward hook of the ViT, called even when it raised."""
+        stack = self._local.stack
+        if stack and stack[-1].call is not None:
+            stack.pop()
+
+    def segments_of(self, scope: Scope | None, x: Tensor) -> Segments | None:
+        """Return which tokens of a packed tower's FFN belong to which image; None for other towers.
+
+        Args:
+            scope: The scope of the FFN that runs.
+            x: Tokens as the FFN gets them.
+
+        Raises:
+            ShapeError: If the tower is packed and this is not a run of it.
+        """
+        if not self.format.is_packed:
+            return None
+        if scope is None or scope.call is None or scope.call.segments is None:
+            raise ShapeError(
+                "A block of a packed tower runs alone, so where each image begins is not known.",
+                expected=f"a call of the tower, with {self.format.sizes_argument}=",
+                got="a call of the block",
+            )
+        return scope.call.segments_for(x)
+
+    def check_gradients(self, scope: Scope | None, *, training: bool) -> None:
+        """Refuse a run without gradients whose results a backward pass would miss.
+
+        Args:
+            scope: The scope of the FFN that runs.
+            training: Whether that FFN is in training mode.
+
+        Raises:
+            ReentrantCheckpointError: If gradients would be lost silently.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        if inside_autograd_function() or (training and scope is not None and scope.grad_enabled):
+            raise ReentrantCheckpointError(
+                "A context-aware ViT in training runs without gradients, so its experts would get none.",
+                expected="non-reentrant activation checkpointing, and no torch.no_grad() around the ViT alone",
+                got="reentrant activation checkpointing, or a call under torch.no_grad() inside condition(...)",
+                fix="gradient_checkpointing_kwargs={'use_reentrant': False}; for evaluation, encoder.eval()",
+            )
+
+    def _note(self, scope: Scope, frames: list[Any]) -> None:
+        opened_in = scope.frame
+        with self._lock:
+            for frame in frames:
+                if frame is opened_in:
+                    return
+                self._noted[frame] = scope
+
+    def _new_seed(self) -> int | None:
+        if not self.draws_seeds:
+            return None
+        # From torch's own generator, whose state a checkpoint restores before it recomputes.
+        return int(torch.randint(2**31, ()).item())
+
+
+class _Local(threading.local):
+    """The open scopes of one encoder on one thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[Scope] = []
+
+
+def _rebuild(format: InputFormat, needs_text: bool, draws_seeds: bool, has_batch_norm: bool) -> Conditioning:
+    return Conditioning(format, needs_text=needs_text, draws_seeds=draws_seeds, has_batch_norm=has_batch_norm)
+
+
+def freeze_batch_norms(module: nn.Module) -> None:
+    """Keep the statistics of batch norms: they belong to the frozen ViT, as weights do.
+
+    Args:
+        module: A ViT or a part of it, in training mode.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training:
+            part.training = False
+
+
+def images_in(scope: Scope | None, num_rows: int, *, folded: bool) -> int:
+    """Return how many images the rows that an FFN sees belong to.
+
+    Args:
+        scope: The scope of the FFN that runs.
+        num_rows: Rows that the FFN sees.
+        folded: Whether an image may be several rows.
+
+    Raises:
+        ShapeError: If that cannot be known.
+    """
+    if not folded:
+        return num_rows
+    if scope is not None and scope.call is not None and scope.call.num_images is not None:
+        return scope.call.num_images
+    if scope is None or scope.text_features is None or scope.shared:
+        raise ShapeError(
+            "A block whose rows are parts of images runs alone, so how many images there are is not known.",
+            expected="a call of the tower, or one text per image",
+            got=f"{num_rows} rows",
+        )
+    return len(scope.text_features if scope.index is None else scope.index)

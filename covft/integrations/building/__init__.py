@@ -1,0 +1,1 @@
+"""Multimodal LLMs from pretrained parts."""

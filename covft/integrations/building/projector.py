@@ -1,0 +1,100 @@
+"""The projector alone: what stage 1 trains, and stage 2 starts from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from covft.errors import CheckpointError, UnsupportedViTError
+from covft.utils.files import write_tensors
+from covft.utils.sharding import full, is_distributed, is_main_process
+
+PROJECTOR_NAME = "projector.safetensors"
+
+
+def save_projector(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write the projector of a multimodal LLM.
+
+    Call it on every process: weights that are shared out (FSDP2, ZeRO-3) are gathered, and the first process writes.
+    The file is written aside and renamed, so one whose writing was cut short never stands in its place.
+
+    Args:
+        model: A LLaVA or InternVL, also in the wrapper of a trainer.
+        folder: Where `projector.safetensors` goes; made if it does not exist.
+
+    Returns:
+        The file.
+
+    Raises:
+        UnsupportedViTError: If the model has no projector.
+    """
+    values = find_projector(model).state_dict(keep_vars=True)
+    state = {name: full(value).cpu() for name, value in values.items()}
+    path = Path(folder) / PROJECTOR_NAME
+    if is_main_process():
+        write_tensors(path, state)
+    if is_distributed():
+        torch.distributed.barrier()  # whoever goes on finds the file
+    return path
+
+
+def load_projector(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Put a saved projector in the place of the model's own, in its device and dtype.
+
+    Args:
+        model: A LLaVA or InternVL, before it is given to a trainer.
+        folder: What was given to `save_projector`, or the file.
+
+    Raises:
+        CheckpointError: If the file is missing, cut short, or of another projector; nothing is changed then.
+        UnsupportedViTError: If the model has no projector.
+    """
+    projector = find_projector(model)
+    path = Path(folder)
+    path = path / PROJECTOR_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise CheckpointError(
+            f"There is no projector at {path}.", expected=PROJECTOR_NAME, fix="save_projector(model, folder)"
+        )
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is cut short or damaged.", got=str(error), fix="copy it again, or train stage 1 again"
+        ) from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if wanted != found:
+        raise CheckpointError(
+            f"{path} is not a projector of this model.",
+            expected=", ".join(f"{name} {shape}" for name, shape in wanted.items()),
+            got=", ".join(f"{name} {shape}" for name, shape in found.items()),
+            fix="the vision tower, language model and vision_feature_layer that it was trained with",
+        )
+    projector.load_state_dict(state)
+
+
+def find_projector(model: nn.Module) -> nn.Module:
+    """The module between tower and language model.
+
+    Args:
+        model: A LLaVA or InternVL, also wrapped by peft, DDP or a trainer.
+
+    Raises:
+        UnsupportedViTError: If there is not exactly one.
+    """
+    found = [
+        module for name, module in model.named_modules() if name.rpartition(".")[2] == "multi_modal_projector"
+    ]  # fmt: skip
+    if len(found) != 1:
+        raise UnsupportedViTError(
+            f"{type(model).__name__} has {len(found)} projectors.",
+            expected="a model with one multi_modal_projector, such as LLaVA or InternVL",
+            got=type(model).__name__,
+        )
+    return found[0]

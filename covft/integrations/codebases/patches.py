@@ -1,0 +1,167 @@
+"""Every class or function of another library that covft patches, and for how long.
+
+    transformers.Trainer.__init__               while a launcher runs          patched_trainers()
+    the codebase's model loader                 while a launcher runs          patched_loader()
+    torch.utils.checkpoint.checkpoint           while InternVL's tower runs    non_reentrant()
+    swift.template.Template.pre_forward_hook    once ms-swift's plug-in loads  hold_text()
+
+Methods of a model are overridden on the instance instead; see `covft.integrations.mllm.overrides`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.utils.checkpoint
+from torch import nn
+
+from covft.checkpoints.pretrained import FOLDER
+from covft.errors import ConfigError
+from covft.integrations.codebases.installing import NO_IMAGE
+from covft.integrations.mllm.attachment import attachment_of
+
+
+@contextlib.contextmanager
+def patched_trainers(attach: Callable[[nn.Module, Any], None]) -> Iterator[None]:
+    """Patch transformers' Trainer: its model is attached when it is made, after everything else was done to the model.
+
+    Args:
+        attach: Attaches a model, given its tokenizer.
+
+    Raises:
+        ConfigError: If a Trainer makes its model itself.
+    """
+    import transformers
+
+    from covft.integrations.codebases.trainer_hooks import before_trainer, join_trainer
+
+    cls = transformers.Trainer
+    original = cls.__init__
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        model, tokenizer = given.get("model"), given.get("tokenizer") or given.get("processing_class")
+        if model is None:
+            raise ConfigError("This Trainer makes its model itself.", expected="Trainer(model=...)", got="model_init")
+        before_trainer(given.get("args"))
+        # As the Trainer itself does a moment later: routers begin the same in every process and every run.
+        transformers.set_seed(getattr(given.get("args"), "seed", 42))
+        attach(model, tokenizer)
+        original(self, *args, **kwargs)
+        join_trainer(self)
+
+    cls.__init__ = __init__
+    try:
+        yield
+    finally:
+        cls.__init__ = original
+
+
+@contextlib.contextmanager
+def patched_loader(
+    name: str, attach: Callable[[nn.Module, Any, str | Path], None], pretrained: str | None
+) -> Iterator[None]:
+    """Patch a codebase's loader: what it returns is attached, with the tower that was saved in the model's folder.
+
+    Args:
+        name: Dotted name of the function.
+        attach: Attaches a model, given its tokenizer and the saved tower.
+        pretrained: A saved tower to take instead.
+    """
+    module_name, _, function = name.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        module = None
+    original = getattr(module, function, None)
+    if original is None:
+        yield
+        return
+
+    @functools.wraps(original)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        saved = pretrained or _saved_with(args, kwargs)
+        loaded = original(*args, **kwargs)
+        model = next(part for part in loaded if isinstance(part, nn.Module))
+        tokenizer = next(part for part in loaded if hasattr(part, "batch_decode"))
+        attach(model, tokenizer, saved)
+        return loaded
+
+    setattr(module, function, load)
+    try:
+        yield
+    finally:
+        setattr(module, function, original)
+
+
+def _saved_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Path:
+    """The adapted tower in the folder of a model: LLaVA's `model_path`, InternVL's `args.checkpoint`."""
+    first: Any = args[0] if args else kwargs.get("model_path", kwargs.get("args"))
+    folder = Path(getattr(first, "checkpoint", first))
+    if not (folder / FOLDER).is_dir():
+        raise ConfigError(
+            f"{folder} was not trained with covft.",
+            expected=f"a folder with {FOLDER}/ in it, or --covft_pretrained",
+            got=str(folder),
+            fix="run the script without this launcher to evaluate the model as it is",
+        )
+    return folder / FOLDER
+
+
+@contextlib.contextmanager
+def non_reentrant() -> Iterator[None]:
+    """Let `torch.utils.checkpoint.checkpoint`, called by its full name, be non-reentrant where nobody says which.
+
+    Their encoder calls it without `use_reentrant`, which means the reentrant kind in many releases of torch.
+    """
+    home: Any = torch.utils.checkpoint
+    before = home.checkpoint
+
+    def checkpoint(function: Any, *args: Any, use_reentrant: bool | None = None, **kwargs: Any) -> Any:
+        use_reentrant = False if use_reentrant is None else use_reentrant
+        return before(function, *args, use_reentrant=use_reentrant, **kwargs)
+
+    home.checkpoint = checkpoint
+    try:
+        yield
+    finally:
+        home.checkpoint = before
+
+
+def hold_text(template: Any) -> None:
+    """Patch a class of ms-swift: hold the text around `pre_forward_hook`, in which some templates run the tower.
+
+    Those turn `input_ids` and images into `inputs_embeds` before the model's forward sees them.
+
+    Args:
+        template: The class `swift.template.Template`.
+    """
+    inner = template.pre_forward_hook
+    if getattr(inner, "_covft", False):
+        return
+
+    @functools.wraps(inner)
+    def pre_forward_hook(self: Any, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        attachment = attachment_of(model)
+        if attachment is None or type(self)._post_encode is template._post_encode:
+            return inner(self, model, args, kwargs)
+        images = [kwargs.get(name) for name in ("pixel_values", "pixel_values_videos")]
+        if any(image is not None for image in images) or attachment.encoder.conditioning.scope() is not None:
+            held = attachment.conditioned(kwargs, None)
+        else:  # some templates then run the tower on a dummy, whose features they multiply by zero
+            held = attachment.encoder.condition(NO_IMAGE)
+        with held:
+            return inner(self, model, args, kwargs)
+
+    pre_forward_hook._covft = True  # type: ignore[attr-defined]
+    template.pre_forward_hook = pre_forward_hook

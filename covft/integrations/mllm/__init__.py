@@ -1,0 +1,1 @@
+"""A context-aware tower inside a multimodal LLM."""

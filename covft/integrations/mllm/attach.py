@@ -1,0 +1,197 @@
+"""attach() and detach(): a context-aware tower inside a multimodal LLM, in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+from typing_extensions import Unpack
+
+from covft.adapters.spec import Adapter
+from covft.config import CoVFTConfig, Settings, show_settings
+from covft.encoder import ContextEncoder
+from covft.errors import ConfigError, UnsupportedViTError
+from covft.integrations.mllm import overrides
+from covft.integrations.mllm.attachment import KEY, Attachment, attachment_of, image_id, without_peft
+from covft.integrations.mllm.families import find_tower
+from covft.integrations.mllm.prompt import PromptReader
+from covft.surgery.skipping import check_read
+from covft.wrapping import WrapPlan, plan_load, plan_wrap, unwrap
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@show_settings
+def attach(
+    model: Model,
+    text_encoder: Any = None,
+    *,
+    tokenizer: Any,
+    turns: str = "all",
+    system: str | None = None,
+    empty_instruction: str | None = None,
+    pretrained: str | Path | None = None,
+    config: CoVFTConfig | None = None,
+    adapter: Adapter | None = None,
+    **settings: Unpack[Settings],
+) -> Model:
+    """Make the tower of a multimodal LLM context-aware, in place.
+
+    The tower stays where it is. `model(**batch)`, `model.generate(**inputs)`, `Trainer` and pipelines work as before:
+    the instruction is read from the user's turns in `input_ids`, and reaches the right images. Both calls also take
+    `context_text=`, which overrides what would be read: a text for all images, or one per row of `input_ids`, or one
+    per image. Nothing is read, or needed, where no image is encoded.
+
+    Args:
+        model: A multimodal LLM of transformers: LLaVA (Pixtral too), LLaVA-NeXT, LLaVA-OneVision, InternVL, PaliGemma,
+            Gemma 3, Idefics3, SmolVLM, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, GLM-4V, Mistral 3, Mllama, or one that
+            is built like them.
+        text_encoder: As for `covft.wrap`.
+        tokenizer: The model's tokenizer or processor, with its chat template; None if `context_text` is always given.
+        turns: User turns that make the instruction: `"all"`, joined by a space, the `"first"` or the `"last"`.
+        system: The system prompt of your data. Needed only with templates that put it into the user's turn without a
+            mark (Gemma 3, Mistral), where nothing else tells the two apart.
+        empty_instruction: Instruction of rows whose user says nothing; None makes such a row an error.
+        pretrained: A saved folder to start from instead of settings: what `model.save_pretrained` wrote to `covft/`,
+            or a repository of the Hugging Face Hub.
+        config: Settings to start from.
+        adapter: How the tower is built, if no registered adapter knows it.
+        **settings: Fields of `CoVFTConfig`, as for `covft.wrap`. A `feature_layer` that would skip what the model reads
+            (`model.config.vision_feature_layer`) is refused.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ConfigError: If a setting cannot work.
+        UnsupportedViTError: If the model is attached already, or has no tower that covft can wrap.
+        CheckpointError: If `pretrained` does not fit.
+
+    Example:
+        >>> covft.attach(llava, "bert-base-uncased", tokenizer=processor)  # doctest: +SKIP
+    """
+    # Look
+    target = unattached(model)
+    tower, family = find_tower(target, adapter)
+    placeholder = image_id(target)
+    # Plan
+    reader = PromptReader(
+        tokenizer,
+        () if placeholder is None else (placeholder,),
+        turns=turns,
+        system=system,
+        empty_instruction=empty_instruction,
+    )
+    read = getattr(target.config, "vision_feature_layer", None)
+    plan = plan_tower(tower, text_encoder, read, pretrained, config, adapter, settings)
+    # Install
+    attachment = Attachment(target, plan.install(), reader, family)
+    target.__dict__[KEY] = attachment
+    overrides.install(attachment)
+    return model
+
+
+def plan_tower(
+    tower: nn.Module,
+    text_encoder: Any,
+    read: Any,
+    pretrained: str | Path | None,
+    config: CoVFTConfig | None,
+    adapter: Adapter | None,
+    settings: Settings,
+) -> WrapPlan:
+    """Check how a tower is going to be wrapped; nothing of it is changed.
+
+    Args:
+        tower: The ViT of a multimodal LLM.
+        text_encoder: As for `attach`.
+        read: The hidden state that the model reads, or several; None for the last.
+        pretrained: As for `attach`.
+        config: As for `attach`.
+        adapter: As for `attach`.
+        settings: As for `attach`.
+
+    Raises:
+        CoVFTError: As `attach` does.
+    """
+    if pretrained is None:
+        plan = plan_wrap(tower, text_encoder, config, adapter, settings)
+    elif settings or config is not None:
+        raise ConfigError(
+            "A saved tower has its own settings.",
+            expected="pretrained, or settings",
+            got=f"pretrained and {', '.join(settings) or 'config'}",
+        )
+    else:
+        plan = plan_load(pretrained, tower, text_encoder, adapter)
+    check_read(plan.spec, plan.config.feature_layer, read)
+    return plan
+
+
+def unattached(model: nn.Module) -> Any:
+    """Return the model itself, without a PeftModel around it.
+
+    Args:
+        model: What is going to be attached.
+
+    Raises:
+        UnsupportedViTError: If it is attached already.
+    """
+    target = without_peft(model)
+    if attachment_of(target) is not None:
+        raise UnsupportedViTError(
+            "This model is attached already.",
+            expected=f"a {type(target).__name__} as it was",
+            fix="covft.attach(covft.detach(model), text_encoder, tokenizer=tokenizer)",
+        )
+    return target
+
+
+def detach(model: Model) -> Model:
+    """Undo `attach`, in place: methods, FFNs, norms and names are as they were, bit for bit.
+
+    Args:
+        model: What was attached.
+
+    Returns:
+        The model itself. What was trained outside the tower keeps its values.
+
+    Raises:
+        UnsupportedViTError: If the model is not attached, or another library has wrapped one of its methods since.
+    """
+    target = without_peft(model)
+    encoder = get_encoder(target)
+    covered = overrides.covered(target)
+    if covered:
+        raise UnsupportedViTError(
+            f"Another library has replaced model.{covered[0]} since attach().",
+            expected="the methods that attach() put there",
+            got=f"{type(target.__dict__.get(covered[0])).__name__} at {', '.join(covered)}",
+            fix="accelerator.unwrap_model(model, keep_fp32_wrapper=False) first, if accelerate prepared it",
+        )
+    unwrap(encoder)
+    overrides.remove(target)
+    del target.__dict__[KEY]
+    return model
+
+
+def get_encoder(model: nn.Module) -> ContextEncoder:
+    """Return the context-aware tower of an attached model.
+
+    Args:
+        model: What was attached.
+
+    Returns:
+        The encoder; its `vit` is the tower, where it always was.
+
+    Raises:
+        UnsupportedViTError: If the model is not attached.
+    """
+    attachment = attachment_of(model)
+    if attachment is None:
+        raise UnsupportedViTError(
+            f"This {type(model).__name__} is not attached.",
+            fix="covft.attach(model, text_encoder, tokenizer=tokenizer)",
+        )
+    return attachment.encoder

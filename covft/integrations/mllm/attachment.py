@@ -1,0 +1,218 @@
+"""What attach() leaves on a model, and how a call of the model gets its text."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from covft.encoder import ContextEncoder
+from covft.errors import MissingContextError, ShapeError
+from covft.integrations.mllm.families import MLLMFamily, base_of
+from covft.integrations.mllm.images import map_images
+from covft.integrations.mllm.prompt import PromptReader
+
+KEY = "_covft_attachment"
+
+
+@dataclass(eq=False)
+class Attachment:
+    """Joins a multimodal LLM, its context-aware tower and the reader of its prompts.
+
+    Attributes:
+        model: The multimodal LLM.
+        encoder: Its tower, wrapped.
+        reader: Reads the instruction out of `input_ids`.
+        family: How images reach the tower.
+        saved_in: The folder that the tower as it is now was last saved in, if a trainer may rely on it.
+    """
+
+    model: nn.Module
+    encoder: ContextEncoder
+    reader: PromptReader
+    family: MLLMFamily
+    saved_in: Path | None = None
+
+    def conditioned(
+        self, given: Mapping[str, Any], context_text: Any, context_index: Any = None
+    ) -> AbstractContextManager[Any]:
+        """A context in which the tower has the text of this call.
+
+        Nothing is read where the tower will not run, where it needs no text, and inside an open
+        `encoder.condition(...)`.
+
+        Args:
+            given: Arguments of the call, by name.
+            context_text: What the caller gave: None, a text for all, or one text (or row of features) per
+                row of `input_ids`, per image, or per tile.
+            context_index: The row of `input_ids` that each image belongs to, shape `(B,)`, where the batch says so.
+
+        Raises:
+            MissingContextError: If there is no text, and none can be read.
+            ShapeError: If texts and images do not fit together.
+        """
+        images, videos = given.get("pixel_values"), given.get("pixel_values_videos")
+        if (images is None and videos is None) or not self.encoder.conditioning.needs_text:
+            return contextlib.nullcontext()
+        if context_text is None and self.encoder.conditioning.scope() is not None:
+            return contextlib.nullcontext()
+        if isinstance(context_text, str):
+            return self.encoder.condition(context_text)
+        if videos is not None and (images is not None or not self.family.videos):
+            return self.encoder.condition(self._one_text(given, context_text))
+        if context_index is not None:
+            return self._by_row(given, context_text, torch.as_tensor(context_index).tolist())
+        return self._repeatable(self._per_image(given, context_text), images)
+
+    @contextlib.contextmanager
+    def _repeatable(self, condition: AbstractContextManager[Any], images: Any) -> Iterator[None]:
+        """A condition that holds for repeated rows where the tower runs after `generate` has repeated them."""
+        with condition:
+            scope = self.encoder.conditioning.scope()
+            if self.family.layout == "rows" and scope is not None:
+                scope.per_row = images.shape[1]
+            yield
+
+    def _by_row(
+        self, given: Mapping[str, Any], context_text: Any, row_of_tile: list[int]
+    ) -> AbstractContextManager[Any]:
+        """The text of each tile's row; dummies, which have no placeholder, have their row's as well."""
+        if context_text is not None:
+            texts = context_text if isinstance(context_text, Tensor) else list(context_text)
+            return self.encoder.condition(texts, row_of_tile)
+        asked = sorted(set(row_of_tile))
+        return self.encoder.condition(self._read(given, asked), [asked.index(row) for row in row_of_tile])
+
+    def _read(self, given: Mapping[str, Any], rows: list[int]) -> list[str]:
+        """The instructions of some rows, out of the prompt."""
+        input_ids = given.get("input_ids")
+        if input_ids is None:
+            raise MissingContextError(
+                "There is no prompt to read the instruction from.",
+                expected="input_ids, or context_text",
+                got="neither",
+                fix="context_text=['the question', ...]",
+            )
+        _refuse_packed(input_ids, given)
+        return self.reader.read(input_ids, rows, attention_mask=given.get("attention_mask"), labels=given.get("labels"))
+
+    def _per_image(self, given: Mapping[str, Any], context_text: Any) -> AbstractContextManager[Any]:
+        base = base_of(self.model)
+        videos = given.get("pixel_values") is None
+        placeholder = getattr(base.config, "video_token_id", None) if videos else image_id(self.model)
+        placement = map_images(self.family.layout, base, given, placeholder, videos=videos)
+        input_ids = given.get("input_ids")
+        if context_text is None:
+            one_row = input_ids is None or len(input_ids) == 1
+            rows = [0] * len(placement.tiles) if one_row else placement.require_rows()
+            asked = sorted(set(rows))
+            return self.encoder.condition(
+                self._read(given, asked), placement.spread([asked.index(row) for row in rows])
+            )
+        texts = context_text if isinstance(context_text, Tensor) else list(context_text)
+        num_texts, num_images, num_tiles = len(texts), len(placement.tiles), sum(placement.tiles)
+        num_rows = None if input_ids is None else len(input_ids)
+        if num_texts == 1 and num_rows in (1, None):
+            index = placement.spread([0] * num_images)
+        elif num_texts == num_rows:
+            index = placement.spread(placement.require_rows())
+        elif num_texts == num_images:
+            index = placement.spread(list(range(num_images)))
+        elif num_texts == num_tiles:
+            index = None
+        else:
+            raise ShapeError(
+                "context_text does not fit the batch.",
+                expected=f"one text for all, or {num_images} for the images"
+                + ("" if num_rows is None else f", or {num_rows} for the rows of input_ids"),
+                got=num_texts,
+            )
+        return self.encoder.condition(texts, index)
+
+    def _one_text(self, given: Mapping[str, Any], context_text: Any) -> str:
+        """The text of a batch with videos, whose frames can only be told to have one and the same."""
+        input_ids = given.get("input_ids")
+        if context_text is not None and not isinstance(context_text, Tensor):
+            texts = list(context_text)
+        elif context_text is None and input_ids is not None:
+            texts = self.reader.read(
+                input_ids,
+                range(len(input_ids)),
+                attention_mask=given.get("attention_mask"),
+                labels=given.get("labels"),
+            )
+        else:
+            texts = []
+        if len(set(texts)) != 1:
+            raise ShapeError(
+                "A batch with videos can have one text only.",
+                expected="one row, or the same text in all",
+                got=f"{len(set(texts))} texts",
+                fix="images and videos in calls of their own, with one video per call where frames are images, or "
+                "`with encoder.condition(texts, index):` with a text per frame",
+            )
+        return texts[0]
+
+
+def starts_again(input_ids: Tensor, given: Mapping[str, Any]) -> bool:
+    """Whether the positions of a row start more than once, as those of several samples in one row do.
+
+    Args:
+        input_ids: Shape `(R, L)`.
+        given: Arguments of the call, by name: `position_ids`, `attention_mask`.
+    """
+    positions, mask = given.get("position_ids"), given.get("attention_mask")
+    if isinstance(positions, Tensor) and positions.dim() == 3 and len(positions) == 4:
+        positions = positions[0]  # of the text, above those of time, height and width
+    if not isinstance(positions, Tensor) or positions.shape != input_ids.shape:
+        return False
+    starts = positions == 0
+    if isinstance(mask, Tensor) and mask.shape == starts.shape:
+        starts = starts & mask.bool()
+    return bool((starts.sum(dim=1) > 1).any())
+
+
+def _refuse_packed(input_ids: Tensor, given: Mapping[str, Any]) -> None:
+    """Refuse rows that hold several samples, whose questions would become one."""
+    packed = given.get("cu_seq_lens_q") is not None or starts_again(input_ids, given)
+    if packed:
+        raise ShapeError(
+            "The rows of input_ids are packed from several samples, so the prompt has several instructions.",
+            expected="one sample per row",
+            got="position_ids that start again within a row",
+            fix="context_text=[one text per image]",
+        )
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """Return the attachment of a model; None if it is not attached.
+
+    Args:
+        model: A multimodal LLM, also inside a PeftModel.
+    """
+    return without_peft(model).__dict__.get(KEY)
+
+
+def without_peft(model: nn.Module) -> Any:
+    """Return the model inside a PeftModel, whose methods call those of the one inside; any other model itself.
+
+    Args:
+        model: Any model.
+    """
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
+def image_id(model: Any) -> int | None:
+    """The id of a model's image placeholder."""
+    for name in ("image_token_id", "image_token_index"):
+        value = getattr(model.config, name, None)
+        if isinstance(value, int):
+            return value
+    return None

@@ -1,0 +1,136 @@
+"""What is known of multimodal LLMs: where the tower is, and how images reach it. Data, not code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from covft.adapters.registry import describe
+from covft.adapters.spec import Adapter, ViTSpec
+from covft.errors import CoVFTError, UnsupportedViTError
+
+Layout = Literal["plain", "anyres", "padded", "grid", "sizes", "rows"]
+
+
+@dataclass(frozen=True)
+class MLLMFamily:
+    """How a multimodal LLM of transformers calls its tower.
+
+    Attributes:
+        tower: Attribute of the base model that holds the tower.
+        layout: How images become rows of the tower's batch. `"plain"`: each entry of `pixel_values` is one,
+            and all have equally many placeholders. `"anyres"`: each image is cut into tiles, as many as its
+            `image_sizes` entry says. `"padded"`: `(rows, images, 3, H, W)`, images of zeros left out.
+            Packed towers see each image as one segment: `"grid"`, as large as its `image_grid_thw` entry says in
+            patches, or `"sizes"`, as its `image_sizes` entry says in pixels.
+            `"rows"`: `(rows, images, tiles, 3, H, W)`, one text for each of `(rows, images)`, padding among them.
+        videos: Whether a `"grid"` model's videos have placeholders of their own and are one segment each, as large
+            as the `video_grid_thw` entry says.
+    """
+
+    tower: str = "vision_tower"
+    layout: Layout = "plain"
+    videos: bool = False
+
+
+FAMILIES: dict[str, MLLMFamily] = {
+    "gemma3": MLLMFamily(),
+    "glm4v": MLLMFamily("visual", "grid"),
+    "idefics3": MLLMFamily("vision_model", "padded"),
+    "internvl": MLLMFamily(),
+    "llava": MLLMFamily(),
+    "llava_next": MLLMFamily(layout="anyres"),
+    "llava_next_video": MLLMFamily(layout="anyres"),
+    "llava_onevision": MLLMFamily(layout="anyres"),
+    "mistral3": MLLMFamily(layout="sizes"),
+    "mllama": MLLMFamily("vision_model", "rows"),
+    "paligemma": MLLMFamily(),
+    "qwen2_5_vl": MLLMFamily("visual", "grid", videos=True),
+    "qwen2_vl": MLLMFamily("visual", "grid", videos=True),
+    "qwen3_5": MLLMFamily("visual", "grid", videos=True),
+    "qwen3_5_moe": MLLMFamily("visual", "grid", videos=True),
+    "qwen3_vl": MLLMFamily("visual", "grid", videos=True),
+    "qwen3_vl_moe": MLLMFamily("visual", "grid", videos=True),
+    "smolvlm": MLLMFamily("vision_model", "padded"),
+}
+# Where towers of models outside the table are, the likeliest first.
+_TOWER_NAMES = ("vision_tower", "vision_model", "vision_encoder", "visual")
+# Of packed towers, by the argument that has the sides of images.
+_PACKED_LAYOUTS: dict[str, Layout] = {"grid_thw": "grid", "image_sizes": "sizes"}
+
+
+def base_of(model: nn.Module) -> Any:
+    """A model without its head, whose forward calls the tower; itself if it has none.
+
+    Args:
+        model: A model of transformers.
+    """
+    return getattr(model, "base_model", model)
+
+
+def find_tower(model: nn.Module, adapter: Adapter | None = None) -> tuple[nn.Module, MLLMFamily]:
+    """The tower of a multimodal LLM, and how images reach it.
+
+    Args:
+        model: A multimodal LLM of transformers, with or without its language modelling head.
+        adapter: How the tower is built, if no registered adapter knows it.
+
+    Raises:
+        UnsupportedViTError: If it has no tower that attach can serve.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is None:
+        inner = " (attach before distributing)" if hasattr(model, "module") else ""
+        raise UnsupportedViTError(
+            f"{type(model).__name__} is no model of transformers{inner}.",
+            expected="a multimodal LLM of transformers, such as LlavaForConditionalGeneration",
+            got=type(model).__name__,
+            fix="covft.wrap(model.vision_tower, text_encoder), and `with encoder.condition(texts):` around calls",
+        )
+    base = base_of(model)
+    family = FAMILIES.get(kind)
+    if family is None or not isinstance(getattr(base, family.tower, None), nn.Module):
+        family = _by_structure(model, base, kind)
+    tower = getattr(base, family.tower)
+    spec = _described(model, tower, adapter)
+    if spec.input.sizes_argument is not None:
+        family = _of_packed(family, spec)
+    return tower, family
+
+
+def _by_structure(model: nn.Module, base: Any, kind: str) -> MLLMFamily:
+    names = [name for name in _TOWER_NAMES if isinstance(getattr(base, name, None), nn.Module)]
+    if not names or not hasattr(base, "get_image_features"):
+        raise UnsupportedViTError(
+            f"{type(model).__name__} has no vision tower that attach can find.",
+            expected=f"a base model with get_image_features() and one of: {', '.join(_TOWER_NAMES)}",
+            got=f"model_type {kind!r} with {', '.join(name for name, _ in base.named_children())}",
+            fix="covft.wrap(tower, text_encoder), and `with encoder.condition(texts):` around calls",
+        )
+    return MLLMFamily(names[0])
+
+
+def _of_packed(family: MLLMFamily, spec: ViTSpec) -> MLLMFamily:
+    """The family of a model whose tower is packed, as Pixtral is in a LLaVA."""
+    layout = _PACKED_LAYOUTS.get(spec.input.sizes_argument or "")
+    if layout is None:
+        raise UnsupportedViTError(
+            f"attach does not know where the sizes of images come from for {spec.input.sizes_argument}=.",
+            expected=" | ".join(f"{name}=" for name in _PACKED_LAYOUTS),
+            got=f"{spec.class_name}, which takes {spec.input.sizes_argument}=",
+            fix="covft.wrap(tower, text_encoder), and `with encoder.condition(texts):` around calls",
+        )
+    return family if family.layout == layout else MLLMFamily(family.tower, layout)
+
+
+def _described(model: nn.Module, tower: nn.Module, adapter: Adapter | None) -> ViTSpec:
+    try:
+        return describe(tower, adapter)
+    except CoVFTError as error:
+        raise UnsupportedViTError(
+            f"The tower of {type(model).__name__} is a {type(tower).__name__}, which covft cannot wrap.",
+            expected="a vision transformer that covft.describe knows",
+            got=error.problem,
+        ) from error

@@ -1,0 +1,156 @@
+"""Reads the instruction out of a prompt: what users said, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from covft.errors import ConfigError, MissingContextError
+from covft.integrations.mllm.chat_template import TurnMarks, learn_marks, round_trip, special_strings
+
+TURNS = ("all", "first", "last")
+_TIMESTAMP = r"<\d+(?:\.\d+)? seconds>"  # which Qwen3-VL's processor writes before each frame of a video
+_IGNORED = -100  # in labels: a token that is not learned, so part of the prompt
+_FIX = "model(..., context_text=['the question of row 0', ...]), and the same for generate(...)"
+
+
+class PromptReader:
+    """Finds what users said in token ids, by the marks of the tokenizer's chat template.
+
+    Image placeholders and special tokens are dropped. System prompts and answers are left out.
+
+    Args:
+        tokenizer: A tokenizer or a processor of transformers; None reads nothing.
+        image_ids: Ids of image placeholders.
+        turns: User turns that make the instruction: `"all"`, joined by a space, the `"first"` or the `"last"`.
+        system: The system prompt, needed only where the template puts it into the user's turn unmarked.
+        empty_instruction: Instruction of rows without one; None makes such a row an error.
+
+    Raises:
+        ConfigError: If `turns` is not known, or `tokenizer` is not one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_ids: Iterable[int] = (),
+        *,
+        turns: str = "all",
+        system: str | None = None,
+        empty_instruction: str | None = None,
+    ) -> None:
+        if turns not in TURNS:
+            raise ConfigError(
+                f"turns={turns!r} is not known.", expected=" | ".join(TURNS), got=repr(turns), fix="turns='all'"
+            )
+        template = getattr(tokenizer, "chat_template", None)
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+        if tokenizer is not None and not hasattr(tokenizer, "batch_decode"):
+            raise ConfigError(
+                f"{type(tokenizer).__name__} is no tokenizer.",
+                expected="a tokenizer or processor of transformers, or None if you give context_text every time",
+                got=type(tokenizer).__name__,
+            )
+        self.tokenizer: Any = tokenizer
+        self.turns, self.system, self.empty_instruction = turns, system, empty_instruction
+        self.image_ids = frozenset(image_ids)
+        self.marks: TurnMarks | None = None
+        self.problem = "No tokenizer was given to attach()."
+        if tokenizer is None:
+            return
+        try:
+            self.marks = learn_marks(tokenizer, template)
+        except ConfigError as error:  # context_text= may still be given, so it is an error only when used
+            self.problem = error.problem
+            return
+        if system is not None:
+            self.system = round_trip(tokenizer, system).strip()
+        shown = {tokenizer.convert_ids_to_tokens(i) for i in self.image_ids if 0 <= i < len(tokenizer)}
+        dropped = sorted({*special_strings(tokenizer), *shown} - {None, ""}, key=len, reverse=True)
+        body = "|".join([*map(re.escape, dropped), _TIMESTAMP])
+        self._dropped = re.compile(rf"[ \t]*(?:{body})(?:[ \t]*(?:{body}))*[ \t]*")
+
+    def read(
+        self, input_ids: Tensor, rows: Iterable[int], *, attention_mask: Any = None, labels: Any = None
+    ) -> list[str]:
+        """The instruction of each row.
+
+        Args:
+            input_ids: Shape `(R, L)`.
+            rows: Which rows to read.
+            attention_mask: Shape `(R, L)`, 0 where a row is padded; others are ignored.
+            labels: Shape `(R, L)`, -100 where a token belongs to the prompt.
+
+        Raises:
+            MissingContextError: If a row has no user's turn, or an empty one.
+        """
+        rows = list(rows)
+        ids = input_ids[rows].tolist() if rows else []
+        masks = attention_mask[rows].tolist() if _fits(attention_mask, input_ids) else [None] * len(rows)
+        targets = labels[rows].tolist() if _fits(labels, input_ids) else [None] * len(rows)
+        return [self._row(*row) for row in zip(rows, ids, masks, targets, strict=True)]
+
+    def _row(self, row: int, ids: list[int], mask: list[int] | None, labels: list[int] | None) -> str:
+        if self.marks is None:
+            if self.empty_instruction is not None:
+                return self.empty_instruction
+            raise MissingContextError(
+                f"The instruction cannot be read from the prompt. {self.problem}",
+                expected="a tokenizer whose chat template marks the turns of users",
+                got="none",
+                fix=_FIX,
+            )
+        if mask is not None:
+            kept = [position for position, counts in enumerate(mask) if counts]
+            ids = [ids[position] for position in kept]
+            labels = None if labels is None else [labels[position] for position in kept]
+        found = self._users(ids)
+        if labels is not None and any(label != _IGNORED for label in labels):
+            prompt = [token for token, label in zip(ids, labels, strict=True) if label == _IGNORED]
+            # Only turns that are whole without the answers: other codes learn parts of prompts, too.
+            found = [text for text in self._users(prompt) if text and text in found] or found
+        said = [text for text in found if text]
+        if not said and self.empty_instruction is not None:
+            return self.empty_instruction
+        if not said:
+            raise MissingContextError(
+                f"Row {row} of the prompt has no text of a user."
+                if found
+                else f"No user's turn was found in row {row} of the prompt.",
+                expected=f"{' '.join(self.marks.start)} ... {' '.join(self.marks.ends[0])}",
+                got=repr(self._decode(ids)[:120]),
+                fix=_FIX,
+            )
+        return {"all": " ".join(said), "first": said[0], "last": said[-1]}[self.turns]
+
+    def _users(self, ids: list[int]) -> list[str]:
+        assert self.marks is not None
+        return [self._clean(match[1]) for match in self.marks.turns().finditer(self._decode(ids))]
+
+    def _decode(self, ids: list[int]) -> str:
+        kept: list[int] = []
+        for token in ids:
+            # One placeholder stands for all of its image. Ids below 0 are placeholders of other codebases.
+            if token >= 0 and not (token in self.image_ids and kept and kept[-1] == token):
+                kept.append(token)
+        return self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _clean(self, text: str) -> str:
+        assert self.marks is not None
+        marked = self.marks.system_prompt()
+        if marked is not None:
+            text = marked.sub("", text, count=1)
+        text = self._dropped.sub(" ", text).strip()
+        if self.system and self.marks.system is not None and text.startswith(self.system):
+            text = text[len(self.system) :].strip()
+        return text
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PromptReader:
+        return self  # nothing in it changes
+
+
+def _fits(values: Any, input_ids: Tensor) -> bool:
+    return isinstance(values, Tensor) and values.shape == input_ids.shape

@@ -1,0 +1,1 @@
+"""Training loops: callback, trainer, checkpoints, recipes."""

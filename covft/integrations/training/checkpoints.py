@@ -1,0 +1,219 @@
+"""Checkpoints of a training run: what covft adds to a trainer's folder, and whether the folder is whole.
+
+    checkpoint-500/
+      ...                        what the trainer writes: model, optimizer, scheduler, random states
+      covft/                     the adapted tower, as `covft.load` and `covft.attach(pretrained=...)` read it
+      covft/trained.safetensors  every other tensor that is trained, by its name in the running model
+      covft/trained.json         their names, and the digest of that file
+      complete.json              written last: every file with its size
+
+A trainer writes its files one after another, so a run that is killed leaves a folder that looks like a checkpoint. It
+has no `complete.json`, and is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from covft.checkpoints.folder import compare_tensors
+from covft.checkpoints.loading import load_into
+from covft.checkpoints.pretrained import FOLDER
+from covft.errors import CheckpointError
+from covft.integrations.mllm.attachment import attachment_of
+from covft.utils.files import read_tensors, write_tensors, written_aside
+from covft.utils.sharding import assign, full, shape_of
+
+SEAL = "complete.json"
+TRAINED = "trained.safetensors"
+TRAINED_NAMES = "trained.json"
+
+
+def checkpoint_folder(args: Any, state: Any) -> Path:
+    """Where a trainer writes the checkpoint of the step it is at.
+
+    Args:
+        args: Its `TrainingArguments`.
+        state: Its state.
+    """
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def write_trained(model: nn.Module, folder: Path, *, main: bool = True) -> None:
+    """Write every trained tensor outside the tower, by its name in the running model.
+
+    Args:
+        model: The attached model, as the trainer holds it.
+        folder: The `covft/` folder of a checkpoint.
+        main: Whether this process writes. Where tensors are sharded, every process has to call.
+
+    Raises:
+        CheckpointError: If a tensor has no values.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trained_outside(model).items():
+        tensor = full(parameter)
+        if main:
+            tensors[name] = tensor.cpu()
+    if not main:
+        return
+    stated = write_tensors(folder / TRAINED, tensors)
+    with written_aside(folder / TRAINED_NAMES) as aside:
+        index = {"format": 1, "names": sorted(tensors), **stated}
+        aside.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def restore(model: nn.Module, checkpoint: str | Path) -> None:
+    """Put the trained tensors of a checkpoint into the running model, every one of them and no other.
+
+    Args:
+        model: The attached model, as the trainer holds it; the same parameters are trained as when it was saved.
+        checkpoint: A checkpoint folder.
+
+    Raises:
+        CheckpointError: If the checkpoint is cut short or damaged, or its tensors are not those of the model.
+    """
+    checkpoint = Path(checkpoint)
+    check_checkpoint(checkpoint)
+    attachment = attachment_of(model)
+    assert attachment is not None, "checked by the callback"
+    folder = checkpoint / FOLDER
+    tensors = _read_trained(folder)
+    wanted = trained_outside(model)
+    compare_tensors(
+        {name: shape_of(parameter) for name, parameter in wanted.items()},
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        f"{folder / TRAINED}",
+    )
+    load_into(attachment.encoder, folder)
+    for name, parameter in wanted.items():
+        assign(parameter, tensors[name])
+
+
+def check_trained(model: nn.Module, checkpoint: str | Path) -> None:
+    """Refuse a checkpoint of a run that trained other parameters, before anything is read into the model.
+
+    Args:
+        model: The attached model, as the trainer holds it.
+        checkpoint: A whole checkpoint.
+
+    Raises:
+        CheckpointError: If other parameters are trained now.
+    """
+    path = Path(checkpoint) / FOLDER / TRAINED_NAMES
+    saved = _read_index(path)["names"]
+    compare_tensors(dict.fromkeys(trained_outside(model), ()), dict.fromkeys(saved, ()), str(path))
+
+
+def trained_outside(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters that are not part of the tower, by their names in the running model.
+
+    Args:
+        model: The attached model.
+    """
+    attachment = attachment_of(model)
+    inside = set() if attachment is None else {id(parameter) for parameter in attachment.encoder.parameters()}
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
+
+
+def seal(checkpoint: str | Path, step: int) -> None:
+    """Say that a checkpoint is whole: the last file to be written.
+
+    Args:
+        checkpoint: Its folder.
+        step: The optimizer step that it was written after.
+    """
+    checkpoint = Path(checkpoint)
+    files = {name: size for name, size in _files(checkpoint).items() if name != SEAL}
+    with written_aside(checkpoint / SEAL) as aside:
+        aside.write_text(json.dumps({"format": 1, "step": step, "files": files}, indent=2) + "\n", encoding="utf-8")
+
+
+def check_checkpoint(checkpoint: str | Path) -> None:
+    """Refuse a checkpoint that is not whole.
+
+    Args:
+        checkpoint: Its folder.
+
+    Raises:
+        CheckpointError: If it is no checkpoint, or its writing was cut short, or a file has changed its size.
+    """
+    checkpoint = Path(checkpoint)
+    if not (checkpoint / SEAL).is_file():
+        raise CheckpointError(
+            f"{checkpoint} is no whole checkpoint: its writing was cut short, or covft had no part in it.",
+            expected=f"a folder with {SEAL}, which is written last",
+            got=", ".join(sorted(entry.name for entry in checkpoint.iterdir()))
+            if checkpoint.is_dir()
+            else "no such folder",
+            fix="resume_from_checkpoint=True, which takes the last whole one",
+        )
+    try:
+        stated: dict[str, int] = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / SEAL} is damaged.", got=str(error)) from error
+    found = _files(checkpoint)
+    wrong = [name for name, size in stated.items() if found.get(name) != size][:5]
+    if wrong:
+        raise CheckpointError(
+            f"{checkpoint} is not as it was written: files are missing or cut short.",
+            expected=", ".join(f"{name} of {stated[name]} bytes" for name in wrong),
+            got=", ".join(f"{found[name]} bytes" if name in found else "missing" for name in wrong),
+            fix="resume_from_checkpoint=True, which takes the last whole one",
+        )
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The last whole checkpoint of a run; a warning names later ones that were cut short.
+
+    Args:
+        output_dir: Where the run writes.
+
+    Returns:
+        Its folder; None if there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: If there are checkpoints, and none of them is whole.
+    """
+    folder = Path(output_dir)
+    numbered = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    problems: list[str] = []
+    for _, checkpoint in sorted(numbered, reverse=True):
+        try:
+            check_checkpoint(checkpoint)
+        except CheckpointError as error:
+            problems.append(error.problem)
+            continue
+        for problem in problems:
+            warnings.warn(f"{problem} Taking {checkpoint.name} instead.", UserWarning, stacklevel=2)
+        return checkpoint
+    if problems:
+        raise CheckpointError(
+            f"None of the checkpoints in {folder} is whole.",
+            expected=f"a folder with {SEAL}",
+            got="; ".join(problems),
+            fix="resume_from_checkpoint=None, which starts anew",
+        )
+    return None
+
+
+def _read_trained(folder: Path) -> dict[str, Tensor]:
+    return read_tensors(folder / TRAINED, _read_index(folder / TRAINED_NAMES), TRAINED_NAMES)
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        return {name: index[name] for name in ("names", "bytes", "sha256")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is missing or damaged.", got=str(error)) from error
+
+
+def _files(folder: Path) -> dict[str, int]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}

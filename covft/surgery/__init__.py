@@ -1,0 +1,13 @@
+"""All that is changed inside a ViT, and how it is undone.
+
+overrides.py    an object that replaces one method of a module, on the instance
+layout.py       where images, tokens and channels are in what an FFN gets
+split.py        FFNs that a block calls in two halves
+slot.py         the module that stands where an FFN stood
+skipping.py     the blocks that nobody reads
+checks.py       what cannot be wrapped, refused before anything changes
+ffns.py         builds the slots, puts them in, takes them out
+wrapped.py      WrappedViT: the changed ViT, and what is needed to save or restore it
+save_guard.py   recognises transformers' `save_pretrained` around the caller
+activation_checkpointing.py   the libraries' own switches
+"""

@@ -1,0 +1,136 @@
+"""Builds the slots, puts them where the FFNs stand, and takes them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from covft.adapters.spec import ViTSpec
+from covft.conditioning import Conditioning
+from covft.config import CoVFTConfig
+from covft.surgery.slot import AdaptedFFN, Original
+from covft.surgery.split import SecondHalf, SplitFFN
+from covft.utils.sharding import assign, full, gathered, partition_like, whole_copy
+
+
+def build_slots(
+    vit: nn.Module, spec: ViTSpec, settings: CoVFTConfig, conditioning: Conditioning, text_dim: int | None
+) -> dict[int, AdaptedFFN]:
+    """Build an adapted FFN for each adapted block, by layer; the ViT is not changed.
+
+    Args:
+        vit: The ViT.
+        spec: What is known of it.
+        settings: The settings, with `layers` resolved.
+        conditioning: Carries the text to the slots.
+        text_dim: Width C of the text features; None where there are none.
+    """
+    slots: dict[int, AdaptedFFN] = {}
+    plans: dict[Any, Any] = {}
+    for layer in settings.layers or ():
+        block = spec.blocks[layer]
+        ffn = vit.get_submodule(block.mlp_path)
+        if block.output_path is not None:
+            ffn = SplitFFN(ffn, vit.get_submodule(block.output_path), adds_residual=block.adds_residual)
+        with gathered(ffn.parameters()):
+            slots[layer] = AdaptedFFN(
+                ffn,
+                conditioning,
+                layout=block.layout,
+                embed_dim=block.embed_dim,
+                text_dim=text_dim,
+                num_experts=settings.experts,
+                eval_seed=layer,
+                plans=plans,
+                **settings.of_each_block(),
+            )
+        partition_like(ffn.parameters(), slots[layer])
+        for module in slots[layer].modules():
+            # transformers initialises modules without this mark again when the model around them is.
+            module._is_hf_initialized = True  # type: ignore[assignment]
+    return slots
+
+
+def install_slots(vit: nn.Module, spec: ViTSpec, slots: dict[int, AdaptedFFN], train_norms: str) -> Original:
+    """Put slots where the FFNs stand, freeze the ViT, and mark its norms as trained.
+
+    Args:
+        vit: The ViT, changed in place.
+        spec: What is known of it.
+        slots: The adapted FFNs by layer.
+        train_norms: As in `CoVFTConfig`.
+
+    Returns:
+        What stood there before.
+    """
+    original = Original(requires_grad={name: p.requires_grad for name, p in vit.named_parameters()})
+    vit.requires_grad_(False)
+    for layer, slot in slots.items():
+        block = spec.blocks[layer]
+        places: dict[str, nn.Module] = dict.fromkeys((block.mlp_path, *block.aliases), slot)
+        if block.output_path is not None:
+            places[block.output_path] = SecondHalf(slot)
+        # Whole on every process: Trainer saves on one alone, where nothing can be gathered.
+        copies = {path: whole_copy(vit.get_submodule(path)) for path in places if path not in block.aliases}
+        for path, place in places.items():
+            original.ffns[path] = copies.get(path, copies[block.mlp_path])
+            vit.set_submodule(path, place)
+    for name in _norm_parameters(vit, spec, slots, train_norms):
+        parameter = vit.get_parameter(name)
+        original.values[name] = full(parameter).clone()
+        parameter.requires_grad_(True)
+    return original
+
+
+def restore_ffns(vit: nn.Module, original: Original) -> None:
+    """Undo `install_slots`: FFNs and norms are as they were, where and in the type that the slots are.
+
+    Args:
+        vit: The wrapped ViT, changed in place.
+        original: What stood there before.
+    """
+    for path, ffn in original.ffns.items():
+        slot = vit.get_submodule(path)
+        _follow(ffn, _first_expert(slot))
+        ffn.train(slot.training)
+    for path, ffn in original.ffns.items():
+        vit.set_submodule(path, ffn)
+    with torch.no_grad():
+        for name, value in original.values.items():
+            parameter = vit.get_parameter(name)
+            assign(parameter, value)
+            parameter.grad = None
+    for name, parameter in vit.named_parameters():
+        parameter.requires_grad_(original.requires_grad[name])
+
+
+def _norm_parameters(vit: nn.Module, spec: ViTSpec, layers: Iterable[int], train_norms: str) -> list[str]:
+    adapted = sorted(layers)
+    chosen = {"all": range(adapted[-1] + 1), "adapted": adapted, "none": ()}[train_norms]
+    names: list[str] = []
+    for layer in chosen:
+        block = spec.blocks[layer]
+        for norm in block.norms:
+            module = vit.get_submodule(f"{block.path}.{norm}")
+            names += [f"{block.path}.{norm}.{name}" for name, _ in module.named_parameters(recurse=False)]
+    return names
+
+
+def _first_expert(slot: nn.Module) -> nn.Module:
+    """Return the copy of a replaced module that stands in its place now, in a slot or beside it."""
+    if isinstance(slot, SecondHalf):
+        return slot.slot.experts.prototype.output
+    assert isinstance(slot, AdaptedFFN)
+    expert = slot.experts.prototype
+    return expert.intermediate if isinstance(expert, SplitFFN) else expert
+
+
+def _follow(ffn: nn.Module, expert: nn.Module) -> None:
+    """Move an FFN's tensors where an expert's are, each in the type of its counterpart."""
+    expert_tensors = {**dict(expert.named_parameters()), **dict(expert.named_buffers())}
+    for name, tensor in (*ffn.named_parameters(), *ffn.named_buffers()):
+        if name in expert_tensors:
+            tensor.data = tensor.data.to(expert_tensors[name])

@@ -1,0 +1,107 @@
+"""Recognises transformers' `save_pretrained` around the caller.
+
+A model that holds a wrapped ViT, and that covft has not attached, collects its state dict by itself. Nothing but the
+call stack tells that this state dict is about to be written to a file. The stack is searched for the code of
+`PreTrainedModel.save_pretrained` itself, wherever transformers keeps it, and only its documented parameters are read.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from types import CodeType
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from covft.errors import CheckpointError, UnsupportedVersionError
+
+_PARAMETERS = ("self", "save_directory", "is_main_process", "state_dict")
+
+
+class RunningSave(NamedTuple):
+    """A call of `save_pretrained` that has not returned yet.
+
+    Attributes:
+        model: The model that is saved.
+        directory: Where it goes.
+        state_dict: What is saved, if the caller gave it or transformers has collected it.
+        writes: Whether this process writes.
+    """
+
+    model: nn.Module
+    directory: str
+    state_dict: Mapping[str, Any] | None
+    writes: bool
+
+
+def running_save() -> RunningSave | None:
+    """Return the call of transformers' `save_pretrained` that the caller runs in; None if there is none.
+
+    Raises:
+        UnsupportedVersionError: If its parameters are not those that covft knows.
+    """
+    code = _code_of_save()
+    frame = sys._getframe(1) if code is not None else None
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None:
+        return None
+    model, directory, main, state = (frame.f_locals[name] for name in _PARAMETERS)
+    return RunningSave(model, directory, state, frame.f_locals.get("save_on_this_rank", main))
+
+
+def check_save_pretrained() -> None:
+    """Refuse a transformers whose `save_pretrained` could not be recognised.
+
+    Raises:
+        UnsupportedVersionError: If its parameters are not those that covft knows.
+    """
+    _code_of_save()
+
+
+def refuse_runtime_names(slot: nn.Module) -> None:
+    """Refuse to let transformers write the names of an adapted FFN into a file.
+
+    `from_pretrained` would not find the FFN there, and would initialise a new one.
+
+    Args:
+        slot: The adapted FFN.
+
+    Raises:
+        CheckpointError: If such a file is about to be written.
+    """
+    save = running_save()
+    if save is None or not save.state_dict:
+        return
+    path = next((name for name, module in save.model.named_modules() if module is slot), None)
+    found = [] if path is None else [name for name in save.state_dict if name.startswith(f"{path}.experts.")]
+    if found:
+        raise CheckpointError(
+            f"{type(save.model).__name__} holds a context-aware ViT, and this state dict has names that "
+            "from_pretrained does not know: it would initialise those FFNs anew.",
+            expected="model.save_pretrained(folder) without state_dict=, which writes the original FFNs",
+            got=f"{len(found)} names such as {found[0]}",
+            fix="covft.attach(model, ...) instead of covft.wrap(tower, ...), which takes state dicts; or "
+            "encoder.save_pretrained(folder) for the ViT",
+        )
+
+
+def _code_of_save() -> CodeType | None:
+    """Return the code of transformers' `save_pretrained`; None while transformers is not imported."""
+    transformers: Any = sys.modules.get("transformers")
+    if transformers is None or "transformers.modeling_utils" not in sys.modules:
+        return None
+    code = inspect.unwrap(transformers.PreTrainedModel.save_pretrained).__code__
+    missing = [
+        name for name in _PARAMETERS if name not in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    ]
+    if missing:
+        raise UnsupportedVersionError(
+            "covft does not know save_pretrained of this transformers, so a wrapped ViT could be saved wrongly.",
+            expected=f"PreTrainedModel.save_pretrained({', '.join(_PARAMETERS)}, ...)",
+            got=f"transformers {transformers.__version__}, without {', '.join(missing)}",
+            fix="encoder.save_pretrained(folder), which does not need it",
+        )
+    return code

@@ -1,0 +1,128 @@
+"""The module that stands where a block's FFN stood, and what stood there before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from covft.conditioning import Conditioning
+from covft.conditioning.frames import in_backward
+from covft.conditioning.scope import freeze_batch_norms, images_in
+from covft.nn.moe import ContextualMoE
+from covft.nn.router import Routing
+from covft.surgery.layout import TokenLayout
+from covft.surgery.save_guard import refuse_runtime_names
+
+
+@dataclass
+class Original:
+    """What `unwrap` needs to make the ViT what it was; no part of any state dict.
+
+    Attributes:
+        ffns: The modules that were replaced, by dotted path: FFNs, and both halves of those that come in two.
+        values: Values of the other parameters that covft changes (norms), by name.
+        requires_grad: Whether each parameter was trainable, by name.
+    """
+
+    ffns: dict[str, nn.Module] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+
+
+class RoutingRecord(NamedTuple):
+    """What an adapted block decided in the last forward.
+
+    Attributes:
+        routing: The decision; its logits keep their graph where an auxiliary loss can use it.
+        context_BW: Context vectors, shape `(B, W)`, without gradient; None where there are none.
+    """
+
+    routing: Routing
+    context_BW: Tensor | None
+
+
+class AdaptedFFN(ContextualMoE):
+    """A contextual mixture of experts that takes its text from the call that is running.
+
+    Called like the FFN that it replaces. What foreign code reads off an FFN (`fc1`, `c_fc`, ...)
+    answers from expert 0, or from what low-rank experts share.
+
+    Args:
+        ffn: The pretrained FFN to copy; not changed.
+        conditioning: Where the text of a call comes from; shared with the encoder.
+        layout: How tokens lie in what the FFN gets, as in `BlockSpec`.
+        **settings: As for `ContextualMoE`.
+    """
+
+    def __init__(self, ffn: nn.Module, conditioning: Conditioning, *, layout: str = "BND", **settings: Any) -> None:
+        super().__init__(ffn, **settings)
+        self.conditioning = conditioning
+        self.layout = TokenLayout(layout)
+        self.record: RoutingRecord | None = None
+
+    def train(self, mode: bool = True) -> AdaptedFFN:
+        """Switch to training, but for the statistics of batch norms: an image must not depend on its batch."""
+        super().train(mode)
+        freeze_batch_norms(self)
+        return self
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Route and mix; tokens as the layout says in and out, further arguments go to every expert.
+
+        Raises:
+            MissingContextError: If no text was given.
+            ShapeError: If the text is for another number of images, or the tokens are not those of the images.
+            ReentrantCheckpointError: If the experts' gradients would be lost in silence.
+        """
+        scope = self.conditioning.require()
+        self.conditioning.check_gradients(scope, training=self.training)
+        segments = self.conditioning.segments_of(scope, x)
+        tokens, num_images = x, x.shape[0] if segments is None else len(segments)
+        if not self.layout.is_plain:
+            num_images = images_in(scope, x.shape[0], folded=self.layout.is_folded)
+            tokens = self.layout.tokens(x, num_images)
+        text_BC = None
+        if scope is not None and self.needs_text:
+            scope.check_rows(num_images)
+            text_BC = scope.text_for(num_images)
+        mask_BN = None
+        if scope is not None and scope.call is not None and tokens.dim() > 2:
+            mask_BN = scope.call.mask_for(tokens.shape[1])
+        seed = None if scope is None else scope.seed
+        routing, context_BW = self.route(tokens, text_BC, mask_BN=mask_BN, segments=segments, seed=seed)
+        self._remember(routing, context_BW)
+        if self.layout.is_folded:
+            routing = routing.per_token(self.layout.image_of_rows(x, num_images))
+        return self.mix(x, routing, segments, *args, **kwargs)
+
+    @property
+    def _tied_weights_keys(self) -> None:
+        # transformers asks every module for these right before it writes a file.
+        refuse_runtime_names(self)
+
+    def _remember(self, routing: Routing, context_BW: Tensor | None) -> None:
+        if not torch.compiler.is_compiling() and in_backward():
+            return  # a recomputation during backward is not a new decision
+        logits_BE = routing.logits_BE
+        if routing.expert_ids_BK is None and logits_BE is not None:
+            logits_BE = logits_BE.detach()
+        self.record = RoutingRecord(
+            Routing(routing.weights_BE.detach(), routing.expert_ids_BK, logits_BE),
+            None if context_BW is None else context_BW.detach(),
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            experts = self.__dict__.get("_modules", {}).get("experts")
+            if experts is None or name.startswith("_"):
+                raise
+            return getattr(experts.prototype, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A record may hold tensors with a graph, which can be neither copied nor pickled.
+        return {**self.__dict__, "record": None}

@@ -1,0 +1,67 @@
+"""Checks the text features and the index that a caller brings.
+
+Shapes: B images, S texts, C text_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from covft.errors import ShapeError
+
+
+def check_text_features(features: Tensor, text_dim: int | None) -> None:
+    """Refuse a tensor that is not text features.
+
+    Args:
+        features: What the caller gave, to be of shape `(S, C)`.
+        text_dim: Width C that is expected; None for any.
+
+    Raises:
+        ShapeError: If its shape or type is another.
+    """
+    if features.dim() != 2 or (text_dim is not None and features.shape[1] != text_dim):
+        raise ShapeError(
+            "These are not text features for this encoder.",
+            expected=f"shape (S, {text_dim})",
+            got=tuple(features.shape),
+            fix="encoder.encode_text(texts)",
+        )
+    if not features.is_floating_point():
+        raise ShapeError(
+            "Text features are floating-point numbers.",
+            expected="float32, bfloat16, ...",
+            got=features.dtype,
+            fix="pass token ids as a tokenised batch: {'input_ids': ..., 'attention_mask': ...}",
+        )
+
+
+def as_index(index: Any, num_texts: int) -> Tensor:
+    """Return which text each image has, shape `(B,)`, int64.
+
+    Args:
+        index: A tensor or sequence of whole numbers.
+        num_texts: Number of texts S.
+
+    Raises:
+        ShapeError: If it is not one whole number per image, or points at texts that are not there.
+    """
+    index = torch.as_tensor(index)
+    if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        raise ShapeError(
+            "index= says which text each image has.",
+            expected="whole numbers of shape (B,)",
+            got=f"{index.dtype} of shape {tuple(index.shape)}",
+        )
+    if not torch.compiler.is_compiling() and index.numel():
+        lowest, highest = int(index.min()), int(index.max())
+        if lowest < 0 or highest >= num_texts:
+            raise ShapeError(
+                "index= points at texts that are not there.",
+                expected=f"values in [0, {num_texts - 1}]  ({num_texts} texts)",
+                got=f"values in [{lowest}, {highest}]",
+            )
+    return index.long()

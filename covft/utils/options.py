@@ -1,0 +1,123 @@
+"""The fields of `CoVFTConfig` as command-line options."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+from covft.config import CoVFTConfig
+from covft.errors import ConfigError
+
+
+class Option(NamedTuple):
+    """A setting on a command line.
+
+    Attributes:
+        name: Its field in `CoVFTConfig`.
+        parse: Makes a value of the text.
+        choices: The words it may have; empty for others.
+        default: Its default.
+        help: One sentence.
+    """
+
+    name: str
+    parse: Callable[[str], Any]
+    choices: tuple[str, ...]
+    default: Any
+    help: str
+
+
+def options(without: Collection[str] = ()) -> Iterator[Option]:
+    """Yield every setting as an option.
+
+    Args:
+        without: Fields to leave out.
+    """
+    hints, meanings = typing.get_type_hints(CoVFTConfig), _meanings()
+    for field in dataclasses.fields(CoVFTConfig):
+        if field.name in without:
+            continue
+        kinds = [kind for kind in (hints[field.name], *typing.get_args(hints[field.name])) if kind in (int, str)]
+        parse = parse_layers if field.name == "layers" else kinds[0]
+        yield Option(field.name, parse, field.metadata["choices"], field.default, meanings.get(field.name, ""))
+
+
+def add_options(parser: argparse.ArgumentParser, prefix: str = "", without: Collection[str] = ()) -> None:
+    """Add every setting to a parser, as `--PREFIXname`; `given_options` reads those that were given.
+
+    Args:
+        parser: Any argument parser, that of transformers among them.
+        prefix: Such as `covft_`.
+        without: Fields to leave out.
+    """
+    for option in options(without):
+        default = "" if option.default is None else f" (default: {option.default})"
+        parser.add_argument(
+            f"--{prefix}{option.name}",
+            type=str if option.parse is parse_layers else option.parse,
+            default=argparse.SUPPRESS,  # choices are checked by CoVFTConfig, whose error says more
+            metavar="|".join(option.choices) or ("11-22" if option.name == "layers" else "N"),
+            help=option.help.replace("%", "%%") + default,
+        )
+
+
+def given_options(*namespaces: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
+    """Return the settings that were given on a command line, by field.
+
+    Args:
+        *namespaces: What the parser returned; several are read one after another.
+        prefix: As for `add_options`.
+
+    Raises:
+        ConfigError: If the layers cannot be read.
+    """
+    names = {f"{prefix}{field.name}": field.name for field in dataclasses.fields(CoVFTConfig)}
+    found = {names[key]: value for space in namespaces for key, value in vars(space).items() if key in names}
+    if "layers" in found:
+        found["layers"] = parse_layers(found["layers"])
+    return found
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Read block indices: `11-22` (both ends included), `3,5,-2`, and mixtures.
+
+    A span has no negative end: `-2-5` could mean two things.
+
+    Args:
+        text: What stood on the command line.
+
+    Raises:
+        ConfigError: If it cannot be read.
+
+    Example:
+        >>> parse_layers("3,11-13,-2")
+        (3, 11, 12, 13, -2)
+    """
+    indices: list[int] = []
+    for part in text.replace(" ", "").split(","):
+        found = re.fullmatch(r"(-?\d+)|(\d+)-(\d+)", part)
+        span = range(0)
+        if found:
+            single, first, last = found.groups()
+            span = range(int(single), int(single) + 1) if single else range(int(first), int(last) + 1)
+        if not span:
+            raise ConfigError(
+                f"layers {text!r} cannot be read.",
+                expected="indices, and spans of indices that are not negative, both ends included",
+                got=repr(part),
+                fix="11-22, or 3,5,-2 (as --layers=-2,3 where the first is negative)",
+            )
+        indices += span
+    return tuple(indices)
+
+
+def _meanings() -> dict[str, str]:
+    """Return the first sentence about each field, out of the docstring, which is where the fields are explained."""
+    section = (inspect.getdoc(CoVFTConfig) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, flags=re.MULTILINE)
+    return {name: re.split(r"(?<=\.)\s", " ".join(text.split()))[0].replace("`", "") for name, text in entries}

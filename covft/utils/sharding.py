@@ -1,0 +1,158 @@
+"""Weights that are spread over processes, made whole where covft copies, reads or writes them.
+
+DeepSpeed's ZeRO-3 leaves an empty parameter behind, FSDP2 and tensor parallelism a DTensor. To make one whole
+is a collective: every process has to do it, in the same order, also those that drop the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter of ZeRO-3 whose values are elsewhere at the moment."""
+    return is_zero(tensor) and tensor.ds_status.name != "AVAILABLE"  # type: ignore[attr-defined]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor has to be made whole before it can be read."""
+    return is_partitioned(tensor) or _is_dtensor(tensor)
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of the whole tensor."""
+    return tuple(tensor.ds_shape if is_zero(tensor) else tensor.shape)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[Tensor], *, changed: bool = False) -> Iterator[None]:
+    """Hold parameters of ZeRO-3 whole; others are left as they are.
+
+    Args:
+        parameters: Any parameters; every process names the same.
+        changed: Whether their values are changed meanwhile; those of process 0 count.
+
+    Example:
+        >>> with gathered([torch.nn.Parameter(torch.ones(2))]):
+        ...     pass
+    """
+    # One that is whole already may be held by a caller: only to change it, it has to be taken apart again.
+    zero = [p for p in parameters if (is_zero(p) if changed else is_partitioned(p))]
+    if not zero:
+        yield
+        return
+    deepspeed: Any = importlib.import_module("deepspeed")
+    with deepspeed.zero.GatheredParameters(zero, modifier_rank=0 if changed else None):
+        yield
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor, without gradient; itself where it is not sharded.
+
+    Args:
+        tensor: A parameter or buffer as the module holds it. A state dict's copy of a parameter of ZeRO-3 is an
+            ordinary empty tensor, so take it with `keep_vars=True`.
+    """
+    if is_partitioned(tensor):
+        with gathered([tensor]):
+            return tensor.detach().clone()
+    return tensor.detach().full_tensor() if _is_dtensor(tensor) else tensor.detach()  # type: ignore[attr-defined]
+
+
+def assign(tensor: Tensor, value: Tensor) -> None:
+    """Put a whole value into a tensor, in place.
+
+    Args:
+        tensor: As the module holds it, sharded or not.
+        value: Of the whole shape, the same on every process.
+    """
+    with torch.no_grad(), gathered([tensor], changed=True):
+        if _is_dtensor(tensor):
+            from torch.distributed.tensor import distribute_tensor
+
+            mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+            value = distribute_tensor(value.to(tensor.device, tensor.dtype), mesh, placements)
+        tensor.copy_(value)
+
+
+def whole_copy(module: nn.Module) -> nn.Module:
+    """A module with ordinary parameters on the CPU, of one that ZeRO-3 partitioned; any other module itself.
+
+    Args:
+        module: Such as an FFN.
+    """
+    parameters = list(module.parameters())
+    if not any(is_zero(p) for p in parameters):
+        return module
+    with gathered(parameters):
+        return copy.deepcopy(module).cpu()
+
+
+def partition_like(like: Iterable[Tensor], module: nn.Module) -> None:
+    """Let ZeRO-3 partition a new module if it partitioned the weights that the module was made from.
+
+    DeepSpeed's engine would do so too, but all new modules together may be more than a device holds.
+
+    Args:
+        like: Parameters of the old module.
+        module: The new module; the values of process 0 count.
+    """
+    zero = next((p for p in like if is_zero(p)), None)
+    if zero is not None:
+        zero.convert_to_zero_parameters(param_list=list(module.parameters()))  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def unpartitioned() -> Iterator[None]:
+    """Let transformers load models whole, also while a DeepSpeed config of `TrainingArguments` asks for ZeRO-3.
+
+    For small frozen models that stay outside of the engine, which alone would gather them.
+    """
+    integration: Any = sys.modules.get("transformers.integrations.deepspeed")
+    if integration is None or not integration.is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = integration._hf_deepspeed_config_weak_ref()
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration.set_hf_deepspeed_config(config)
+
+
+def in_engine(module: nn.Module) -> bool:
+    """Whether a DeepSpeed engine works on a module: its optimizer then keeps values of its own.
+
+    Args:
+        module: A model or a part of one.
+    """
+    return any(type(m._parameters).__name__ == "ZeROOrderedDict" for m in module.modules()) or any(
+        hasattr(p, "_hp_mapping") for p in module.parameters()
+    )
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes: the first of all, or the only one."""
+    return not is_distributed() or torch.distributed.get_rank() == 0
+
+
+def is_distributed() -> bool:
+    """Whether there are several processes that talk to each other."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def is_zero(tensor: Tensor) -> bool:
+    """Return whether DeepSpeed's ZeRO-3 manages a tensor, wherever its values are now."""
+    return hasattr(tensor, "ds_id")
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # without importing what most users never need

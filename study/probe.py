@@ -1,0 +1,106 @@
+"""What the two pretrained networks can do, measured on validation scenes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from study.scenes import CELL, GRID, as_batch, make_scenes
+from study.sources import PHOTOS, SHAPES
+from study.tasks import make_examples
+
+
+def thing_features(tower: torch.nn.Module, scenes: list) -> tuple[np.ndarray, list]:
+    """Penultimate features of the patches that a thing covers, one row per thing."""
+    rows, things = [], []
+    for start in range(0, len(scenes), 256):
+        chunk = scenes[start : start + 256]
+        with torch.no_grad():
+            hidden = tower(torch.from_numpy(as_batch(chunk)), output_hidden_states=True).hidden_states[-2]
+        side = int((hidden.shape[1] - 1) ** 0.5)
+        per_cell = side // GRID
+        grid = hidden[:, 1:].reshape(len(chunk), GRID, per_cell, GRID, per_cell, -1)
+        cells = grid.permute(0, 1, 3, 2, 4, 5).reshape(len(chunk), GRID * GRID, -1)
+        for i, scene in enumerate(chunk):
+            for thing in scene.things:
+                rows.append(cells[i, thing.cell].numpy())
+                things.append(thing)
+    assert CELL % per_cell == 0
+    return np.stack(rows), things
+
+
+def probe_tower(tower: torch.nn.Module, train: int = 2000, validation: int = 600) -> dict[str, float]:
+    """Accuracy of linear probes on a thing's own patches: what the frozen tower offers a projector."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    parts = [thing_features(tower, make_scenes(s, n)) for s, n in (("train", train), ("validation", validation))]
+    wanted = {
+        "kind": (None, lambda thing: thing.kind),
+        "colour": ("shape", lambda thing: thing.tile.colour),
+        "shape": ("shape", lambda thing: thing.tile.name),
+        "digit": ("digit", lambda thing: thing.tile.name),
+        "word": ("word", lambda thing: thing.tile.name),
+        "photo": ("photo", lambda thing: thing.tile.name),
+    }
+    scores = {}
+    for name, (kind, label) in wanted.items():
+        (x, y), (x_val, y_val) = (
+            (
+                features[[kind in (None, t.kind) for t in things]],
+                [label(t) for t in things if kind in (None, t.kind)],
+            )
+            for features, things in parts
+        )
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
+        scores[f"linear_probe_{name}"] = round(float(probe.fit(x, y).score(x_val, y_val)), 4)
+    return scores
+
+
+def presence_auc(tower: torch.nn.Module, train: int = 1500, validation: int = 400) -> float:
+    """Mean area under the ROC curve of linear probes on the pooled output: which things are in the picture.
+
+    This is what CLIP-style pretraining teaches directly, and a random tower's output says less of.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    parts = [make_scenes("train", train), make_scenes("validation", validation)]
+    with torch.no_grad():
+        x, x_val = (tower(torch.from_numpy(as_batch(part))).pooler_output.numpy() for part in parts)
+    areas = []
+    for name in ("digit", "word", *SHAPES, *PHOTOS):
+        y, y_val = ([any(name == t.reference for t in scene.things) for scene in part] for part in parts)
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300)).fit(x, y)
+        areas.append(roc_auc_score(y_val, probe.predict_proba(x_val)[:, 1]))
+    return round(float(np.mean(areas)), 4)
+
+
+def measure_language_model(model: torch.nn.Module, scenes: int = 300) -> dict[str, float]:
+    """Exact match per task on word pictures of validation scenes, every answer word predicted in turn."""
+    from study.pretrain import text_batch, word_picture
+    from study.words import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    drawn = make_scenes("validation", scenes)
+    examples = make_examples(drawn)
+    rng = np.random.default_rng(0)
+    right: dict[str, list[bool]] = {}
+    for start in range(0, len(examples), 256):
+        chunk = examples[start : start + 256]
+        batch = text_batch(
+            model,
+            tokenizer,
+            [(word_picture(drawn[e.scene], 0.0, rng), [(e.question, e.answer)]) for e in chunk],
+        )
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            predicted = model(**batch).logits[:, :-1].argmax(-1)
+        # greedy decoding reproduces an answer exactly when every next word is right given the right ones
+        hit = ((predicted == labels[:, 1:]) | (labels[:, 1:] == -100)).all(1)
+        for example, good in zip(chunk, hit.tolist(), strict=True):
+            right.setdefault(example.task, []).append(good)
+    return {f"word_pictures_{task}": round(float(np.mean(good)), 4) for task, good in sorted(right.items())}

