@@ -313,14 +313,14 @@ def precompute(
     annotation: Annotated[Path, typer.Argument(help="LLaVA's JSON or JSONL, or InternVL's meta file.")],
     output: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
     text_encoder: Annotated[str, typer.Option(help="Id or folder of the text encoder.")],
-    instruction: Annotated[str, typer.Option(help="Turns of the user: all, first or last.")] = "all",
-    empty: Annotated[str | None, typer.Option(help="What is read where the user says nothing.")] = None,
+    turns: Annotated[str, typer.Option(help="User turns that make the instruction: all, first or last.")] = "all",
+    empty_instruction: Annotated[str | None, typer.Option(help="Instruction of rows whose user says nothing.")] = None,
 ) -> None:
     """Encode the instructions of a data set once, for `covft.text.FeatureTable.load`."""
-    from covft.data import open_rows, questions_of
+    from covft.data import instructions_of, open_rows
     from covft.text import FeatureTable, as_text_encoder
 
-    found = list(questions_of(open_rows(annotation), instruction, empty=empty))
+    found = list(instructions_of(open_rows(annotation), turns, empty_instruction=empty_instruction))
     texts = [text for text in found if text]
     table = FeatureTable.precompute(as_text_encoder(text_encoder), texts, output, show=sys.stderr.isatty())
     typer.echo(f"{len(table)} distinct instructions of {len(found)} rows, {table.text_dim} numbers each: {output}")

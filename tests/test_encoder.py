@@ -20,7 +20,7 @@ from covft.errors import (
     UnsupportedViTError,
 )
 from covft.nn import load_balance_loss
-from tests.towers import BY_NAME, TEXT_DIM, TOWERS, features, perturb
+from tests.helpers.towers import BY_NAME, TEXT_DIM, TOWERS, features, perturb
 
 KINDS = ["timm-clip", "timm-dinov3", "open_clip-native", "hf-clip", "hf-dinov2"]
 

@@ -20,7 +20,7 @@ from covft.errors import (
     UnknownViTError,
     UnsupportedViTError,
 )
-from tests.towers import BY_NAME, TEXT_DIM, TOWERS, features, perturb
+from tests.helpers.towers import BY_NAME, TEXT_DIM, TOWERS, features, perturb
 
 SETTINGS = [
     *({"routing": routing} for routing in CoVFTConfig.choices("routing")),

@@ -13,15 +13,15 @@ from covft.data.dataset import ConversationDataset
 from covft.data.grouping import ModalityGroupedSampler
 from covft.data.hub import DatasetsRows
 from covft.data.images import ImageFolder, ImageStore, TarImages
+from covft.data.instructions import instructions_of, open_rows
 from covft.data.internvl import InternVLRows, MetaEntry, read_meta
 from covft.data.llava import LlavaRows
 from covft.data.placeholders import ImageText
-from covft.data.questions import open_rows, questions_of
 from covft.data.records import JsonRecords
 from covft.data.rows import IMAGE_TAG, Row, RowSource, parse_row
 from covft.data.spans import answer_spans
 from covft.data.templates import CHAT_TEMPLATES
-from covft.data.tiling import ImageCut, PadToSquare, Tiling, Whole, pad_to_square, tile_grid, tile_image
+from covft.data.tiling import DynamicTiling, NoTiling, PadToSquare, Tiling, pad_to_square, tile_grid, tile_image
 
 __all__ = [
     "CHAT_TEMPLATES",
@@ -32,8 +32,8 @@ __all__ = [
     "ConversationDataset",
     "DataError",
     "DatasetsRows",
+    "DynamicTiling",
     "Encoded",
-    "ImageCut",
     "ImageFolder",
     "ImageStore",
     "ImageText",
@@ -43,21 +43,21 @@ __all__ = [
     "LlavaRows",
     "MetaEntry",
     "ModalityGroupedSampler",
+    "NoTiling",
     "PadToSquare",
     "Place",
     "Row",
     "RowSource",
     "TarImages",
     "Tiling",
-    "Whole",
     "answer_spans",
     "drop_dummies",
     "encode_conversation",
     "instruction_text",
+    "instructions_of",
     "open_rows",
     "pad_to_square",
     "parse_row",
-    "questions_of",
     "read_meta",
     "tile_grid",
     "tile_image",

@@ -112,7 +112,7 @@ class Collator:
                 "The images of a batch differ in size, so they cannot be stacked.",
                 expected="one size for all",
                 got=" and ".join(map(str, sorted(shapes))),
-                fix="an image processor that resizes to one size, cut=PadToSquare() or cut=Tiling()",
+                fix="an image processor that resizes to one size, tiling=PadToSquare() or tiling=DynamicTiling()",
             )
         if shapes:
             return shapes.pop()

@@ -14,7 +14,7 @@ from covft.data.spans import AnswersNotFoundError, Span, answer_spans
 from covft.errors import ConfigError
 
 IGNORE_INDEX = -100
-POLICIES = ("all", "first", "last")
+TURNS = ("all", "first", "last")
 
 
 class Encoded(NamedTuple):
@@ -47,7 +47,7 @@ def to_messages(row: Row | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> l
 
 def instruction_text(
     row: Row | Mapping[str, Any] | Sequence[Mapping[str, Any]],
-    policy: str = "all",
+    turns: str = "all",
     *,
     placeholders: Sequence[str] = (IMAGE_TAG,),
 ) -> str:
@@ -55,7 +55,7 @@ def instruction_text(
 
     Args:
         row: As in `to_messages`.
-        policy: `"all"` joins all turns of the user by a space (what the paper's authors do), `"first"` and `"last"`
+        turns: `"all"` joins all turns of the user by a space (what the paper's authors do), `"first"` and `"last"`
             take one of them.
         placeholders: What stands for an image; it is removed, with the line break behind it.
 
@@ -63,7 +63,7 @@ def instruction_text(
         The text; empty if the user says nothing besides the images.
 
     Raises:
-        ConfigError: If the policy is not known.
+        ConfigError: If `turns` is not known.
         DataError: If the row is malformed.
 
     Example:
@@ -71,12 +71,12 @@ def instruction_text(
         >>> instruction_text(turns)
         'What is left?'
     """
-    if policy not in POLICIES:
+    if turns not in TURNS:
         raise ConfigError(
-            f"policy={policy!r} is not known.", expected=" | ".join(POLICIES), got=repr(policy), fix="policy='all'"
+            f"turns={turns!r} is not known.", expected=" | ".join(TURNS), got=repr(turns), fix="turns='all'"
         )
-    turns = [message["content"] for message in to_messages(row) if message["role"] == "user"]
-    chosen = {"all": turns, "first": turns[:1], "last": turns[-1:]}[policy]
+    said = [message["content"] for message in to_messages(row) if message["role"] == "user"]
+    chosen = {"all": said, "first": said[:1], "last": said[-1:]}[turns]
     return " ".join(filter(None, (_without(turn, placeholders) for turn in chosen)))
 
 

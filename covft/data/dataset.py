@@ -14,7 +14,7 @@ from covft.data.broken import BrokenLog, BrokenRow, DataError
 from covft.data.conversation import IGNORE_INDEX, Encoded, encode_conversation, instruction_text
 from covft.data.placeholders import ImageText
 from covft.data.rows import IMAGE_TAG, Row, RowSource
-from covft.data.tiling import ImageCut, Whole
+from covft.data.tiling import NoTiling, Tiling
 from covft.errors import ConfigError, ShapeError
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         image_processor: An image processor of transformers, or any function from an RGB picture to a tensor (3, H, W).
             It may be left out if no row has an image.
         image_text: What stands for an image in the text.
-        cut: How a picture becomes the pictures that the tower sees: `Whole()`, `PadToSquare()` or `Tiling()`. Several
-            images of a row share the limit of tiles.
+        tiling: How a picture becomes the pictures that the tower sees: `NoTiling()`, `PadToSquare()` or
+            `DynamicTiling()`. Several images of a row share the limit of tiles.
         max_length: Longest sequence, in tokens. What follows is cut off; a row of which no answer or not every image
             would be left is broken.
-        instruction: Which turns of the user the text encoder reads: `"all"`, `"first"` or `"last"`.
+        turns: User turns that make the instruction: `"all"`, joined by a space, the `"first"` or the `"last"`.
         empty_instruction: What it reads where the user says nothing besides the images; None makes such a row broken.
         chat_template: A template instead of the tokenizer's own.
         end_of_turn: What ends an answer; None looks for the special token after it.
@@ -62,9 +62,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         image_processor: Callable[..., Any] | None = None,
         *,
         image_text: ImageText | None = None,
-        cut: ImageCut | None = None,
+        tiling: Tiling | None = None,
         max_length: int | None = None,
-        instruction: str = "all",
+        turns: str = "all",
         empty_instruction: str | None = None,
         chat_template: str | None = None,
         end_of_turn: str | None = None,
@@ -75,15 +75,15 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         seed: int = 0,
     ) -> None:
         instruction_text(
-            [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}], instruction
-        )  # a known policy?
+            [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}], turns
+        )  # are these turns known?
         self.source = source
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.image_text = ImageText() if image_text is None else image_text
-        self.cut = Whole() if cut is None else cut
+        self.tiling = NoTiling() if tiling is None else tiling
         self.max_length = max_length
-        self.instruction = instruction
+        self.turns = turns
         self.empty_instruction = empty_instruction
         self.chat_template = chat_template
         self.end_of_turn = end_of_turn
@@ -129,7 +129,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Channels, height and width of what the image processor makes, for the `Collator`."""
         from PIL import Image as PILImage
 
-        _, *shape = self._pixels(self.cut(PILImage.new("RGB", (64, 64)))).shape
+        _, *shape = self._pixels(self.tiling(PILImage.new("RGB", (64, 64)))).shape
         return shape[0], shape[1], shape[2]
 
     def modality_lengths(self) -> list[int]:
@@ -172,7 +172,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def _sample(self, index: int) -> dict[str, Any]:
         row = self.source[index]
-        text = instruction_text(row, self.instruction) or self.empty_instruction
+        text = instruction_text(row, self.turns) or self.empty_instruction
         if not text:
             raise DataError("The user says nothing besides the images, so there is no instruction to condition on.")
         pictures = [self._cut(index, row, name) for name in row.images]
@@ -191,8 +191,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         image = self.source.image(index, name)
         if row.augment:
             image = self.augment(image, random.Random(f"{self.seed}/{index}/{name}"))
-        most = row.max_tiles if row.max_tiles is not None else getattr(self.cut, "max_tiles", None)
-        return self.cut(image, most if most is None else max(1, most // len(row.images)))
+        most = row.max_tiles if row.max_tiles is not None else getattr(self.tiling, "max_tiles", None)
+        return self.tiling(image, most if most is None else max(1, most // len(row.images)))
 
     def _encode(self, row: Row, tiles: list[int]) -> Encoded:
         messages = [dict(message) for message in row.messages]
@@ -237,6 +237,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 "The image processor does not give one tensor per picture.",
                 expected=f"({len(pictures)}, 3, H, W)",
                 got=tuple(pixels.shape) if pixels.numel() else "several sizes",
-                fix="an image processor that does not cut pictures itself; cut=Tiling() does",
+                fix="an image processor that does not cut pictures itself; tiling=DynamicTiling() does",
             )
         return pixels

@@ -98,7 +98,7 @@ def pad_to_square(image: Image.Image, color: tuple[int, int, int] = (0, 0, 0)) -
     return square
 
 
-class ImageCut(Protocol):
+class Tiling(Protocol):
     """How a picture becomes the pictures that the vision tower sees."""
 
     def __call__(self, image: Image.Image, max_tiles: int | None = None) -> list[Image.Image]:
@@ -107,7 +107,7 @@ class ImageCut(Protocol):
 
 
 @dataclass(frozen=True)
-class Tiling:
+class DynamicTiling:
     """InternVL's dynamic tiling; the fields are the keywords of `tile_image`."""
 
     min_tiles: int = 1
@@ -139,7 +139,7 @@ class PadToSquare:
 
 
 @dataclass(frozen=True)
-class Whole:
+class NoTiling:
     """Leaves a picture to the image processor as it is."""
 
     def __call__(self, image: Image.Image, max_tiles: int | None = None) -> list[Image.Image]:

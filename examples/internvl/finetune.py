@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
 import covft
-from covft.data import CHAT_TEMPLATES, ConversationDataset, InternVLRows, Tiling
+from covft.data import CHAT_TEMPLATES, ConversationDataset, DynamicTiling, InternVLRows
 from covft.integrations import (
     RECIPES,
     MLLMTrainer,
@@ -101,7 +101,7 @@ def main() -> None:
         tokenizer,
         image_processor,
         image_text=image_text_of(model, tokenizer),
-        cut=Tiling(max_tiles=args.max_tiles, tile_size=size),
+        tiling=DynamicTiling(max_tiles=args.max_tiles, tile_size=size),
         max_length=args.max_length,
     )
     trainer = MLLMTrainer(model, training, train_dataset=dataset, processing_class=tokenizer)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
-from covft.data import CHAT_TEMPLATES, ConversationDataset, InternVLRows, Tiling
+from covft.data import CHAT_TEMPLATES, ConversationDataset, DynamicTiling, InternVLRows
 from covft.integrations import (
     RECIPES,
     MLLMTrainer,
@@ -67,7 +67,7 @@ def main() -> None:
         tokenizer,
         load_image_processor(args.vision),
         image_text=image_text_of(model, tokenizer),
-        cut=Tiling(max_tiles=args.max_tiles, tile_size=size),
+        tiling=DynamicTiling(max_tiles=args.max_tiles, tile_size=size),
         max_length=args.max_length,
     )
     trainer = MLLMTrainer(model, training, train_dataset=dataset, processing_class=tokenizer)

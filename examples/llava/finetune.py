@@ -106,7 +106,7 @@ def main() -> None:
         tokenizer,
         processor.image_processor,
         image_text=image_text_of(model, tokenizer),
-        cut=PadToSquare(tuple(int(255 * channel) for channel in mean)),
+        tiling=PadToSquare(tuple(int(255 * channel) for channel in mean)),
         max_length=args.max_length,
     )
     trainer = MLLMTrainer(model, training, train_dataset=dataset, processing_class=tokenizer)

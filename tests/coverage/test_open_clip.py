@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import covft
 from benchmarks.coverage.check import check
 from covft.errors import UnknownViTError
-from tests.towers import TEXT_DIM, perturb
+from tests.helpers.towers import TEXT_DIM, perturb
 
 open_clip = pytest.importorskip("open_clip")
 

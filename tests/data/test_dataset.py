@@ -17,12 +17,12 @@ from covft.data import (
     Collator,
     ConversationDataset,
     DataError,
+    DynamicTiling,
     ImageText,
     InternVLRows,
     LlavaRows,
     PadToSquare,
     TarImages,
-    Tiling,
     encode_conversation,
 )
 from covft.data.broken import _remove
@@ -35,7 +35,7 @@ TEXT = ImageText("<image>", per_tile=4)
 
 def dataset(folder, name="llava.json", **options):
     source = LlavaRows(folder / name, folder / "images")
-    settings = {"image_text": TEXT, "cut": PadToSquare(), **options}
+    settings = {"image_text": TEXT, "tiling": PadToSquare(), **options}
     return ConversationDataset(source, build_tokenizer("vicuna"), to_tensor(8), **settings)
 
 
@@ -79,10 +79,10 @@ def test_samples(folder, name):
 
 
 def test_instruction_policies(folder):
-    assert dataset(folder, instruction="first")[1]["context_text"] == "Who wrote Faust?"
-    assert dataset(folder, instruction="last")[1]["context_text"] == "When?"
+    assert dataset(folder, turns="first")[1]["context_text"] == "Who wrote Faust?"
+    assert dataset(folder, turns="last")[1]["context_text"] == "When?"
     with pytest.raises(ConfigError, match="not known"):
-        dataset(folder, instruction="some")
+        dataset(folder, turns="some")
 
 
 def test_real_image_processors(folder):
@@ -126,7 +126,7 @@ def internvl(folder, entry, records, **options):
     (folder / "meta.json").write_text(json.dumps(meta))
     settings = {
         "image_text": ImageText("<IMG_CONTEXT>", per_tile=2, before="<img>", after="</img>"),
-        "cut": Tiling(max_tiles=6, tile_size=8),
+        "tiling": DynamicTiling(max_tiles=6, tile_size=8),
         **options,
     }
     tokenizer = build_tokenizer("internlm_2")
@@ -141,7 +141,7 @@ def test_tiles(folder):
     text = build_tokenizer("internlm_2").decode(data[1]["input_ids"])
     image = "<img>" + "<IMG_CONTEXT>" * 6 + "</img>"
     assert f"Is{image}in{image}?" in text.replace(" ", "")
-    tiles = Tiling(max_tiles=6, tile_size=8)(photograph("coffee"))
+    tiles = DynamicTiling(max_tiles=6, tile_size=8)(photograph("coffee"))
     assert torch.equal(data[0]["pixel_values"], torch.stack([to_tensor(8)(tile) for tile in tiles]))
 
 
@@ -425,7 +425,7 @@ class Bare:
 def test_lengths(folder):
     data = dataset(folder)
     assert data.modality_lengths() == [7, -8, 7, 5, 8]
-    bare = ConversationDataset(Bare(data.source), data.tokenizer, to_tensor(8), image_text=TEXT, cut=PadToSquare())
+    bare = ConversationDataset(Bare(data.source), data.tokenizer, to_tensor(8), image_text=TEXT, tiling=PadToSquare())
     assert bare.modality_lengths() == data.modality_lengths()
     assert same(bare[3], data[3])
     repeated = internvl(folder, {"repeat_time": 2.5}, [RECORDS[1], RECORDS[0]])
@@ -441,7 +441,7 @@ def test_max_length_cuts_the_end(folder):
 
 def test_empty_instructions_may_have_a_default(folder):
     write(folder / "rows.json", [{"image": "coco/cat.jpg", "conversations": talk("<image>", "A cat.")}])
-    assert dataset(folder, "rows.json", empty_instruction="Describe it.")[0]["context_text"] == "Describe it."
+    assert dataset(folder, "rows.json", empty_turns="Describe it.")[0]["context_text"] == "Describe it."
 
 
 def test_tags_and_tiles_must_match():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from covft.data import PadToSquare, Tiling, Whole, pad_to_square, tile_grid, tile_image
+from covft.data import DynamicTiling, NoTiling, PadToSquare, pad_to_square, tile_grid, tile_image
 from covft.errors import ConfigError
 from tests.data.conftest import photograph
 
@@ -74,10 +74,10 @@ def test_thumbnails_only_beside_several_tiles():
 
 def test_cuts():
     image = photograph("coffee")
-    assert Whole()(image) == [image]
-    assert len(Tiling(max_tiles=6, tile_size=40)(image)) == 7
-    assert len(Tiling(max_tiles=6, tile_size=40)(image, 2)) == 3
-    assert len(Tiling(min_tiles=4, max_tiles=6, tile_size=40)(image, 1)) == 1
+    assert NoTiling()(image) == [image]
+    assert len(DynamicTiling(max_tiles=6, tile_size=40)(image)) == 7
+    assert len(DynamicTiling(max_tiles=6, tile_size=40)(image, 2)) == 3
+    assert len(DynamicTiling(min_tiles=4, max_tiles=6, tile_size=40)(image, 1)) == 1
     assert [picture.size for picture in PadToSquare()(image)] == [(600, 600)]
 
 

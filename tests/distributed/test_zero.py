@@ -1,4 +1,4 @@
-"""ZeRO-2 and ZeRO-3 on two processes, where DeepSpeed is installed; `tests/test_sharding.py` runs everywhere."""
+"""ZeRO-2 and ZeRO-3 on two processes, where DeepSpeed is installed; `tests/utils/test_sharding.py` runs everywhere."""
 
 from __future__ import annotations
 

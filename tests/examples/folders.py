@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.integrations.prompts import KINDS
+from tests.helpers.prompts import KINDS
 
 SIZE = 28
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.examples.folders import COLOURS, write_images, write_models
-from tests.integrations.prompts import TEMPLATES
+from tests.helpers.prompts import TEMPLATES
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "one_liners"
 
@@ -27,7 +27,7 @@ def llava(tmp_path_factory):
     import copy
 
     from covft.integrations import build_llava, llava_processor, load_image_processor
-    from tests.integrations.prompts import tokenizer_of
+    from tests.helpers.prompts import tokenizer_of
 
     root = tmp_path_factory.mktemp("llava")
     write_models(root / "parts")

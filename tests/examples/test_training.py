@@ -243,7 +243,7 @@ def test_llava_answers_as_it_was_trained(runs, monkeypatch, capsys):
     processor = AutoProcessor.from_pretrained(runs / "llava-covft")
     rows = LlavaRows(runs / "llava" / "train.json", runs / "llava" / "images")
     trained = ConversationDataset(
-        rows, processor.tokenizer, processor.image_processor, image_text=ImageText(per_tile=4), cut=PadToSquare()
+        rows, processor.tokenizer, processor.image_processor, image_text=ImageText(per_tile=4), tiling=PadToSquare()
     )[2]
     assert trained["context_text"] == question
     start = int((trained["labels"] != -100).nonzero()[0])
@@ -280,7 +280,7 @@ def test_llava_answers_with_beams_lora_and_without_covft(runs, monkeypatch):
 def test_internvl_answers_as_it_was_trained(runs, monkeypatch):
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    from covft.data import ConversationDataset, ImageText, InternVLRows, Tiling
+    from covft.data import ConversationDataset, DynamicTiling, ImageText, InternVLRows
 
     arguments = ["--model", runs / "internvl-covft", "--image", runs / "internvl" / "images" / "red.png"]
     arguments += ["--question", "What colour is it?", "--max_tiles", 2, "--max_new_tokens", 6, "--beams", 2]
@@ -291,7 +291,7 @@ def test_internvl_answers_as_it_was_trained(runs, monkeypatch):
         tokenizer,
         AutoImageProcessor.from_pretrained(runs / "internvl-covft"),
         image_text=ImageText("<IMG_CONTEXT>", per_tile=4, before="<img>", after="</img>"),
-        cut=Tiling(max_tiles=2, tile_size=SIZE),
+        tiling=DynamicTiling(max_tiles=2, tile_size=SIZE),
     )[0]
     assert trained["num_tiles"] == [3]
     start = int((trained["labels"] != -100).nonzero()[0])

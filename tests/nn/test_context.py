@@ -15,7 +15,7 @@ from covft.nn import (
     SingleQueryAttention,
     TextContext,
 )
-from tests.nn import oracle
+from tests.helpers import oracle
 
 D, C, H = 6, 8, 4
 float64 = {"dtype": torch.float64}

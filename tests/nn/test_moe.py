@@ -8,7 +8,7 @@ from torch import nn
 
 from covft.errors import ShapeError
 from covft.nn import ContextualMoE
-from tests.nn import oracle
+from tests.helpers import oracle
 
 CONTEXTS = ("cve", "image", "text", "concat")
 VARIANTS = [(c, r) for r in ("dense", "sparse") for c in CONTEXTS] + [("cve", "uniform"), ("cve", "random")]

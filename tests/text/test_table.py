@@ -9,7 +9,7 @@ import covft
 from covft.errors import TextEncoderError
 from covft.testing import HashTextEncoder
 from covft.text import FeatureTable
-from tests.towers import TOWERS
+from tests.helpers.towers import TOWERS
 
 TEXTS = ["what is left of the cup?", "how many people are there?", "où est le chien ?", "what is left of the cup?"]
 

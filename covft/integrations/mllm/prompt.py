@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from covft.data.conversation import TURNS
 from covft.errors import ConfigError, MissingContextError
 from covft.integrations.mllm.chat_template import TurnMarks, learn_marks, round_trip, special_strings
 
-TURNS = ("all", "first", "last")
 _TIMESTAMP = r"<\d+(?:\.\d+)? seconds>"  # which Qwen3-VL's processor writes before each frame of a video
 _IGNORED = -100  # in labels: a token that is not learned, so part of the prompt
 _FIX = "model(..., context_text=['the question of row 0', ...]), and the same for generate(...)"

@@ -28,7 +28,7 @@ def forget(package):
 def tokenizer_for(version):
     import copy
 
-    from tests.integrations.prompts import tokenizer_of
+    from tests.helpers.prompts import tokenizer_of
 
     tokenizer = copy.deepcopy(tokenizer_of(TEMPLATE_OF[version], "byte-level"))
     tokenizer.chat_template = None  # these codebases have none

@@ -10,8 +10,8 @@ from covft.errors import ConfigError, MissingContextError, ShapeError, Unsupport
 from covft.integrations.codebases import internvl as launcher
 from covft.integrations.codebases.installing import NO_IMAGE
 from covft.testing import HashTextEncoder
+from tests.helpers.prompts import tokenizer_of
 from tests.integrations.codebases.folders import STANDINS, forget, rows, write_json
-from tests.integrations.prompts import tokenizer_of
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,7 +10,7 @@ import covft
 from covft.config import CoVFTConfig
 from covft.errors import ConfigError
 from covft.integrations.codebases.launch import launch, parse
-from tests.towers import BY_NAME, TEXT_DIM
+from tests.helpers.towers import BY_NAME, TEXT_DIM
 
 
 def test_flags_go_to_whom_they_belong():

@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 @pytest.fixture
 def factory(monkeypatch, tmp_path):
     """`llamafactory.train.tuner` with a `run_exp` that makes a Trainer as LLaMA-Factory's workflows do."""
-    from tests.integrations.mllms import MLLMS
+    from tests.helpers.mllms import MLLMS
 
     kind = next(entry for entry in MLLMS if entry.name == "llava")
     made = []

@@ -13,7 +13,7 @@ import covft
 from covft.errors import CheckpointError
 from covft.integrations.codebases import ms_swift
 from covft.testing import HashTextEncoder
-from tests.integrations.mllms import MLLMS, Row
+from tests.helpers.mllms import MLLMS, Row
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tests.integrations.prompts import IMAGE, tokenizer_of
-from tests.towers import GRIDS
+from tests.helpers.prompts import IMAGE, tokenizer_of
+from tests.helpers.towers import GRIDS
 
 SIZE, PATCH, WIDTH, DEPTH = 32, 8, 32, 4
 VISION = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from covft.cli import main
-from covft.data import InternVLRows, LlavaRows, open_rows, questions_of
+from covft.data import InternVLRows, LlavaRows, instructions_of, open_rows
 from covft.data.broken import DataError
 from covft.testing import HashTextEncoder
 from covft.text import FeatureTable
@@ -40,9 +40,9 @@ def folder(tmp_path, monkeypatch):
 def test_questions__of_every_row_that_has_one(folder):
     rows = open_rows(folder / "train.json")
     assert isinstance(rows, LlavaRows)
-    found = list(questions_of(rows))
+    found = list(instructions_of(rows))
     assert found == ["what is left? and right?", "who wrote it?", "what is left?", None, None]
-    assert list(questions_of(rows, "last", empty="describe it")) == [
+    assert list(instructions_of(rows, "last", empty_instruction="describe it")) == [
         "and right?", "who wrote it?", "what is left?", "describe it", None,
     ]  # fmt: skip
 
@@ -50,7 +50,7 @@ def test_questions__of_every_row_that_has_one(folder):
 def test_questions__of_a_mixture_and_of_lines(folder):
     rows = open_rows(folder / "meta.json")
     assert isinstance(rows, InternVLRows)
-    assert list(questions_of(rows, "first")) == ["what is left?", "who wrote it?"] * 2
+    assert list(instructions_of(rows, "first")) == ["what is left?", "who wrote it?"] * 2
     assert isinstance(open_rows(folder / "rows.jsonl"), LlavaRows)
     with pytest.raises(DataError, match="cannot be read"):
         open_rows(folder / "nothing.json")

@@ -21,8 +21,8 @@ from covft.errors import (
     UnsupportedViTError,
 )
 from covft.integrations import attach, detach, get_encoder
-from tests.integrations.mllms import BY_NAME, MLLMS, Batch, Row, watch
-from tests.towers import perturb
+from tests.helpers.mllms import BY_NAME, MLLMS, Batch, Row, watch
+from tests.helpers.towers import perturb
 
 TEXTS = covft.testing.HashTextEncoder(16)
 CUP, PEOPLE, DOG = "what is left of the cup?", "how many people are there?", "a dog, and where?"

@@ -13,7 +13,7 @@ from PIL import Image
 
 import covft
 from covft.data import ConversationDataset, ImageText, LlavaRows
-from tests.integrations.mllms import BY_NAME, PATCH, SIZE
+from tests.helpers.mllms import BY_NAME, PATCH, SIZE
 
 QUESTIONS = ("what is left of the cup?", "how many people are there?", "where is the dog?", "is the ball red?")
 WORDS = ("a dog", "two people stand there", "a red ball", "yes", "to the left of a cup and a ball", "no")

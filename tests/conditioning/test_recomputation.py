@@ -17,7 +17,7 @@ import covft
 from covft.adapters import InputFormat
 from covft.conditioning import Conditioning
 from covft.errors import MissingContextError, ReentrantCheckpointError, ShapeError
-from tests.towers import BY_NAME, TEXT_DIM, features, perturb
+from tests.helpers.towers import BY_NAME, TEXT_DIM, features, perturb
 
 CHECKPOINTED = [
     "timm-clip",

@@ -11,8 +11,8 @@ import torch
 import covft
 from covft.errors import ConfigError, LayerIndexError
 from covft.integrations import attach, detach, get_encoder
-from tests.integrations.mllms import BY_NAME, Row
-from tests.towers import perturb
+from tests.helpers.mllms import BY_NAME, Row
+from tests.helpers.towers import perturb
 
 TEXTS = covft.testing.HashTextEncoder(16)
 QUESTIONS = ["what is left of the cup?", "how many people are there?"]

@@ -12,7 +12,7 @@ import torch
 from covft.errors import ConfigError, MissingContextError
 from covft.integrations.mllm.chat_template import learn_marks
 from covft.integrations.mllm.prompt import PromptReader
-from tests.integrations.prompts import IMAGE, KINDS, TEMPLATES, render, tokenizer_of
+from tests.helpers.prompts import IMAGE, KINDS, TEMPLATES, render, tokenizer_of
 
 SYSTEM = "You are a helpful assistant."
 ONE, TWO, THREE = "what is left of the cup?", "a dog and where?", "how many people are there?"

@@ -27,12 +27,12 @@ from covft.integrations import (
     parts_of,
     train_only,
 )
-from tests.integrations.mllms import BY_NAME, Row
-from tests.integrations.training import arguments, build, dataset, write_folder
-from tests.towers import perturb
+from tests.helpers.mllms import BY_NAME, Row
+from tests.helpers.towers import perturb
+from tests.helpers.training import arguments, build, dataset, write_folder
 
 TEXTS = covft.testing.HashTextEncoder(16)
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -542,7 +542,7 @@ def test_checkpoint__other_trained_parameters_are_refused(rows, tmp_path):
 
 def run_script(folder, output, kill_at="never", resume="anew"):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tests.integrations.training", str(folder), str(output), kill_at, resume]
+    command = [sys.executable, "-m", "tests.helpers.training", str(folder), str(output), kill_at, resume]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 

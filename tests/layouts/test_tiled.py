@@ -8,8 +8,8 @@ import torch
 import covft
 from covft.conditioning import Scope
 from covft.errors import ShapeError
-from tests.nn import oracle
-from tests.towers import MLLAMA, PATCH, SIZE, TEXT_DIM, perturb
+from tests.helpers import oracle
+from tests.helpers.towers import MLLAMA, PATCH, SIZE, TEXT_DIM, perturb
 
 PATCHES = (SIZE // PATCH) ** 2 + 1  # of a tile, its class token among them
 

@@ -11,7 +11,7 @@ import covft
 from covft.errors import CheckpointError, ConfigError, UnsupportedViTError
 from covft.nn.experts import Experts
 from covft.nn.low_rank import LowRankExperts
-from tests.towers import TOWERS, features, perturb
+from tests.helpers.towers import TOWERS, features, perturb
 
 TEXTS = covft.testing.HashTextEncoder(16)
 QUESTIONS = ["what is left of the cup?", "how many people are there?", "where is the dog?"]

@@ -16,8 +16,8 @@ from benchmarks.coverage import page
 from benchmarks.coverage.transformers_cases import all_cases, build
 from covft.errors import CheckpointError
 from covft.testing import HashTextEncoder
-from tests.integrations.mllms import BY_NAME as MLLMS
-from tests.towers import perturb
+from tests.helpers.mllms import BY_NAME as MLLMS
+from tests.helpers.towers import perturb
 
 TEXTS = HashTextEncoder(16)
 # Plain; renamed in its files; the FFN in two halves, with the residual in the second; packed; channels first.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import covft
 from covft.adapters import InputFormat, ViTFamily
 from covft.errors import ShapeError, UnsupportedViTError
-from tests.nn import oracle
-from tests.towers import BY_NAME, DEPTH, PACKED, PATCH, TEXT_DIM, WIDTH, Tower, features, perturb
+from tests.helpers import oracle
+from tests.helpers.towers import BY_NAME, DEPTH, PACKED, PATCH, TEXT_DIM, WIDTH, Tower, features, perturb
 
 every_packed = pytest.mark.parametrize("tower", PACKED, ids=str)
 ROUTINGS = [

@@ -11,9 +11,9 @@ import covft
 from covft.errors import MissingContextError, ShapeError, UnsupportedViTError
 from covft.integrations import attach, get_encoder
 from covft.integrations.mllm.families import find_tower
-from tests.integrations.mllms import ALIKE, BY_NAME, MLLM, Row, watch
-from tests.integrations.test_attach import CUP, DOG, MIXED, PEOPLE, TEXTS, alone, attached, changed, forward
-from tests.towers import PATCH, perturb
+from tests.helpers.mllms import ALIKE, BY_NAME, MLLM, Row, watch
+from tests.helpers.towers import PATCH, perturb
+from tests.integrations.mllm.test_attach import CUP, DOG, MIXED, PEOPLE, TEXTS, alone, attached, changed, forward
 
 GRID = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"]
 WITH_VIDEOS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]

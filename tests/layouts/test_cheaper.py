@@ -16,9 +16,21 @@ from covft.adapters import ViTFamily, registry
 from covft.errors import UnsupportedViTError
 from covft.nn.experts import Experts
 from covft.nn.low_rank import LowRankExperts
-from tests.test_layouts import CASES as TINY
-from tests.test_layouts import HALVES, D, Halves, LinearMlp, Shared, TinyViT, family, images, naflex, patches, texts
-from tests.towers import MLLAMA, PACKED, TEXT_DIM, Tower, features, perturb
+from tests.helpers.towers import MLLAMA, PACKED, TEXT_DIM, Tower, features, perturb
+from tests.layouts.test_layouts import CASES as TINY
+from tests.layouts.test_layouts import (
+    HALVES,
+    D,
+    Halves,
+    LinearMlp,
+    Shared,
+    TinyViT,
+    family,
+    images,
+    naflex,
+    patches,
+    texts,
+)
 
 Inputs = tuple[Any, dict[str, Any]]
 LENGTHS = [4, 7, 5]  # patches of the images of naflex
@@ -103,7 +115,11 @@ CASES = [
     Case("halves", lambda: Halves(residual=False).double().eval(), tokens, row, HALVES),
     Case("halves-residual", lambda: Halves(residual=True).double().eval(), tokens, row, HALVES),
     Case(
-        "shared", shared, tokens, row, ViTFamily(name="shared", classes=("tests.test_layouts.Shared",), library="tests")
+        "shared",
+        shared,
+        tokens,
+        row,
+        ViTFamily(name="shared", classes=("tests.layouts.test_layouts.Shared",), library="tests"),
     ),
     Case("naflex", naflex, lambda: (patches(LENGTHS, size=9), {}), row),
     Case(

@@ -14,7 +14,7 @@ from covft.adapters import ViTFamily
 from covft.errors import MissingContextError, ShapeError
 from covft.surgery.layout import TokenLayout
 from covft.surgery.split import SplitFFN
-from tests.towers import TEXT_DIM, perturb
+from tests.helpers.towers import TEXT_DIM, perturb
 
 D, F = 8, 12
 

@@ -30,19 +30,21 @@ def open_rows(path: str | Path) -> RowSource:
     return InternVLRows(path) if is_meta else LlavaRows(path)
 
 
-def questions_of(source: RowSource, instruction: str = "all", *, empty: str | None = None) -> Iterator[str | None]:
+def instructions_of(
+    source: RowSource, turns: str = "all", *, empty_instruction: str | None = None
+) -> Iterator[str | None]:
     """What the text encoder reads of each row; no image is opened.
 
     Args:
         source: The rows.
-        instruction: Which turns of the user: `"all"`, `"first"` or `"last"`.
-        empty: What stands for an instruction where the user says nothing.
+        turns: User turns that make the instruction: `"all"`, joined by a space, the `"first"` or the `"last"`.
+        empty_instruction: Instruction of rows whose user says nothing.
 
     Yields:
         The instruction; None for a row that cannot be used.
     """
     for number in range(len(source)):
         try:
-            yield instruction_text(source[number], instruction) or empty
+            yield instruction_text(source[number], turns) or empty_instruction
         except DataError:
             yield None

@@ -9,8 +9,8 @@ import covft
 from covft.errors import ShapeError
 from covft.integrations import attach, get_encoder
 from covft.integrations.mllm.attachment import image_id
-from tests.integrations.mllms import BY_NAME, MLLMS, Row, watch
-from tests.towers import perturb
+from tests.helpers.mllms import BY_NAME, MLLMS, Row, watch
+from tests.helpers.towers import perturb
 
 TEXTS = covft.testing.HashTextEncoder(16)
 CUP, PEOPLE, DOG = "what is left of the cup?", "how many people are there?", "a dog, and where?"

@@ -24,7 +24,7 @@ from covft.integrations import (
     whole_weights,
 )
 from covft.integrations.building.internvit import convert
-from tests.integrations.prompts import tokenizer_of
+from tests.helpers.prompts import tokenizer_of
 
 SIZE, PATCH, WIDTH, DEPTH = 32, 8, 32, 4
 GRID = SIZE // PATCH

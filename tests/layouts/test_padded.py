@@ -13,8 +13,8 @@ from benchmarks.coverage.transformers_cases import all_cases, build
 from benchmarks.coverage.transformers_inputs import GRIDS, Call
 from covft.adapters import InputFormat, ViTFamily
 from covft.errors import ShapeError
-from tests.nn import oracle
-from tests.towers import TEXT_DIM, perturb
+from tests.helpers import oracle
+from tests.helpers.towers import TEXT_DIM, perturb
 
 TOWERS = (
     "Siglip2VisionModel",
