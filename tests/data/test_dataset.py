@@ -441,7 +441,7 @@ def test_max_length_cuts_the_end(folder):
 
 def test_empty_instructions_may_have_a_default(folder):
     write(folder / "rows.json", [{"image": "coco/cat.jpg", "conversations": talk("<image>", "A cat.")}])
-    assert dataset(folder, "rows.json", empty_turns="Describe it.")[0]["context_text"] == "Describe it."
+    assert dataset(folder, "rows.json", empty_instruction="Describe it.")[0]["context_text"] == "Describe it."
 
 
 def test_tags_and_tiles_must_match():
