@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from covft import __version__
 from covft.errors import ConfigError, CoVFTError, MissingDependencyError
 from covft.utils.options import options, parse_layers
+from covft.utils.parameters import count
 
 try:
     import typer
@@ -132,12 +133,12 @@ def describe(
 
 
 def gather(source: str, *, text_dim: int, tokens: int | None = None, **settings: Any) -> dict[str, Any]:
-    """What `describe` prints, as JSON values.
+    """Return what `describe` prints, as JSON values.
 
     Args:
         source: `timm:NAME`, `open_clip:NAME` or `hf:ID_OR_FOLDER`.
         text_dim: Width C of the text features.
-        tokens: Tokens per image N; by default what the model says.
+        tokens: Tokens per image N; by default those that the model says.
         **settings: Keywords of `covft.wrap`.
 
     Raises:
@@ -188,12 +189,12 @@ def gather(source: str, *, text_dim: int, tokens: int | None = None, **settings:
 
 
 def _added(encoder: Any, block: Any, text_dim: int, num_tokens: int | None) -> dict[str, Any]:
-    """Parameters and FLOPs of one adapted block, by part, and what the FFN alone had."""
+    """Count parameters and FLOPs of one adapted block, by part, and those of the FFN that it replaces."""
     from covft.nn.cost import count_flops, count_parameters
 
     config = encoder.covft_config
-    ffn = encoder.vit.get_submodule(block.mlp_path).experts[0]
-    ffn_weights = sum(parameter.numel() for parameter in ffn.parameters() if parameter.dim() > 1)
+    experts = encoder.vit.get_submodule(block.mlp_path).experts
+    ffn_weights = _matrix_elements(experts.prototype)
     sizes = {
         "embed_dim": block.embed_dim,
         "text_dim": text_dim,
@@ -210,12 +211,20 @@ def _added(encoder: Any, block: Any, text_dim: int, num_tokens: int | None) -> d
             top_k=config.top_k,
             num_heads=config.num_heads,
         )
+        if config.expert_rank is not None:  # the shared FFN runs once, the thin matrices of each expert after it
+            flops = dataclasses.replace(flops, experts=2 * num_tokens * _matrix_elements(experts))
+    parameters = count_parameters(**sizes, ffn_parameters=block.ffn_parameters)
+    parameters = dataclasses.replace(parameters, experts=count(experts.parameters()))
     return {
-        "parameters": dataclasses.asdict(count_parameters(**sizes, ffn_parameters=block.ffn_parameters)),
+        "parameters": dataclasses.asdict(parameters),
         "parameters_replaced": block.ffn_parameters,
         "flops": None if flops is None else dataclasses.asdict(flops),
         "flops_replaced": None if num_tokens is None else 2 * num_tokens * ffn_weights,
     }
+
+
+def _matrix_elements(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
 
 
 def _print_facts(console: Console, facts: dict[str, Any]) -> None:
@@ -242,7 +251,7 @@ def _print_facts(console: Console, facts: dict[str, Any]) -> None:
             f"{block['ffn_parameters']:,}",
             "" if added is None else f"{sum(added['parameters'].values()):,}",
         )
-    # As wide as its numbers need, whatever the terminal: a cut number is worse than a long line.
+    # As wide as its numbers need, whatever the terminal: a truncated number is worse than a long line.
     table.width = Console(width=1000).measure(table).maximum
     console.print(table, soft_wrap=True, highlight=False)
     for line in _summary(facts):

@@ -1,4 +1,4 @@
-"""The README.md of a saved encoder."""
+"""Writes the model card, the README.md of a saved encoder."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from covft.utils.parameters import count
 
 
 def model_card(encoder: WrappedViT) -> str:
-    """Write the model card: what it is, what it was made from, how to load it.
-
-    Args:
-        encoder: The encoder that is saved.
+    """Write the model card: what the encoder is, what it was made from, how to load it.
 
     Returns:
         Markdown with the metadata block that the Hugging Face Hub reads.
@@ -47,6 +44,6 @@ tokens = encoder(images, ["What is left of the cup?"])
 | parameters trained | {trained:,} |
 {settings}
 
-The file `model.safetensors` holds only what was added or trained; the base weights are needed beside it.
+The file `model.safetensors` holds only what was added or trained; the base weights are needed too.
 """
     )

@@ -1,7 +1,7 @@
-"""Which weights a saved encoder was made for.
+"""Identifies the base weights that a saved encoder was made for.
 
-A fingerprint is exact while the floating-point types are the same, and falls back to samples compared
-within rounding when they differ: a tower loaded in bfloat16 is still the tower it was in float32.
+A fingerprint is exact while the floating-point types are the same. Where they differ, samples are compared within
+rounding: a tower loaded in bfloat16 is still the tower it was in float32.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _SAMPLES_PER_TENSOR = 4
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
-    """Sum up named weights.
+    """Summarise named weights.
 
     Args:
-        tensors: Names and tensors, in any order. Sharded ones are made whole, one after another, which every process
-            has to take part in.
+        tensors: Names and tensors, in any order. Sharded ones are gathered one after another, in which every
+            process has to take part.
 
     Returns:
         A JSON object of a few kilobytes: digests of names, types and values, and sampled values.
@@ -46,9 +46,9 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
             raise CheckpointError(
                 f"{name} is on the meta device, so its values are not known.", fix="load the weights first"
             )
-        whole = full(tensor)
-        flat = whole.cpu().contiguous().flatten()
-        names.update(f"{name} {tuple(whole.shape)}\n".encode())
+        unsharded = full(tensor)
+        flat = unsharded.cpu().contiguous().flatten()
+        names.update(f"{name} {tuple(unsharded.shape)}\n".encode())
         types.update(f"{name} {tensor.dtype}\n".encode())
         values.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
         if flat.is_floating_point() and flat.numel():
@@ -64,12 +64,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
 
 
 def difference(saved: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """Tell how two fingerprints differ; None if they are of the same weights.
-
-    Args:
-        saved: From the folder.
-        found: Of the model at hand.
-    """
+    """Describe how two fingerprints differ; return None if they are of the same weights."""
     if saved["names"] != found["names"]:
         return f"other tensors: {saved['num_tensors']} were saved, {found['num_tensors']} are here, or other shapes"
     if saved["types"] == found["types"]:

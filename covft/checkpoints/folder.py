@@ -1,11 +1,11 @@
-"""The folder that a wrapped ViT is saved in: its files, written whole and read with suspicion.
+"""The saved folder of an encoder: written completely or not at all, checked when read.
 
     covft_config.json    settings, what they belong to, and the digest of the weights file
     model.safetensors    only what was added or trained
     README.md            model card
 
-Every file is written aside and renamed. The configuration is renamed last and names the digest of the
-weights, so that a folder whose writing was cut short never passes for a whole one.
+Every file is written to a temporary name and renamed. The configuration is renamed last and holds the digest of the
+weights, so a folder whose writing was cut short never passes for a complete one.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def write_folder(folder: str | Path, tensors: dict[str, Tensor], config: dict[st
     """Write a saved encoder.
 
     Args:
-        folder: Made if it does not exist; other files in it are left alone.
+        folder: Created if it does not exist; other files in it are left alone.
         tensors: The weights, by name.
         config: JSON values; the digest of the weights is added.
-        card: Text of the model card; a card that is there already is kept.
+        card: Text of the model card; an existing card is kept.
 
     Raises:
-        CheckpointError: If `folder` is a file, or a tensor is empty or a part of one.
+        CheckpointError: If `folder` is a file, or a tensor is empty or sharded.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -44,9 +44,9 @@ def write_folder(folder: str | Path, tensors: dict[str, Tensor], config: dict[st
     if not (folder / CARD_NAME).exists():
         with written_aside(folder / CARD_NAME) as aside:
             aside.write_text(card, encoding="utf-8")
-    whole = {"format": FORMAT, **config, "weights": {"file": WEIGHTS_NAME, **stated}}
+    complete = {"format": FORMAT, **config, "weights": {"file": WEIGHTS_NAME, **stated}}
     with written_aside(folder / CONFIG_NAME) as aside:
-        aside.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(complete, indent=2) + "\n", encoding="utf-8")
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -70,7 +70,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """Read the configuration of a saved encoder alone.
 
     Raises:
-        CheckpointError: If it is missing, no JSON, incomplete, or of a later format.
+        CheckpointError: If it is missing, not JSON, incomplete, or of a later format.
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
@@ -106,9 +106,9 @@ def compare_tensors(wanted: dict[str, tuple], found: dict[str, tuple], source: s
     """Refuse tensors that are not exactly the wanted ones, naming every difference.
 
     Args:
-        wanted: Shapes by name, of the encoder.
-        found: Shapes by name, of the source.
-        source: What to call it in the message.
+        wanted: Shapes by name in the encoder.
+        found: Shapes by name in the source.
+        source: Its name in the message.
 
     Raises:
         CheckpointError: If a tensor is missing, unexpected or of another shape.

@@ -1,6 +1,6 @@
-"""`save_pretrained` of a wrapped ViT, and of what holds one: files that `from_pretrained` loads as what they say.
+"""transformers' `save_pretrained` of a wrapped ViT, or of a model around one.
 
-The original FFNs are written under their original names, and what was added in `covft/` beside them.
+It writes a model that `from_pretrained` loads, with the original FFNs, and the adapted ViT in the sub-folder `covft/`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _HUB_OPTIONS = ("commit_message", "private", "token", "create_pr", "revision", "
 
 
 class SaveViT(Override):
-    """`save_pretrained` of the wrapped ViT itself."""
+    """Overrides `save_pretrained` of the wrapped ViT itself."""
 
     def __init__(self, encoder: WrappedViT) -> None:
         super().__init__(encoder.vit, "save_pretrained")
         self.encoder = encoder
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Save the ViT as `save` says, and upload it if that was asked for."""
+        """Save the ViT, and upload it if that was asked for."""
         given = self._named(self._own(args), kwargs)
         push, repo_id = given.pop("push_to_hub", False), given.pop("repo_id", None)
         save(self.encoder, self.owner, self.inner, given)
@@ -41,13 +41,9 @@ class SaveViT(Override):
 
 
 class OriginalStateHook:
-    """State-dict hook of the wrapped ViT: what holds it is saved with the original FFNs.
+    """Gives `save_pretrained` of a model around the ViT the original FFNs; a state-dict hook of the ViT.
 
-    A state dict has the names of the running model, for whatever trains or copies it. Only transformers'
-    `save_pretrained` of a model around the ViT, which collects a state dict by itself, is given the original names.
-
-    Args:
-        encoder: The wrapped ViT.
+    For everything else, such as training and copying, a state dict has the names of the running model.
     """
 
     def __init__(self, encoder: WrappedViT) -> None:
@@ -83,9 +79,6 @@ class OriginalStateHook:
 def check(vit: nn.Module) -> None:
     """Refuse a transformers that could save a model around this ViT wrongly.
 
-    Args:
-        vit: The ViT, before it is wrapped.
-
     Raises:
         UnsupportedVersionError: If its `save_pretrained` is not the one that covft knows.
     """
@@ -94,22 +87,14 @@ def check(vit: nn.Module) -> None:
 
 
 def install(encoder: WrappedViT) -> None:
-    """Make the ViT, and what holds it, save the original weights and the adapted ones.
-
-    Args:
-        encoder: The wrapped ViT.
-    """
+    """Make the ViT, and models around it, save the original weights and the adapted ones."""
     if hasattr(type(encoder.vit), "save_pretrained"):
         SaveViT(encoder).install()
     encoder.vit.register_state_dict_post_hook(OriginalStateHook(encoder))
 
 
 def remove(vit: nn.Module) -> None:
-    """Undo `install`.
-
-    Args:
-        vit: The ViT.
-    """
+    """Undo `install`."""
     method = vit.__dict__.get("save_pretrained")
     if isinstance(method, SaveViT):
         method.remove()
@@ -118,15 +103,15 @@ def remove(vit: nn.Module) -> None:
 
 
 def save(encoder: WrappedViT, model: nn.Module, save_pretrained: Any, given: dict[str, Any]) -> Path | None:
-    """Save a model as one that `from_pretrained` loads, and the adapted ViT in `covft/` beside it.
+    """Save a model that `from_pretrained` loads, and the adapted ViT in its sub-folder `covft/`.
 
-    What was trained outside the ViT is saved as it is. As for any model of transformers, the first process writes
-    alone. Under FSDP2 every process calls this without a state dict, or one with a state dict that was gathered; under
-    ZeRO-3 there has to be one.
+    What was trained outside the ViT is saved as it is. As for any model of transformers, only the first process
+    writes. Under FSDP2 every process calls this, without a state dict or with a gathered one; under ZeRO-3 a gathered
+    state dict is needed.
 
     Args:
         encoder: The wrapped ViT.
-        model: The model that is saved: what holds the ViT, or the ViT itself.
+        model: The model to save: the ViT itself, or one around it.
         save_pretrained: The model's own method.
         given: Its arguments, by name.
 
@@ -134,7 +119,7 @@ def save(encoder: WrappedViT, model: nn.Module, save_pretrained: Any, given: dic
         The folder of the adapted ViT; None on a process that wrote nothing.
 
     Raises:
-        CheckpointError: If an option would write something else, or if weights are spread over processes.
+        CheckpointError: If an option would write something else, or if weights are sharded and not gathered.
     """
     if given.get("distributed_checkpoint"):
         raise CheckpointError(
@@ -145,9 +130,9 @@ def save(encoder: WrappedViT, model: nn.Module, save_pretrained: Any, given: dic
         )
     state, writes = given.get("state_dict"), given.get("is_main_process", True) and is_main_process()
     if state is None:
-        state = _whole_state(model, writes=writes)
+        state = _unsharded_state(model, writes=writes)
     prefix = prefix_of(encoder.vit, model)
-    if state or writes:  # those who only took part have nothing
+    if state or writes:  # a process that only took part has nothing
         save_pretrained(**{**given, "state_dict": original_state(encoder, state, prefix)})
     vit = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if not writes:
@@ -158,18 +143,18 @@ def save(encoder: WrappedViT, model: nn.Module, save_pretrained: Any, given: dic
 
 
 def original_state(encoder: WrappedViT, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """A state dict with the ViT as it was before it was wrapped, and all else as it is.
+    """Return a state dict with the ViT's original weights, and all else as it is.
 
     Args:
         encoder: The wrapped ViT.
-        state: A state dict of the ViT or of what holds it, which another library may have gathered.
-        prefix: Of the ViT's names in it.
+        state: A state dict of the ViT or of a model around it, gathered if it was sharded.
+        prefix: Prefix of the ViT's names in it.
     """
     original = encoder.original
     ffns = {f"{prefix}{path}.": ffn for path, ffn in original.ffns.items()}
     values = {f"{prefix}{name}": value for name, value in original.values.items()}
     result: dict[str, Tensor] = {}
-    done: dict[str, Tensor] = {}  # with the first tensor that stands there now
+    done: dict[str, Tensor] = {}  # with the first tensor of the slot
     for name, tensor in state.items():
         place = next((place for place in ffns if name.startswith(place)), None)
         if place is None:
@@ -178,19 +163,19 @@ def original_state(encoder: WrappedViT, state: Mapping[str, Tensor], prefix: str
             done[place] = tensor
             result.update(_like(tensor, place, ffns[place]))
     for place, ffn in ffns.items():
-        if done and place not in done:  # the second half of an FFN, which has no tensors of its own now
+        if done and place not in done:  # the second half of a split FFN, which has no tensors now
             result.update(_like(next(iter(done.values())), place, ffn))
     return result
 
 
 def _like(tensor: Tensor, place: str, ffn: nn.Module) -> dict[str, Tensor]:
-    """The state of an original FFN, of the type and on the device of a tensor."""
+    """Return the state of an original FFN, with the type and device of a tensor."""
     state = ffn.state_dict().items()
     return {place + name: v.to(tensor) if v.is_floating_point() else v.to(tensor.device) for name, v in state}
 
 
-def _whole_state(model: nn.Module, *, writes: bool) -> dict[str, Tensor]:
-    """The state dict of a model, made whole tensor by tensor; empty on a process that only takes part."""
+def _unsharded_state(model: nn.Module, *, writes: bool) -> dict[str, Tensor]:
+    """Return the state dict of a model, gathered tensor by tensor; empty on a process that only takes part."""
     state = model.state_dict(keep_vars=True)
     sharded = {name for name, tensor in state.items() if is_sharded(tensor)}
     partitioned = [name for name in sharded if is_partitioned(state[name])]
@@ -203,17 +188,17 @@ def _whole_state(model: nn.Module, *, writes: bool) -> dict[str, Tensor]:
             "is_main_process=accelerator.is_main_process)",
         )
     if partitioned:
-        return {}  # the state dict that DeepSpeed gathers is None here: the first process has it
-    whole: dict[str, Tensor] = {}
+        return {}  # DeepSpeed gives the state dict that it gathers to the first process alone
+    unsharded: dict[str, Tensor] = {}
     for name, tensor in state.items():
         value = full(tensor)
         if writes or not sharded:
-            whole[name] = value.cpu() if name in sharded else value
-    return whole
+            unsharded[name] = value.cpu() if name in sharded else value
+    return unsharded
 
 
 def prefix_of(module: nn.Module, model: nn.Module) -> str:
-    """What the names of a module's tensors begin with in a model: its path and a dot, or nothing.
+    """Return the prefix of a module's tensor names in a model: its path and a dot, or nothing.
 
     Args:
         module: A part of the model, or the model itself.

@@ -1,4 +1,4 @@
-"""Importing the checkpoints that the paper's authors released."""
+"""Imports checkpoints that the paper's authors released."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def import_reference(encoder: WrappedViT, path_or_state_dict: str | Path | Mappi
     The released arithmetic is that of `CoVFTConfig.reference()`:
 
         encoder = covft.wrap(vit, bert, layers=range(11, 23), config=CoVFTConfig.reference())
-        covft.checkpoints.loading.import_reference(encoder, "path/to/checkpoint")
+        covft.checkpoints.import_reference(encoder, "path/to/checkpoint")
 
-    Experts, refinements, attention and router of every adapted layer are read, and the norms of the
-    ViT that the checkpoint holds. Parameters that cannot change an output (the text half of the keys
-    and their bias) have no place here and are left out.
+    Experts, refinements, attention and router of every adapted layer are read, and the norms of the ViT that the
+    checkpoint holds. Parameters that cannot change an output (the text half of the keys and their bias) do not exist
+    here and are dropped.
 
     Args:
         encoder: A wrapped ViT with the same layers, experts and widths, context `"cve"`, dense routing.
         path_or_state_dict: A folder or file (`.safetensors`, `.bin`, `.pt`, or an index of shards), or
-            the tensors by name; any prefix before `layers.{i}.mlp.` will do.
+            the tensors by name; any prefix may precede `layers.{i}.mlp.`.
 
     Raises:
-        CheckpointError: If the encoder is built otherwise, or tensors are missing, unexpected or of
+        CheckpointError: If the encoder is built differently, or tensors are missing, unexpected or of
             another shape; nothing has been changed then.
     """
     _check_reference_settings(encoder)
@@ -74,7 +74,7 @@ def _check_reference_settings(encoder: WrappedViT) -> None:
     found = (settings.routing, settings.context, settings.activation, settings.expert_rank)
     if found != ("dense", "cve", "quick_gelu", None):
         raise CheckpointError(
-            "The encoder does not compute what the released implementation does.",
+            "The encoder does not compute what the released implementation computes.",
             expected="routing='dense', context='cve', activation='quick_gelu', expert_rank=None",
             got=f"routing={settings.routing!r}, context={settings.context!r}, activation={settings.activation!r}, "
             f"expert_rank={settings.expert_rank}",
@@ -125,7 +125,7 @@ def _released_parts(
                 frozen[name] = tensor
     if foreign:
         raise CheckpointError(
-            "The released checkpoint has adapted layers that this encoder has not.",
+            "The released checkpoint has adapted layers that this encoder does not have.",
             expected=f"layers {list(encoder.layers)}",
             got=", ".join(foreign[:4]) + (" ..." if len(foreign) > 4 else ""),
             fix="covft.wrap(vit, text_encoder, layers=the layers of the checkpoint, config=CoVFTConfig.reference())",
@@ -135,7 +135,7 @@ def _released_parts(
 
 
 def _refuse_frozen_norms(encoder: WrappedViT, released: dict[str, Tensor]) -> None:
-    """Refuse norms that the checkpoint has trained and the encoder leaves frozen: outputs would differ."""
+    """Refuse norms that the checkpoint has trained and the encoder freezes: outputs would differ."""
     state = encoder.vit.state_dict()
     trained = [
         name
@@ -146,7 +146,7 @@ def _refuse_frozen_norms(encoder: WrappedViT, released: dict[str, Tensor]) -> No
     ]
     if trained:
         raise CheckpointError(
-            "The released checkpoint has trained norms that this encoder leaves frozen.",
+            "The released checkpoint has trained norms that this encoder freezes.",
             expected=f"train_norms={encoder.covft_config.train_norms!r} to cover every norm that was trained",
             got=", ".join(trained[:4]) + (" ..." if len(trained) > 4 else ""),
             fix="covft.wrap(..., config=CoVFTConfig.reference(train_norms='all'))",
@@ -196,7 +196,7 @@ def _fill_from_reference(slot: AdaptedFFN, part: dict[str, Tensor]) -> None:
 def _read_any(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         for pattern in ("*.safetensors.index.json", "*.bin.index.json", "*.safetensors", "*.bin", "*.pt"):
-            # Trainer leaves its arguments, which are no tensors, beside the weights.
+            # Trainer saves its arguments, which are not tensors, in the same folder.
             files = sorted(file for file in path.glob(pattern) if file.name != "training_args.bin")
             if files:
                 return {name: tensor for file in files for name, tensor in _read_any(file).items()}
@@ -217,5 +217,5 @@ def _read_any(path: Path) -> dict[str, Tensor]:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} cannot be read.", expected="tensors by name", got=reason) from error
     if not isinstance(state, Mapping):
-        raise CheckpointError(f"{path} holds no weights.", expected="tensors by name", got=type(state).__name__)
+        raise CheckpointError(f"{path} does not hold weights.", expected="tensors by name", got=type(state).__name__)
     return state.get("state_dict", state)

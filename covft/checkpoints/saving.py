@@ -20,20 +20,19 @@ from covft.utils.sharding import full, is_main_process, is_sharded
 
 
 def adapted_state_dict(encoder: WrappedViT) -> dict[str, Tensor]:
-    """What was added or trained, by the names it has in the ViT, whole.
+    """Return what was added or trained, by its names in the ViT, unsharded.
 
-    Args:
-        encoder: A wrapped ViT. Where its weights are sharded, every process has to call this.
+    Where weights are sharded, every process has to call this.
     """
     return {name: full(tensor) for name, tensor in adapted_tensors(encoder).items()}
 
 
 def adapted_tensors(encoder: WrappedViT, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """What was added or trained, by the names it has in the ViT, as the modules hold it.
+    """Return what was added or trained, by its names in the ViT, as the modules hold it.
 
     Args:
         encoder: A wrapped ViT.
-        gathered: Tensors by name that count instead of those of the modules.
+        gathered: Tensors by name that replace those of the modules.
     """
     # Modules that torch wraps for activation checkpointing are not seen in the names of a state dict.
     named = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in encoder.vit.named_parameters())
@@ -43,13 +42,13 @@ def adapted_tensors(encoder: WrappedViT, gathered: Mapping[str, Tensor] | None =
 
 
 def base_state_dict(encoder: WrappedViT, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The ViT's weights as they were before wrapping, by the names they had, as the modules hold them.
+    """Return the ViT's weights as they were before wrapping, by their names then.
 
-    Parameters that the caller trained beside covft's are as they are now.
+    Other parameters that the caller trained have their present values.
 
     Args:
         encoder: A wrapped ViT.
-        gathered: Tensors by name that count instead of those of the modules.
+        gathered: Tensors by name that replace those of the modules.
     """
     original = encoder.original
     slots = tuple(f"{path}." for path in original.ffns)  # with other names of the same FFN, and second halves
@@ -67,15 +66,15 @@ def save(
     gathered: Mapping[str, Tensor] | None = None,
     writes: bool | None = None,
 ) -> None:
-    """Write a saved folder; see `WrappedViT.save_pretrained`.
+    """Write a saved folder; see `ContextEncoder.save_pretrained`.
 
-    Sharded weights are made whole one by one, which every process has to take part in.
+    Sharded weights are gathered one by one, in which every process has to take part.
 
     Args:
         encoder: A wrapped ViT.
-        folder: Made if it does not exist.
-        gathered: Weights of the ViT by name that another library made whole; then no process waits for another.
-        writes: Whether this process writes. None: every one that calls this, and of sharded weights the first.
+        folder: Created if it does not exist.
+        gathered: Weights of the ViT by name that another library has gathered; then no process waits for another.
+        writes: Whether this process writes. None: every process that calls this, but of sharded weights the first one.
 
     Raises:
         CheckpointError: If the folder is a file, or weights are on the meta device, or sharded and not in `gathered`.
@@ -89,8 +88,8 @@ def save(
         return
     if gathered is not None and sharded:
         raise CheckpointError(
-            "Weights are spread over processes, and the state dict does not have them.",
-            expected="the state dict of the whole model",
+            "Weights are sharded, and the state dict does not have them.",
+            expected="the state dict of the complete model",
             got=f"without {_first(sharded)}",
             fix="model.save_pretrained(folder, state_dict=accelerator.get_state_dict(model)), with ZeRO-3 under "
             "stage3_gather_16bit_weights_on_model_save",
@@ -98,7 +97,7 @@ def save(
     meta = [name for name, tensor in tensors if tensor.is_meta]
     if meta or not writes:
         for tensor in sharded.values():
-            full(tensor)  # what the process that writes, or any other without an error, waits for
+            full(tensor)  # the process that writes, or any other without an error, waits for this
     if meta and writes:
         raise CheckpointError(
             "Weights on the meta device have no values to save.",
@@ -107,20 +106,15 @@ def save(
             fix="load the ViT's weights on the process that saves, then wrap it, then shard it",
         )
     if writes:
-        whole = {name: full(tensor).cpu() if name in sharded else tensor for name, tensor in adapted.items()}
-        write_folder(folder, whole, _config(encoder, set(adapted), base), model_card(encoder))
+        unsharded = {name: full(tensor).cpu() if name in sharded else tensor for name, tensor in adapted.items()}
+        write_folder(folder, unsharded, _config(encoder, set(adapted), base), model_card(encoder))
 
 
 def push(encoder: WrappedViT, repo_id: str, **kwargs: Any) -> str:
-    """Save to a repository of the Hugging Face Hub; see `WrappedViT.push_to_hub`.
-
-    Args:
-        encoder: A wrapped ViT.
-        repo_id: Such as `name/repository`.
-        **kwargs: Options of the Hub's client.
+    """Save to a repository of the Hugging Face Hub; see `ContextEncoder.push_to_hub`.
 
     Returns:
-        Address of the commit; empty on a process that only took part.
+        Address of the commit; empty on a process that wrote nothing.
     """
     from huggingface_hub import HfApi
 

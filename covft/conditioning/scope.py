@@ -115,9 +115,6 @@ class Scope:
     def check_rows(self, num_images: int) -> None:
         """Refuse an FFN that sees other images than the tower, so that no text meets another's image.
 
-        Args:
-            num_images: How many images the FFN sees.
-
         Raises:
             ShapeError: If the tower sees another number.
         """

@@ -57,11 +57,6 @@ def check_vit(vit: Any) -> None:
 def check_not_distributed(vit: nn.Module, engine: bool, fix: str) -> None:
     """Refuse a ViT whose weights an engine manages; ZeRO-3's can be gathered before there is an engine.
 
-    Args:
-        vit: The ViT.
-        engine: Whether a DeepSpeed engine manages it.
-        fix: What to do instead.
-
     Raises:
         UnsupportedViTError: If it does, or if weights are DTensors.
     """
@@ -77,11 +72,6 @@ def check_not_distributed(vit: nn.Module, engine: bool, fix: str) -> None:
 
 def check_weights(vit: nn.Module, spec: ViTSpec, layers: Iterable[int]) -> None:
     """Refuse FFNs without values to copy.
-
-    Args:
-        vit: The ViT.
-        spec: What is known of it.
-        layers: The blocks to adapt.
 
     Raises:
         UnsupportedViTError: If weights are offloaded, or on the meta device among others that are not.
@@ -110,10 +100,6 @@ def check_weights(vit: nn.Module, spec: ViTSpec, layers: Iterable[int]) -> None:
 def check_restorable(vit: nn.Module, original: Original) -> None:
     """Refuse to restore weights that were never in memory.
 
-    Args:
-        vit: The wrapped ViT.
-        original: What stood there before.
-
     Raises:
         UnsupportedViTError: If the ViT was wrapped on the meta device and got weights since.
     """
@@ -129,9 +115,6 @@ def check_restorable(vit: nn.Module, original: Original) -> None:
 
 def check_text_weights(text_encoder: Any) -> None:
     """Refuse a text encoder whose weights ZeRO-3 has partitioned.
-
-    Args:
-        text_encoder: What was given to `wrap`.
 
     Raises:
         TextEncoderError: If its weights are elsewhere.

@@ -57,12 +57,6 @@ def build_slots(
 def install_slots(vit: nn.Module, spec: ViTSpec, slots: dict[int, AdaptedFFN], train_norms: str) -> Original:
     """Put slots where the FFNs stand, freeze the ViT, and mark its norms as trained.
 
-    Args:
-        vit: The ViT, changed in place.
-        spec: What is known of it.
-        slots: The adapted FFNs by layer.
-        train_norms: As in `CoVFTConfig`.
-
     Returns:
         What stood there before.
     """
@@ -86,12 +80,7 @@ def install_slots(vit: nn.Module, spec: ViTSpec, slots: dict[int, AdaptedFFN], t
 
 
 def restore_ffns(vit: nn.Module, original: Original) -> None:
-    """Undo `install_slots`: FFNs and norms are as they were, where and in the type that the slots are.
-
-    Args:
-        vit: The wrapped ViT, changed in place.
-        original: What stood there before.
-    """
+    """Undo `install_slots`: FFNs and norms are as they were, where and in the type that the slots are."""
     for path, ffn in original.ffns.items():
         slot = vit.get_submodule(path)
         _follow(ffn, _first_expert(slot))

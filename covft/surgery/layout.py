@@ -1,6 +1,6 @@
-"""How the tokens of images lie in the tensor that an FFN gets.
+"""Axes of the tensor that an FFN gets: where images, tokens and channels are.
 
-Shapes: B images, F parts of an image that are rows of their own, N tokens of a row, D embed_dim, H and W sides.
+Shapes: B images, P parts of an image that are rows of their own, N tokens of a row, D embed_dim, H and W sides.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ LAYOUTS = ("BND", "BCHW", "(BP)ND", "(BP)CHW")
 
 
 class TokenLayout:
-    """Where images, tokens and channels are among the axes of a tensor.
+    """Reads tokens of images out of the tensor that an FFN gets.
 
     Args:
         name: `"BND"`: (images, tokens, width), with any number of axes for the tokens, such as (images, height, width,
@@ -39,14 +39,14 @@ class TokenLayout:
         self._channels_first = name.endswith("CHW")
 
     def tokens(self, x: Tensor, num_images: int) -> Tensor:
-        """The tokens of each image, shape `(B, ..., D)`.
+        """Return the tokens of each image, shape `(B, ..., D)`.
 
         Args:
             x: What the FFN gets.
             num_images: Number of images B.
 
         Raises:
-            ShapeError: If the rows are not those of so many images.
+            ShapeError: If the rows cannot be split evenly among so many images.
         """
         if self.is_folded:
             self._rows_per_image(x, num_images)
@@ -55,15 +55,15 @@ class TokenLayout:
         return x.reshape(num_images, -1, x.shape[-1]) if self.is_folded else x
 
     def image_of_rows(self, x: Tensor, num_images: int) -> Tensor:
-        """The image that each row of a folded tensor belongs to, shape `(B * F,)`."""
+        """Return the image that each row of a folded tensor belongs to, shape `(B * P,)`."""
         parts = self._rows_per_image(x, num_images)
         return torch.arange(num_images, device=x.device).repeat_interleave(parts, output_size=len(x))
 
     def _rows_per_image(self, x: Tensor, num_images: int) -> int:
         if not num_images or len(x) % num_images:
             raise ShapeError(
-                "The rows that an FFN sees are not those of the images.",
-                expected=f"a multiple of {num_images} rows, equally many for each image",
+                "The rows that an FFN sees cannot be split among the images.",
+                expected=f"a multiple of {num_images} rows, the same number for each image",
                 got=f"{len(x)} rows",
             )
         return len(x) // num_images

@@ -66,9 +66,6 @@ def refuse_runtime_names(slot: nn.Module) -> None:
 
     `from_pretrained` would not find the FFN there, and would initialise a new one.
 
-    Args:
-        slot: The adapted FFN.
-
     Raises:
         CheckpointError: If such a file is about to be written.
     """

@@ -22,9 +22,6 @@ class SkippedBlock(Override):
 
     The form (a tensor, or a tuple that begins with one) is that of the block before it, which is read. Only where that
     block is of another class does the first call run the skipped block, without gradients, to see its form.
-
-    Args:
-        block: The block.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -123,13 +120,7 @@ def check_read(spec: ViTSpec, feature_layer: int | None, read: Any) -> None:
 
 
 def skip_blocks(vit: nn.Module, spec: ViTSpec, last: int) -> None:
-    """Skip the blocks after the last one that is read.
-
-    Args:
-        vit: The ViT.
-        spec: What is known of it.
-        last: The last block whose output is read.
-    """
+    """Skip the blocks after the last one that is read."""
     read = spec.blocks[last].path
     for path in dict.fromkeys(block.path for block in spec.blocks[last + 1 :] if block.path != read):
         skipped = SkippedBlock(vit.get_submodule(path))
@@ -140,11 +131,7 @@ def skip_blocks(vit: nn.Module, spec: ViTSpec, last: int) -> None:
 
 
 def run_all_blocks(vit: nn.Module) -> None:
-    """Undo `skip_blocks`.
-
-    Args:
-        vit: The ViT.
-    """
+    """Undo `skip_blocks`."""
     for module in vit.modules():
         method = module.__dict__.get("forward")
         if isinstance(method, SkippedBlock):

@@ -1,4 +1,4 @@
-"""The module that stands where a block's FFN stood, and what stood there before."""
+"""The module that replaces a block's FFN, and a record of what it replaced."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from covft.surgery.save_guard import refuse_runtime_names
 
 @dataclass
 class Original:
-    """What `unwrap` needs to make the ViT what it was; no part of any state dict.
+    """What `unwrap` needs to restore the ViT; not part of any state dict.
 
     Attributes:
-        ffns: The modules that were replaced, by dotted path: FFNs, and both halves of those that come in two.
+        ffns: The modules that were replaced, by dotted path: FFNs, and both halves of split ones.
         values: Values of the other parameters that covft changes (norms), by name.
         requires_grad: Whether each parameter was trainable, by name.
     """
@@ -33,7 +33,7 @@ class Original:
 
 
 class RoutingRecord(NamedTuple):
-    """What an adapted block decided in the last forward.
+    """The decision of an adapted block in the last forward.
 
     Attributes:
         routing: The decision; its logits keep their graph where an auxiliary loss can use it.
@@ -45,15 +45,15 @@ class RoutingRecord(NamedTuple):
 
 
 class AdaptedFFN(ContextualMoE):
-    """A contextual mixture of experts that takes its text from the call that is running.
+    """A contextual mixture of experts that takes its text from the running call.
 
-    Called like the FFN that it replaces. What foreign code reads off an FFN (`fc1`, `c_fc`, ...)
-    answers from expert 0, or from what low-rank experts share.
+    It is called like the FFN that it replaces. Attributes that foreign code reads off an FFN (`fc1`, `c_fc`, ...) are
+    those of expert 0, or of the FFN that low-rank experts share.
 
     Args:
         ffn: The pretrained FFN to copy; not changed.
-        conditioning: Where the text of a call comes from; shared with the encoder.
-        layout: How tokens lie in what the FFN gets, as in `BlockSpec`.
+        conditioning: Carries the text of a call; shared with the encoder.
+        layout: Axes of the tensor that the FFN gets, as in `BlockSpec`.
         **settings: As for `ContextualMoE`.
     """
 
@@ -64,18 +64,18 @@ class AdaptedFFN(ContextualMoE):
         self.record: RoutingRecord | None = None
 
     def train(self, mode: bool = True) -> AdaptedFFN:
-        """Switch to training, but for the statistics of batch norms: an image must not depend on its batch."""
+        """Switch to training, except for batch norms: an image must not depend on its batch."""
         super().train(mode)
         freeze_batch_norms(self)
         return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """Route and mix; tokens as the layout says in and out, further arguments go to every expert.
+        """Route and mix; tokens in and out in the block's layout, further arguments go to every expert.
 
         Raises:
             MissingContextError: If no text was given.
             ShapeError: If the text is for another number of images, or the tokens are not those of the images.
-            ReentrantCheckpointError: If the experts' gradients would be lost in silence.
+            ReentrantCheckpointError: If the experts' gradients would be lost silently.
         """
         scope = self.conditioning.require()
         self.conditioning.check_gradients(scope, training=self.training)

@@ -1,4 +1,4 @@
-"""FFNs that a block calls in two halves, with names of its own for each."""
+"""FFNs that a block calls in two halves."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class SplitFFN(nn.Module):
     """The two halves of an FFN as one module.
 
-    Where the second half adds the block's residual itself, it is given zeros: mixing is about what the FFN computes,
-    and the residual is added once, by whoever stands in for the second half.
+    A second half that adds the block's residual is given zeros instead: experts mix what the FFN computes, and
+    `SecondHalf` adds the residual once.
 
     Args:
         intermediate: The half that widens; taken as it is.
@@ -31,7 +31,7 @@ class SplitFFN(nn.Module):
         self.train(intermediate.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Both halves, without the residual; tokens in and out."""
+        """Run both halves, without the residual; tokens in and out."""
         h = self.intermediate(x)
         return self.output(h, h.new_zeros(())) if self.adds_residual else self.output(h)
 
@@ -46,13 +46,13 @@ class SplitFFN(nn.Module):
 
 
 class SecondHalf(nn.Module):
-    """Stands where the second half of an FFN stood, when the first half's place computes both.
+    """Replaces the second half of an FFN where the slot of the first half computes both.
 
-    It adds the residual if it is given one, and does nothing else. What foreign code reads off the second half
-    answers from that of the first expert.
+    It adds the residual if it is given one, and does nothing else. Attributes that foreign code reads off the second
+    half are those of the first expert's.
 
     Args:
-        slot: What stands in the place of the first half; not a child of this module.
+        slot: The adapted FFN in the place of the first half; not a child of this module.
     """
 
     def __init__(self, slot: nn.Module) -> None:
@@ -61,7 +61,7 @@ class SecondHalf(nn.Module):
         self.training = slot.training
 
     def forward(self, mixed: Tensor, residual: Tensor | None = None) -> Tensor:
-        """What the FFN computed, and the residual if there is one."""
+        """Return what the FFN computed, plus the residual if there is one."""
         return mixed if residual is None else mixed + residual
 
     def __getattr__(self, name: str) -> Any:
