@@ -8,7 +8,7 @@ import torch
 import covft
 from covft.errors import ConfigError, MissingContextError, ShapeError, UnsupportedViTError
 from covft.integrations.codebases import internvl as launcher
-from covft.integrations.codebases.installing import NO_IMAGE
+from covft.integrations.mllm.attachment import NO_IMAGE
 from covft.testing import HashTextEncoder
 from tests.helpers.prompts import tokenizer_of
 from tests.integrations.codebases.folders import STANDINS, forget, rows, write_json
@@ -203,7 +203,7 @@ def test_what_does_not_add_up(theirs):
 
 def test_what_cannot_be_attached(theirs):
     model, tokenizer = build()
-    with pytest.raises(UnsupportedViTError, match="no InternVLChatModel"):
+    with pytest.raises(UnsupportedViTError, match="not an InternVLChatModel"):
         launcher.attach(model.language_model, 16, tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="cannot be read"):
         launcher.attach(model, 16, tokenizer=tokenizer, conversation="plain")

@@ -18,7 +18,7 @@ from covft.errors import (
     UnsupportedViTError,
 )
 from covft.integrations.codebases import llava as launcher
-from covft.integrations.codebases.installing import NO_IMAGE
+from covft.integrations.mllm.attachment import NO_IMAGE
 from covft.testing import HashTextEncoder
 from tests.integrations.codebases.folders import (
     SIZE,
@@ -288,7 +288,7 @@ def test_what_cannot_be_attached(theirs, home):
     with pytest.raises(UnsupportedViTError, match="several scales"):
         launcher.attach(model, 16, **arguments)
     model, tokenizer, conversation = build(home)
-    with pytest.raises(UnsupportedViTError, match="no model of LLaVA"):
+    with pytest.raises(UnsupportedViTError, match="not a model of LLaVA"):
         launcher.attach(model.get_model().get_vision_tower(), 16, **arguments)
     with pytest.raises(ConfigError, match="cannot be read"):
         launcher.attach(model, 16, tokenizer=tokenizer, conversation="plain")
@@ -462,7 +462,7 @@ def test_an_interrupted_run_ends_where_a_whole_one_does(theirs, home, trainers):
 def test_a_checkpoint_without_its_tower_is_refused(theirs, home):
     run(home, steps=1)
     (home / "out" / "checkpoint-1" / "covft" / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="missing or cut short"):
+    with pytest.raises(CheckpointError, match="missing or truncated"):
         run(home, steps=2)
 
 

@@ -82,7 +82,7 @@ def test_videos__and_images_in_one_call_have_one_text():
     assert [run.images[0]["grid_thw"].tolist() for run in runs] == [[[1, 4, 6]], [[2, 4, 4]]]
     for run in runs:
         assert not any(changed(run.features, alone(model, run.images, [question])))
-    with pytest.raises(ShapeError, match="calls of their own"):
+    with pytest.raises(ShapeError, match="separate calls"):
         model(**both, context_text=["one", "two"])
 
 
@@ -100,7 +100,7 @@ def test_videos__of_models_that_make_images_of_frames_have_one_text():
 def test_refused__a_grid_that_is_not_that_of_the_prompt(name):
     model, batch = attached(name)
     grid = batch.inputs["image_grid_thw"]
-    with pytest.raises(ShapeError, match="cannot be known"):
+    with pytest.raises(ShapeError, match="is unknown"):
         forward(model, batch, image_grid_thw=grid.flip(0))
     with pytest.raises(ShapeError, match="image_grid_thw of shape"):
         forward(model, batch, image_grid_thw=None)
@@ -176,7 +176,7 @@ def test_refused__a_packed_tower_whose_sizes_have_another_name():
             spec = covft.describe(vit)
             return dataclasses.replace(spec, input=dataclasses.replace(spec.input, sizes_argument="kwargs"))
 
-    with pytest.raises(UnsupportedViTError, match="where the sizes of images come from"):
+    with pytest.raises(UnsupportedViTError, match="which argument has the image sizes"):
         attach(model, TEXTS, tokenizer=None, adapter=Renamed())
 
 

@@ -84,7 +84,7 @@ def test_dummies__alone_give_every_parameter_of_the_tower_a_gradient_of_zeros(ml
 def test_dummies__flags_that_do_not_fit_are_refused():
     model, inputs = attached(BY_NAME["llava"], [Row(1, DOG), Row(1, CUP)])
     batch = with_dummies(inputs, [1, 1, 0], [0, 1, 1])
-    with pytest.raises(ShapeError, match="one flag per image"):
+    with pytest.raises(ShapeError, match="image_flags does not fit"):
         model(**{**batch, "image_flags": torch.tensor([1, 0])})
     assert "get_image_features" not in vars(model.model)
     with pytest.raises(ShapeError, match="points at texts that are not there"):

@@ -232,7 +232,7 @@ def test_trainer__accumulated_gradients_are_those_of_the_whole_batch(rows, tmp_p
 
 
 def test_arguments__a_global_batch_that_cannot_be_shared_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be shared evenly"):
+    with pytest.raises(ConfigError, match="cannot be divided evenly"):
         arguments(tmp_path, per_device_train_batch_size=4, global_batch_size=6)
 
 
@@ -504,7 +504,7 @@ def test_checkpoint__cut_short_is_refused_by_name(rows, tmp_path):
     optimizer = damaged / "optimizer.pt"
     content = optimizer.read_bytes()
     optimizer.write_bytes(content[:-100])
-    assert f"optimizer.pt of {len(content)} bytes" in refused("checkpoint-4 is not as it was written")
+    assert f"optimizer.pt of {len(content)} bytes" in refused("checkpoint-4 has changed since it was written")
     with pytest.warns(UserWarning, match="Taking checkpoint-2 instead"):
         assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     optimizer.write_bytes(content)
@@ -518,7 +518,7 @@ def test_checkpoint__cut_short_is_refused_by_name(rows, tmp_path):
         MLLMTrainer(fresh, saving(tmp_path), train_dataset=rows).train(resume_from_checkpoint=str(damaged))
     weights.write_bytes(whole)
     (damaged / "complete.json").unlink()
-    refused("checkpoint-4 is no whole checkpoint")
+    refused("checkpoint-4 is not a complete checkpoint")
     (damaged / "complete.json").write_text("{")
     refused("is damaged")
     assert same(state(model), kept)
@@ -556,7 +556,7 @@ def test_killed__a_run_resumes_and_ends_with_the_same_weights_bit_for_bit(folder
     assert left == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]  # the last of them without an optimizer
     resumed = run_script(folder, tmp_path / "killed", kill_at="step 7", resume="resume")
     assert resumed.returncode == -signal.SIGKILL
-    assert "checkpoint-6 is no whole checkpoint" in resumed.stderr
+    assert "checkpoint-6 is not a complete checkpoint" in resumed.stderr
     again = run_script(folder, tmp_path / "killed", resume="resume")
     assert again.returncode == 0, again.stderr
     found = torch.load(tmp_path / "killed" / "final.pt")
