@@ -11,16 +11,18 @@ import covft
 from covft.errors import MissingContextError, ShapeError, UnsupportedViTError
 from covft.integrations import attach, get_encoder
 from covft.integrations.mllm.families import find_tower
-from tests.helpers.mllms import ALIKE, BY_NAME, MLLM, Row, watch
+from tests.helpers.attached import CUP, DOG, MIXED, PEOPLE, TEXTS, alone, attached, changed, forward
+from tests.helpers.mllms import ALIKE, BY_NAME, MLLM, Row
 from tests.helpers.towers import PATCH, perturb
-from tests.integrations.mllm.test_attach import CUP, DOG, MIXED, PEOPLE, TEXTS, alone, attached, changed, forward
+from tests.helpers.watching import watch
 
+pytestmark = pytest.mark.usefixtures("quiet")
 GRID = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"]
 WITH_VIDEOS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 
 
 @pytest.mark.parametrize("mllm", ALIKE, ids=str)
-def test_models_that_are_built_like_others(mllm):
+def test_alike__models_that_are_built_like_others(mllm):
     model = mllm.build()
     batch = mllm.batch(model, MIXED)
     before = model(**batch.inputs).logits
