@@ -12,7 +12,8 @@ import covft
 from covft.data import IGNORE_INDEX, Collator
 from covft.integrations import attach, get_encoder
 from covft.utils.sharding import gathered
-from tests.helpers.mllms import BY_NAME, SIZE, Row
+from tests.helpers.mllm_configs import SIZE
+from tests.helpers.mllms import BY_NAME, Row
 from tests.helpers.towers import perturb
 
 LLAVA = BY_NAME["llava"]

@@ -13,20 +13,11 @@ from covft.integrations import attach, get_encoder
 from tests.distributed import processes
 from tests.distributed.llava import LLAVA, TEXTS, attached_model, batch_of, loss_of, trained_gradients
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
+    pytest.mark.usefixtures("quiet"),
+]
 ROUTINGS = ["dense", "sparse"]
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    from transformers import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    yield
-    logging.set_verbosity(before)
-    logging.enable_progress_bar()
 
 
 @functools.cache

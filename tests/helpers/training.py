@@ -12,10 +12,14 @@ import torch
 from PIL import Image
 
 import covft
-from covft.data import ConversationDataset, ImageText, LlavaRows
-from tests.helpers.mllms import BY_NAME, PATCH, SIZE
+from covft.data import Collator, ConversationDataset, ImageText, LlavaRows
+from tests.helpers.mllm_configs import PATCH, SIZE
+from tests.helpers.mllms import BY_NAME
+from tests.helpers.towers import perturb
 
 QUESTIONS = ("what is left of the cup?", "how many people are there?", "where is the dog?", "is the ball red?")
+TEXTS = covft.testing.HashTextEncoder(16)
+COVFT_PARTS = ("experts", "router", "norms")
 WORDS = ("a dog", "two people stand there", "a red ball", "yes", "to the left of a cup and a ball", "no")
 
 
@@ -54,7 +58,7 @@ def build(seed: int = 0, *, attached: bool = True, **settings: Any) -> Any:
     torch.manual_seed(seed)
     model = BY_NAME["llava"].build()
     if attached:
-        covft.attach(model, covft.testing.HashTextEncoder(16), tokenizer=BY_NAME["llava"].tokenizer, **settings)
+        covft.attach(model, TEXTS, tokenizer=BY_NAME["llava"].tokenizer, **settings)
     return model
 
 
@@ -74,6 +78,27 @@ def arguments(output: Path, **changes: Any) -> Any:
         "dataloader_pin_memory": False,
     }
     return MLLMTrainingArguments(str(output), **{**options, **changes})
+
+
+def collator(rows):
+    return Collator(rows.tokenizer.pad_token_id, rows.image_shape)
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def perturb_alike(encoder):
+    torch.manual_seed(11)
+    perturb(encoder)
 
 
 def main(folder: str, output: str, kill_at: str, resume: str) -> None:

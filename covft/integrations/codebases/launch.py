@@ -1,4 +1,4 @@
-"""Runs a script of a codebase, with covft at the two places where it hands a model out: a Trainer, and a loader."""
+"""Runs a script of a codebase and attaches the models that it passes to a Trainer or gets from its loader."""
 
 from __future__ import annotations
 
@@ -16,24 +16,29 @@ from covft.integrations.codebases.patches import patched_loader, patched_trainer
 from covft.utils.options import add_options, given_options
 
 DEFAULT_TEXT_ENCODER = "bert-base-uncased"
-_READING = ("turns", "system", "empty_instruction")
+# The flags of the keywords with which every attach() reads prompts.
+READING = {
+    "turns": "user turns that are read: all (default), first or last",
+    "system": "the system prompt, where the template does not mark it in the user's turn",
+    "empty_instruction": "instruction of rows whose user says nothing; without it they are an error",
+}
 
-# How a launcher attaches: (model, tokenizer, flags, pretrained).
+# Attaches a model: (model, tokenizer, flags, pretrained).
 Attach = Callable[[nn.Module, Any, "Flags", "str | Path | None"], None]
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What stood on the command line.
+    """The parsed command line of a launcher.
 
     Attributes:
         script: Path or module of their script.
-        arguments: What it gets.
-        text_encoder: None where no flag says.
+        arguments: The script's own arguments.
+        text_encoder: Id or folder; None without a flag.
         pretrained: A saved tower to start from, or to evaluate.
-        chat_template: Name in `covft.data.CHAT_TEMPLATES`, or a Jinja template.
-        settings: Keywords of `covft.wrap` that were given.
-        reading: Keywords about the prompts that were given.
+        chat_template: A name in `covft.data.CHAT_TEMPLATES`, or a Jinja template.
+        settings: The keywords of `covft.wrap` that were given.
+        reading: The keywords of `READING` that were given.
     """
 
     script: str
@@ -45,7 +50,7 @@ class Flags:
     reading: dict[str, Any] = field(default_factory=dict)
 
     def theirs(self, *names: str) -> str | None:
-        """The value of one of their flags, `--name value` or `--name=value`; None if it is not there."""
+        """Return the value of one of their flags, `--name value` or `--name=value`; None if it is absent."""
         for position, argument in enumerate(self.arguments):
             flag, equals, value = argument.partition("=")
             if flag.lstrip("-") in names and flag.startswith("--"):
@@ -53,7 +58,7 @@ class Flags:
         return None
 
     def text_encoder_for(self, pretrained: str | Path | None) -> str | None:
-        """The text encoder; a saved tower knows its own."""
+        """Return the text encoder; None leaves it to a saved tower, which knows its own."""
         return self.text_encoder or (DEFAULT_TEXT_ENCODER if pretrained is None else None)
 
 
@@ -61,12 +66,12 @@ def parse(program: str, arguments: Sequence[str]) -> Flags:
     """Read a command line.
 
     Args:
-        program: What stands after `python -m`.
+        program: The launcher's module, for `python -m`.
         arguments: covft's flags, `--`, their script and its flags. `--local_rank`, which DeepSpeed's launcher puts
-            first, is handed on to the script.
+            first, is passed to the script.
 
     Raises:
-        ConfigError: If a flag cannot be read. What argparse refuses ends the process, as usual.
+        ConfigError: If the layers cannot be read. Other errors of the command line end the process, as argparse does.
     """
     parser = argparse.ArgumentParser(
         f"python -m {program}",
@@ -79,13 +84,12 @@ def parse(program: str, arguments: Sequence[str]) -> Flags:
     add_options(parser, "covft_")
     parser.add_argument("--covft_pretrained", help="a saved tower to start from, or to evaluate")
     parser.add_argument("--covft_chat_template", help="a name in covft.data.CHAT_TEMPLATES, or a file with a template")
-    parser.add_argument("--covft_turns", help="which user turns are read: all (default), first or last")
-    parser.add_argument("--covft_system", help="the system prompt, where it stands unmarked in the user's turn")
-    parser.add_argument("--covft_empty_instruction", help="instruction of rows whose user says nothing; else an error")
+    for name, meaning in READING.items():
+        parser.add_argument(f"--covft_{name}", help=meaning)
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     parser.add_argument("script", help="path or module of their script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its flags")
-    # argparse treats `--` in another way in every release, so it never gets to see one.
+    # Releases of argparse treat `--` differently, so it is removed here.
     split = arguments.index("--") if "--" in arguments else len(arguments)
     script = list(arguments[split + 1 :])
     space = parser.parse_args([*arguments[:split], *script[:1]])
@@ -100,7 +104,7 @@ def parse(program: str, arguments: Sequence[str]) -> Flags:
         pretrained=ours.get("pretrained"),
         chat_template=ours.get("chat_template"),
         settings=given_options(space, prefix="covft_"),
-        reading={name: ours[name] for name in _READING if name in ours},
+        reading={name: ours[name] for name in READING if name in ours},
     )
 
 
@@ -112,14 +116,14 @@ def launch(
     arguments: Sequence[str] | None = None,
     check: Callable[[Flags], None] = lambda flags: None,
 ) -> None:
-    """Run their script; every model that it hands to a Trainer, or gets from its loader, is attached.
+    """Run their script and attach every model that it passes to a Trainer or gets from its loader.
 
     Args:
-        program: What stands after `python -m`.
+        program: The launcher's module, for `python -m`.
         attach: Attaches a model.
-        loader: Dotted name of the function by which their evaluation scripts load a model and its tokenizer.
-        arguments: Those of the process by default.
-        check: Refuses what can be refused before anything is loaded.
+        loader: Dotted name of the function with which their evaluation scripts load a model and its tokenizer.
+        arguments: Command-line arguments; None takes those of the process.
+        check: Refuses command lines that cannot work, before anything is loaded.
     """
     flags = parse(program, sys.argv[1:] if arguments is None else arguments)
     check(flags)
@@ -132,7 +136,7 @@ def launch(
         attach(model, tokenizer, flags, saved)
 
     before, path = list(sys.argv), list(sys.path)
-    # As python itself does for a script; with -m, the working folder is there already.
+    # As Python does: a script's folder comes first, and with -m the working folder.
     sys.path.insert(0, str(Path(flags.script).resolve().parent) if is_file else "")
     sys.argv = [flags.script, *flags.arguments]
     try:

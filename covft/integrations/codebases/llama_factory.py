@@ -1,4 +1,4 @@
-"""LLaMA-Factory: its training with a `CoVFTCallback`, which its command line has no flag for.
+"""LLaMA-Factory: runs its training with a `CoVFTCallback`, for which its command line has no flag.
 
 python -m covft.integrations.codebases.llama_factory --covft_layers 11-22 -- train.yaml
 """
@@ -20,11 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `llamafactory-cli train` with a context-aware tower.
 
     Args:
-        arguments: covft's flags, `--`, and what `llamafactory-cli train` takes: a YAML file and overrides. Those of
-            the process by default.
+        arguments: covft's flags, `--`, and those of `llamafactory-cli train`: a YAML file and overrides. None takes
+            those of the process.
 
     Raises:
-        ConfigError: If a flag is given that says nothing here.
+        ConfigError: If a flag is given that has no effect here.
         MissingDependencyError: If LLaMA-Factory is not installed.
     """
     flags = parse(_PROGRAM, sys.argv[1:] if arguments is None else arguments)
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pretrained = {} if flags.pretrained is None else {"pretrained": flags.pretrained}
     text_encoder = flags.text_encoder_for(flags.pretrained)
     callback = CoVFTCallback(text_encoder, **pretrained, **flags.reading, **flags.settings)
-    # As `llamafactory-cli train` leaves it, which is where run_exp reads.
+    # run_exp reads it, as `llamafactory-cli train` leaves it.
     before, sys.argv = sys.argv, ["llamafactory-cli", flags.script, *flags.arguments]
     try:
         run_exp(callbacks=[callback])

@@ -1,9 +1,9 @@
-"""Every class or function of another library that covft patches, and for how long.
+"""Patches classes and functions of other libraries; `covft.integrations.codebases` lists them by codebase.
 
-    transformers.Trainer.__init__               while a launcher runs          patched_trainers()
-    the codebase's model loader                 while a launcher runs          patched_loader()
-    torch.utils.checkpoint.checkpoint           while InternVL's tower runs    non_reentrant()
-    swift.template.Template.pre_forward_hook    once ms-swift's plug-in loads  hold_text()
+    transformers.Trainer.__init__               while a launcher runs            patched_trainers()
+    the codebase's model loader                 while a launcher runs            patched_loader()
+    torch.utils.checkpoint.checkpoint           while InternVL's tower runs      non_reentrant()
+    swift.template.Template.pre_forward_hook    from ms-swift's plug-in onwards  hold_text()
 
 Methods of a model are overridden on the instance instead; see `covft.integrations.mllm.overrides`.
 """
@@ -23,19 +23,18 @@ from torch import nn
 
 from covft.checkpoints.pretrained import FOLDER
 from covft.errors import ConfigError
-from covft.integrations.codebases.installing import NO_IMAGE
-from covft.integrations.mllm.attachment import attachment_of
+from covft.integrations.mllm.attachment import NO_IMAGE, attachment_of
 
 
 @contextlib.contextmanager
 def patched_trainers(attach: Callable[[nn.Module, Any], None]) -> Iterator[None]:
-    """Patch transformers' Trainer: its model is attached when it is made, after everything else was done to the model.
+    """Patch transformers' Trainer to attach the model that it is constructed with.
 
     Args:
         attach: Attaches a model, given its tokenizer.
 
     Raises:
-        ConfigError: If a Trainer makes its model itself.
+        ConfigError: If a Trainer is given `model_init` instead of a model.
     """
     import transformers
 
@@ -50,9 +49,9 @@ def patched_trainers(attach: Callable[[nn.Module, Any], None]) -> Iterator[None]
         given = signature.bind_partial(self, *args, **kwargs).arguments
         model, tokenizer = given.get("model"), given.get("tokenizer") or given.get("processing_class")
         if model is None:
-            raise ConfigError("This Trainer makes its model itself.", expected="Trainer(model=...)", got="model_init")
+            raise ConfigError("This Trainer creates its model itself.", expected="Trainer(model=...)", got="model_init")
         before_trainer(given.get("args"))
-        # As the Trainer itself does a moment later: routers begin the same in every process and every run.
+        # The Trainer sets the same seed a moment later. Routers then start equal in every process and every run.
         transformers.set_seed(getattr(given.get("args"), "seed", 42))
         attach(model, tokenizer)
         original(self, *args, **kwargs)
@@ -69,12 +68,12 @@ def patched_trainers(attach: Callable[[nn.Module, Any], None]) -> Iterator[None]
 def patched_loader(
     name: str, attach: Callable[[nn.Module, Any, str | Path], None], pretrained: str | None
 ) -> Iterator[None]:
-    """Patch a codebase's loader: what it returns is attached, with the tower that was saved in the model's folder.
+    """Patch a codebase's loader to attach the model that it returns, with the tower saved in the model's folder.
 
     Args:
         name: Dotted name of the function.
         attach: Attaches a model, given its tokenizer and the saved tower.
-        pretrained: A saved tower to take instead.
+        pretrained: A saved tower that replaces the folder's.
     """
     module_name, _, function = name.rpartition(".")
     try:
@@ -105,7 +104,7 @@ def patched_loader(
 
 
 def _saved_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Path:
-    """The adapted tower in the folder of a model: LLaVA's `model_path`, InternVL's `args.checkpoint`."""
+    """Return the adapted tower in a model's folder: LLaVA's `model_path`, InternVL's `args.checkpoint`."""
     first: Any = args[0] if args else kwargs.get("model_path", kwargs.get("args"))
     folder = Path(getattr(first, "checkpoint", first))
     if not (folder / FOLDER).is_dir():
@@ -113,16 +112,16 @@ def _saved_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Path:
             f"{folder} was not trained with covft.",
             expected=f"a folder with {FOLDER}/ in it, or --covft_pretrained",
             got=str(folder),
-            fix="run the script without this launcher to evaluate the model as it is",
+            fix="run the script without this launcher to evaluate the original model",
         )
     return folder / FOLDER
 
 
 @contextlib.contextmanager
 def non_reentrant() -> Iterator[None]:
-    """Let `torch.utils.checkpoint.checkpoint`, called by its full name, be non-reentrant where nobody says which.
+    """Make `torch.utils.checkpoint.checkpoint`, called by its full name, non-reentrant unless the call says otherwise.
 
-    Their encoder calls it without `use_reentrant`, which means the reentrant kind in many releases of torch.
+    InternVL's encoder calls it without `use_reentrant`, which many releases of torch take for True.
     """
     home: Any = torch.utils.checkpoint
     before = home.checkpoint
@@ -139,9 +138,9 @@ def non_reentrant() -> Iterator[None]:
 
 
 def hold_text(template: Any) -> None:
-    """Patch a class of ms-swift: hold the text around `pre_forward_hook`, in which some templates run the tower.
+    """Patch ms-swift's templates to hold the text around `pre_forward_hook`, in which some of them run the tower.
 
-    Those turn `input_ids` and images into `inputs_embeds` before the model's forward sees them.
+    Those templates turn `input_ids` and images into `inputs_embeds` before the model's forward.
 
     Args:
         template: The class `swift.template.Template`.
@@ -158,7 +157,7 @@ def hold_text(template: Any) -> None:
         images = [kwargs.get(name) for name in ("pixel_values", "pixel_values_videos")]
         if any(image is not None for image in images) or attachment.encoder.conditioning.scope() is not None:
             held = attachment.conditioned(kwargs, None)
-        else:  # some templates then run the tower on a dummy, whose features they multiply by zero
+        else:  # some templates then run the tower on a dummy and multiply its features by zero
             held = attachment.encoder.condition(NO_IMAGE)
         with held:
             return inner(self, model, args, kwargs)

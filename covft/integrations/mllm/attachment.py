@@ -1,4 +1,4 @@
-"""What attach() leaves on a model, and how a call of the model gets its text."""
+"""Holds the state of an attached model, and finds the text of each call."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from covft.integrations.mllm.images import map_images
 from covft.integrations.mllm.prompt import PromptReader
 
 KEY = "_covft_attachment"
+# The text of placeholder images, whose features are dropped.
+NO_IMAGE = "no image"
 
 
 @dataclass(eq=False)
 class Attachment:
-    """Joins a multimodal LLM, its context-aware tower and the reader of its prompts.
+    """Connects a multimodal LLM, its context-aware tower and the reader of its prompts.
 
     Attributes:
-        model: The multimodal LLM.
-        encoder: Its tower, wrapped.
-        reader: Reads the instruction out of `input_ids`.
+        encoder: The wrapped tower.
+        reader: Reads instructions from `input_ids`.
         family: How images reach the tower.
-        saved_in: The folder that the tower as it is now was last saved in, if a trainer may rely on it.
+        saved_in: The folder that holds the tower's present weights; None if they changed since the last save.
     """
 
     model: nn.Module
@@ -42,19 +43,18 @@ class Attachment:
     def conditioned(
         self, given: Mapping[str, Any], context_text: Any, context_index: Any = None
     ) -> AbstractContextManager[Any]:
-        """A context in which the tower has the text of this call.
+        """Return a context that holds the text of a call for the tower.
 
-        Nothing is read where the tower will not run, where it needs no text, and inside an open
-        `encoder.condition(...)`.
+        It holds nothing if the tower will not run, if it needs no text, or inside an open `encoder.condition(...)`.
 
         Args:
             given: Arguments of the call, by name.
-            context_text: What the caller gave: None, a text for all, or one text (or row of features) per
-                row of `input_ids`, per image, or per tile.
-            context_index: The row of `input_ids` that each image belongs to, shape `(B,)`, where the batch says so.
+            context_text: The caller's text: None, one for all, or one (a string or a row of features) per row of
+                `input_ids`, per image or per tile.
+            context_index: The row of `input_ids` of each tile, shape `(T,)`, if the batch has it.
 
         Raises:
-            MissingContextError: If there is no text, and none can be read.
+            MissingContextError: If no text is given, and none can be read.
             ShapeError: If texts and images do not fit together.
         """
         images, videos = given.get("pixel_values"), given.get("pixel_values_videos")
@@ -72,7 +72,7 @@ class Attachment:
 
     @contextlib.contextmanager
     def _repeatable(self, condition: AbstractContextManager[Any], images: Any) -> Iterator[None]:
-        """A condition that holds for repeated rows where the tower runs after `generate` has repeated them."""
+        """Let a condition hold for repeated rows, if the tower runs after `generate` has repeated them."""
         with condition:
             scope = self.encoder.conditioning.scope()
             if self.family.layout == "rows" and scope is not None:
@@ -82,7 +82,7 @@ class Attachment:
     def _by_row(
         self, given: Mapping[str, Any], context_text: Any, row_of_tile: list[int]
     ) -> AbstractContextManager[Any]:
-        """The text of each tile's row; dummies, which have no placeholder, have their row's as well."""
+        """Condition each tile on the text of its row; so are dummies, which have no placeholder."""
         if context_text is not None:
             texts = context_text if isinstance(context_text, Tensor) else list(context_text)
             return self.encoder.condition(texts, row_of_tile)
@@ -90,7 +90,7 @@ class Attachment:
         return self.encoder.condition(self._read(given, asked), [asked.index(row) for row in row_of_tile])
 
     def _read(self, given: Mapping[str, Any], rows: list[int]) -> list[str]:
-        """The instructions of some rows, out of the prompt."""
+        """Read the instructions of some rows from the prompt."""
         input_ids = given.get("input_ids")
         if input_ids is None:
             raise MissingContextError(
@@ -99,10 +99,12 @@ class Attachment:
                 got="neither",
                 fix="context_text=['the question', ...]",
             )
-        _refuse_packed(input_ids, given)
+        packed = given.get("cu_seq_lens_q") is not None
+        refuse_packed(input_ids, given, "context_text=[one text per image]", packed=packed)
         return self.reader.read(input_ids, rows, attention_mask=given.get("attention_mask"), labels=given.get("labels"))
 
     def _per_image(self, given: Mapping[str, Any], context_text: Any) -> AbstractContextManager[Any]:
+        """Condition each image on its own text or on that of its row."""
         base = base_of(self.model)
         videos = given.get("pixel_values") is None
         placeholder = getattr(base.config, "video_token_id", None) if videos else image_id(self.model)
@@ -136,40 +138,52 @@ class Attachment:
         return self.encoder.condition(texts, index)
 
     def _one_text(self, given: Mapping[str, Any], context_text: Any) -> str:
-        """The text of a batch with videos, whose frames can only be told to have one and the same."""
+        """Return the text of a batch with videos, whose frames can only share one."""
         input_ids = given.get("input_ids")
         if context_text is not None and not isinstance(context_text, Tensor):
             texts = list(context_text)
         elif context_text is None and input_ids is not None:
-            texts = self.reader.read(
-                input_ids,
-                range(len(input_ids)),
-                attention_mask=given.get("attention_mask"),
-                labels=given.get("labels"),
-            )
+            mask, labels = given.get("attention_mask"), given.get("labels")
+            texts = self.reader.read(input_ids, range(len(input_ids)), attention_mask=mask, labels=labels)
         else:
             texts = []
         if len(set(texts)) != 1:
             raise ShapeError(
-                "A batch with videos can have one text only.",
-                expected="one row, or the same text in all",
+                "A batch with videos can have only one text.",
+                expected="one row, or the same text in all rows",
                 got=f"{len(set(texts))} texts",
-                fix="images and videos in calls of their own, with one video per call where frames are images, or "
+                fix="images and videos in separate calls, with one video per call if its frames are images, or "
                 "`with encoder.condition(texts, index):` with a text per frame",
             )
         return texts[0]
 
 
-def starts_again(input_ids: Tensor, given: Mapping[str, Any]) -> bool:
-    """Whether the positions of a row start more than once, as those of several samples in one row do.
+def refuse_packed(input_ids: Tensor, given: Mapping[str, Any], fix: str, *, packed: bool) -> None:
+    """Refuse rows that hold several samples, whose questions would become one.
 
     Args:
         input_ids: Shape `(R, L)`.
         given: Arguments of the call, by name: `position_ids`, `attention_mask`.
+        fix: What the user can do.
+        packed: Whether another argument already says so.
+
+    Raises:
+        ShapeError: If rows are packed: one of them has several starting positions.
     """
+    if packed or _restarts(input_ids, given):
+        raise ShapeError(
+            "The rows of input_ids are packed from several samples, so the prompt has several instructions.",
+            expected="one sample per row",
+            got="a packed batch",
+            fix=fix,
+        )
+
+
+def _restarts(input_ids: Tensor, given: Mapping[str, Any]) -> bool:
+    """Whether the positions of a row start more than once."""
     positions, mask = given.get("position_ids"), given.get("attention_mask")
     if isinstance(positions, Tensor) and positions.dim() == 3 and len(positions) == 4:
-        positions = positions[0]  # of the text, above those of time, height and width
+        positions = positions[0]  # of the text; then come time, height and width
     if not isinstance(positions, Tensor) or positions.shape != input_ids.shape:
         return False
     starts = positions == 0
@@ -178,39 +192,19 @@ def starts_again(input_ids: Tensor, given: Mapping[str, Any]) -> bool:
     return bool((starts.sum(dim=1) > 1).any())
 
 
-def _refuse_packed(input_ids: Tensor, given: Mapping[str, Any]) -> None:
-    """Refuse rows that hold several samples, whose questions would become one."""
-    packed = given.get("cu_seq_lens_q") is not None or starts_again(input_ids, given)
-    if packed:
-        raise ShapeError(
-            "The rows of input_ids are packed from several samples, so the prompt has several instructions.",
-            expected="one sample per row",
-            got="position_ids that start again within a row",
-            fix="context_text=[one text per image]",
-        )
-
-
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """Return the attachment of a model; None if it is not attached.
-
-    Args:
-        model: A multimodal LLM, also inside a PeftModel.
-    """
+    """Return the attachment of a model, also inside a PeftModel; None if it is not attached."""
     return without_peft(model).__dict__.get(KEY)
 
 
 def without_peft(model: nn.Module) -> Any:
-    """Return the model inside a PeftModel, whose methods call those of the one inside; any other model itself.
-
-    Args:
-        model: Any model.
-    """
+    """Return the model inside a PeftModel; any other model itself."""
     inner = getattr(model, "get_base_model", None)
     return inner() if callable(inner) else model
 
 
 def image_id(model: Any) -> int | None:
-    """The id of a model's image placeholder."""
+    """Return the id of a model's image placeholder, or None."""
     for name in ("image_token_id", "image_token_index"):
         value = getattr(model.config, name, None)
         if isinstance(value, int):

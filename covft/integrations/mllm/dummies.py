@@ -1,8 +1,8 @@
-"""Rows without an image: a dummy goes through the tower, and its features go nowhere.
+"""Dummy images for batches without images: the tower encodes them, and their features are dropped.
 
-Every process then runs the tower on every batch and builds the same graph, without which DDP, FSDP and ZeRO wait for
-each other for ever. The features are cut out of what the language model sees, not multiplied by zero: cutting leaves
-them in the graph with a gradient of exactly zero, whatever they hold.
+Every process then runs the tower on every batch and builds the same graph; otherwise the processes of DDP, FSDP and
+ZeRO would wait for each other forever. The features are cut off, not multiplied by zero: they stay in the graph with a
+gradient of exactly zero, whatever their values.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _METHOD = "get_image_features"
 
 @contextlib.contextmanager
 def without_dummies(model: nn.Module, image_flags: Tensor | None) -> Iterator[None]:
-    """Drop the features of dummies from what the model makes of its images inside this context.
+    """Drop the features of dummy images inside this context.
 
     Args:
-        model: The base model, whose `get_image_features` its own forward calls.
-        image_flags: 1 for an image and 0 for a dummy, shape `(T,)`; None where there are none.
+        model: The base model, whose forward calls its own `get_image_features`.
+        image_flags: 1 for an image and 0 for a dummy, shape `(T,)`; None if there are no dummies.
     """
     if image_flags is None or bool(image_flags.bool().all()):
         yield
@@ -40,12 +40,7 @@ def without_dummies(model: nn.Module, image_flags: Tensor | None) -> Iterator[No
 
 
 class _Kept:
-    """Stands for `get_image_features` and hands on the features of real images.
-
-    Args:
-        inner: The model's own method.
-        flags: Whether each image is one.
-    """
+    """Replaces `get_image_features` and returns the features of real images only."""
 
     def __init__(self, inner: Any, flags: list[bool]) -> None:
         self.inner, self.flags = inner, flags
@@ -55,13 +50,13 @@ class _Kept:
         features = output.pooler_output
         if len(features) != len(self.flags):
             raise ShapeError(
-                "There is not one flag per image.",
+                "image_flags does not fit the images.",
                 expected=f"image_flags of shape ({len(features)},)",
                 got=f"{len(self.flags)} flags",
             )
         real = [number for number, flag in enumerate(self.flags) if flag]
         if isinstance(features, Tensor):
             output.pooler_output = features[real]
-        else:  # one tensor per image; of the dummy nothing is left but its graph
+        else:  # one tensor per image; an empty slice keeps the dummy in the graph
             output.pooler_output = [features[number] for number in real] or [features[0][:0]]
         return output

@@ -1,4 +1,4 @@
-"""What is known of multimodal LLMs: where the tower is, and how images reach it. Data, not code."""
+"""Describes multimodal LLMs as data: where the tower is, and how images reach it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class MLLMFamily:
 
     Attributes:
         tower: Attribute of the base model that holds the tower.
-        layout: How images become rows of the tower's batch. `"plain"`: each entry of `pixel_values` is one,
-            and all have equally many placeholders. `"anyres"`: each image is cut into tiles, as many as its
-            `image_sizes` entry says. `"padded"`: `(rows, images, 3, H, W)`, images of zeros left out.
-            Packed towers see each image as one segment: `"grid"`, as large as its `image_grid_thw` entry says in
-            patches, or `"sizes"`, as its `image_sizes` entry says in pixels.
-            `"rows"`: `(rows, images, tiles, 3, H, W)`, one text for each of `(rows, images)`, padding among them.
-        videos: Whether a `"grid"` model's videos have placeholders of their own and are one segment each, as large
-            as the `video_grid_thw` entry says.
+        layout: How images become rows of the tower's batch. `"plain"`: each entry of `pixel_values` is a row,
+            and all have equally many placeholders. `"anyres"`: each image is cut into tiles, whose number follows
+            from its `image_sizes` entry. `"padded"`: `(rows, images, 3, H, W)`, without the images of zeros.
+            Packed towers see each image as one segment, whose size is its `image_grid_thw` entry in patches
+            (`"grid"`) or its `image_sizes` entry in pixels (`"sizes"`).
+            `"rows"`: `(rows, images, tiles, 3, H, W)`, one text for each of `(rows, images)`, including padding.
+        videos: Whether a `"grid"` model's videos have their own placeholders and are one segment each, whose size is
+            its `video_grid_thw` entry.
     """
 
     tower: str = "vision_tower"
@@ -55,39 +55,36 @@ FAMILIES: dict[str, MLLMFamily] = {
     "qwen3_vl_moe": MLLMFamily("visual", "grid", videos=True),
     "smolvlm": MLLMFamily("vision_model", "padded"),
 }
-# Where towers of models outside the table are, the likeliest first.
+# Attributes that hold towers of models outside the table, the likeliest first.
 _TOWER_NAMES = ("vision_tower", "vision_model", "vision_encoder", "visual")
-# Of packed towers, by the argument that has the sides of images.
+# Layouts of packed towers, by the argument with the sizes of images.
 _PACKED_LAYOUTS: dict[str, Layout] = {"grid_thw": "grid", "image_sizes": "sizes"}
+_WRAP_FIX = "covft.wrap(tower, text_encoder), and calls inside `with encoder.condition(texts):`"
 
 
 def base_of(model: nn.Module) -> Any:
-    """A model without its head, whose forward calls the tower; itself if it has none.
-
-    Args:
-        model: A model of transformers.
-    """
+    """Return a transformers model without its head, whose forward calls the tower; itself if it has no head."""
     return getattr(model, "base_model", model)
 
 
 def find_tower(model: nn.Module, adapter: Adapter | None = None) -> tuple[nn.Module, MLLMFamily]:
-    """The tower of a multimodal LLM, and how images reach it.
+    """Return the tower of a multimodal LLM, and how images reach it.
 
     Args:
         model: A multimodal LLM of transformers, with or without its language modelling head.
         adapter: How the tower is built, if no registered adapter knows it.
 
     Raises:
-        UnsupportedViTError: If it has no tower that attach can serve.
+        UnsupportedViTError: If it has no tower that attach supports.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind is None:
         inner = " (attach before distributing)" if hasattr(model, "module") else ""
         raise UnsupportedViTError(
-            f"{type(model).__name__} is no model of transformers{inner}.",
+            f"{type(model).__name__} is not a model of transformers{inner}.",
             expected="a multimodal LLM of transformers, such as LlavaForConditionalGeneration",
             got=type(model).__name__,
-            fix="covft.wrap(model.vision_tower, text_encoder), and `with encoder.condition(texts):` around calls",
+            fix=_WRAP_FIX.replace("tower", "model.vision_tower", 1),
         )
     base = base_of(model)
     family = FAMILIES.get(kind)
@@ -107,20 +104,20 @@ def _by_structure(model: nn.Module, base: Any, kind: str) -> MLLMFamily:
             f"{type(model).__name__} has no vision tower that attach can find.",
             expected=f"a base model with get_image_features() and one of: {', '.join(_TOWER_NAMES)}",
             got=f"model_type {kind!r} with {', '.join(name for name, _ in base.named_children())}",
-            fix="covft.wrap(tower, text_encoder), and `with encoder.condition(texts):` around calls",
+            fix=_WRAP_FIX,
         )
     return MLLMFamily(names[0])
 
 
 def _of_packed(family: MLLMFamily, spec: ViTSpec) -> MLLMFamily:
-    """The family of a model whose tower is packed, as Pixtral is in a LLaVA."""
+    """Return the family of a model with a packed tower, such as a LLaVA with Pixtral."""
     layout = _PACKED_LAYOUTS.get(spec.input.sizes_argument or "")
     if layout is None:
         raise UnsupportedViTError(
-            f"attach does not know where the sizes of images come from for {spec.input.sizes_argument}=.",
+            f"attach does not know which argument has the image sizes for {spec.input.sizes_argument}=.",
             expected=" | ".join(f"{name}=" for name in _PACKED_LAYOUTS),
             got=f"{spec.class_name}, which takes {spec.input.sizes_argument}=",
-            fix="covft.wrap(tower, text_encoder), and `with encoder.condition(texts):` around calls",
+            fix=_WRAP_FIX,
         )
     return family if family.layout == layout else MLLMFamily(family.tower, layout)
 

@@ -1,4 +1,4 @@
-"""Which row of the batch each image belongs to, and how many tiles of it the tower sees."""
+"""Maps each image to its row of the batch and to its tiles in the tower's batch."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from covft.errors import ShapeError
 from covft.integrations.mllm.families import Layout
 
-_FIX = "`with covft.get_encoder(model).condition(texts, index):` around the call, index[i] being the text of tile i"
+_FIX = "the call inside `with covft.get_encoder(model).condition(texts, index):`, where index[i] is the text of tile i"
 
 
 @dataclass(frozen=True)
 class ImageMap:
-    """Where the images of a batch are.
+    """Maps the images of a batch, in order.
 
     Attributes:
-        tiles: How many rows of the tower's batch each image takes, in order.
-        rows: Which row of `input_ids` each image belongs to; None if that cannot be known.
-        problem: Why it cannot be known.
+        tiles: The number of rows that each image takes in the tower's batch.
+        rows: The row of `input_ids` of each image; None if unknown.
+        problem: Why the rows are unknown.
     """
 
     tiles: list[int]
@@ -30,14 +30,14 @@ class ImageMap:
     problem: str = ""
 
     def require_rows(self) -> list[int]:
-        """The rows.
+        """Return the rows.
 
         Raises:
-            ShapeError: If they cannot be known.
+            ShapeError: If they are unknown.
         """
         if self.rows is None:
             raise ShapeError(
-                "Which row each image belongs to cannot be known.",
+                "The row of each image is unknown.",
                 expected="as many image placeholders in each row as its images need",
                 got=self.problem,
                 fix=_FIX,
@@ -45,24 +45,24 @@ class ImageMap:
         return self.rows
 
     def spread(self, text_of_image: list[int]) -> Tensor:
-        """The index for `encoder.condition`: which text each row of the tower's batch has."""
+        """Return the index for `encoder.condition`: the text of each row of the tower's batch."""
         return torch.tensor(text_of_image, dtype=torch.long).repeat_interleave(torch.tensor(self.tiles))
 
 
 def map_images(
     layout: Layout, model: nn.Module, given: Mapping[str, Any], image_id: int | None, *, videos: bool = False
 ) -> ImageMap:
-    """Find out where the images of a batch are.
+    """Map the images of a batch.
 
     Args:
         layout: How the model's images become rows of the tower's batch.
         model: The base model.
-        given: Arguments of the call, by name: `pixel_values` and what belongs to it, `input_ids`.
+        given: Arguments of the call, by name: `pixel_values` with its sizes, `input_ids`.
         image_id: The placeholder of images, or of videos.
-        videos: Whether to find the videos of a `"grid"` model instead, each of which is one image of its tower.
+        videos: Whether to map the videos of a `"grid"` model instead, each of which is one image of its tower.
 
     Raises:
-        ShapeError: If `pixel_values` is not what the layout says.
+        ShapeError: If `pixel_values` does not have this layout.
     """
     pixel_values: Any = given.get("pixel_values")
     input_ids = given.get("input_ids")
@@ -93,7 +93,7 @@ def map_images(
 
 
 def _deal(placeholders: list[int], lengths: list[int]) -> list[int] | None:
-    """Give each row the images, in order, that fill its placeholders exactly; None if they do not."""
+    """Assign images to rows in order, so that they fill each row's placeholders exactly; None if they do not."""
     rows: list[int] = []
     for row, left in enumerate(placeholders):
         while left > 0 and len(rows) < len(lengths):
@@ -105,17 +105,12 @@ def _deal(placeholders: list[int], lengths: list[int]) -> list[int] | None:
 
 
 def _rows(pixel_values: Tensor, aspect_ratio_ids: Tensor | None) -> ImageMap:
-    """Images of rows that are padded to equally many; padding goes with the image before it."""
-    if pixel_values.dim() != 6:
-        raise ShapeError(
-            "These images are not what the model takes.",
-            expected="pixel_values of shape (rows, images, tiles, 3, H, W)",
-            got=tuple(pixel_values.shape),
-        )
+    """Map images of rows that are padded to equal counts; padding belongs to the image before it."""
+    _check_dims(pixel_values, (6,), "(rows, images, tiles, 3, H, W)")
     num_rows, num_images = pixel_values.shape[:2]
     real = torch.ones(num_rows * num_images, dtype=torch.bool)
     if aspect_ratio_ids is not None and aspect_ratio_ids.any():
-        real = aspect_ratio_ids.flatten().bool().cpu()  # 0 is no image
+        real = aspect_ratio_ids.flatten().bool().cpu()  # 0 is padding
     starts = real.nonzero().squeeze(-1)
     rows = (starts // num_images).tolist()
     starts[0] = 0
@@ -124,16 +119,16 @@ def _rows(pixel_values: Tensor, aspect_ratio_ids: Tensor | None) -> ImageMap:
 
 
 def _grid_lengths(model: Any, given: Mapping[str, Any], name: str) -> list[int]:
-    """How many placeholders each image needs: one for each square of patches that the model merges."""
+    """Return the number of placeholders of each image: one for each square of patches that the model merges."""
     grid = given.get(name)
     if grid is None:
-        raise ShapeError(f"The images came without {name}.", expected=f"{name} of shape (images, 3)", got="none")
+        raise ShapeError(f"The images have no {name}.", expected=f"{name} of shape (images, 3)", got="none")
     merged = model.config.vision_config.spatial_merge_size
     return (grid.prod(dim=-1) // merged**2).tolist()
 
 
 def _sizes_lengths(model: Any, given: Mapping[str, Any]) -> list[int]:
-    """How many placeholders each image of a Pixtral tower needs."""
+    """Return the number of placeholders of each image of a Pixtral tower."""
     pixel_values, sizes = given["pixel_values"], given.get("image_sizes")
     if sizes is None:
         sizes = [pixel_values.shape[-2:]] * len(pixel_values)
@@ -142,23 +137,12 @@ def _sizes_lengths(model: Any, given: Mapping[str, Any]) -> list[int]:
 
 
 def _plain(pixel_values: Tensor) -> list[int]:
-    if pixel_values.dim() not in (3, 4):  # 3: images as patches
-        raise ShapeError(
-            "These images are not what the tower takes.",
-            expected="pixel_values of shape (images, 3, H, W)",
-            got=tuple(pixel_values.shape),
-            fix=_FIX,
-        )
+    _check_dims(pixel_values, (3, 4), "(images, 3, H, W)")  # 3: images as patches
     return [1] * len(pixel_values)
 
 
 def _padded(pixel_values: Tensor, dtype: torch.dtype, model: Any) -> ImageMap:
-    if pixel_values.dim() != 5:
-        raise ShapeError(
-            "These images are not what the model takes.",
-            expected="pixel_values of shape (rows, images, 3, H, W)",
-            got=tuple(pixel_values.shape),
-        )
+    _check_dims(pixel_values, (5,), "(rows, images, 3, H, W)")
     real = (pixel_values.to(dtype) != 0).flatten(2).any(dim=2)
     if model.config.model_type == "smolvlm" and not real.any():
         real[0, 0] = True  # it keeps one image of zeros for a batch without images
@@ -166,13 +150,23 @@ def _padded(pixel_values: Tensor, dtype: torch.dtype, model: Any) -> ImageMap:
     return ImageMap([1] * len(rows), rows)
 
 
+def _check_dims(pixel_values: Tensor, dims: tuple[int, ...], expected: str) -> None:
+    if pixel_values.dim() not in dims:
+        raise ShapeError(
+            "The model does not take images of this shape.",
+            expected=f"pixel_values of shape {expected}",
+            got=tuple(pixel_values.shape),
+            fix=_FIX,
+        )
+
+
 def _tiles(model: Any, given: Mapping[str, Any]) -> list[int]:
-    """How many tiles each image has, by the model's own rule."""
+    """Return the number of tiles of each image, by the model's own rule."""
     import importlib
 
     pixel_values, sizes, counts = given["pixel_values"], given.get("image_sizes"), given.get("batch_num_images")
     if sizes is None:
-        raise ShapeError("pixel_values came without image_sizes.", expected="image_sizes of shape (images, 2)")
+        raise ShapeError("The images have no image_sizes.", expected="image_sizes of shape (images, 2)")
     count_patches = importlib.import_module(type(model).__module__).image_size_to_num_patches
     alone = [True] * len(sizes)
     if counts is not None:
@@ -194,7 +188,7 @@ def _tiles(model: Any, given: Mapping[str, Any]) -> list[int]:
 
 
 def _anyres_lengths(model: Any, given: Mapping[str, Any], tiles: list[int]) -> list[int]:
-    """How many placeholders each image needs: the model's own packing, run on features of width 1."""
+    """Return the number of placeholders of each image: the model's own packing, run on features of width 1."""
     vision = model.config.vision_config
     features = [torch.zeros(count, (vision.image_size // vision.patch_size) ** 2, 1) for count in tiles]
     options: dict[str, Any] = {"image_newline": torch.zeros(1)}

@@ -16,13 +16,8 @@ from covft.integrations.mllm.families import base_of
 from covft.surgery.overrides import Override
 
 
-class Call(Override):
-    """Overrides one method of an attached model.
-
-    Args:
-        attachment: What attach() left on the model.
-        name: The method.
-    """
+class MethodOverride(Override):
+    """Overrides one method of an attached model."""
 
     def __init__(self, attachment: Attachment, name: str) -> None:
         self.attachment = attachment
@@ -30,12 +25,12 @@ class Call(Override):
 
     @property
     def owner(self) -> Any:
-        """The module whose method it is."""
+        """The module that has the method."""
         return self.attachment.model
 
 
-class TextCall(Call):
-    """A method that also takes `context_text`."""
+class TextOverride(MethodOverride):
+    """Adds the keyword `context_text` to a method."""
 
     added: tuple[str, ...] = ("context_text",)
 
@@ -50,14 +45,18 @@ class TextCall(Call):
         return signature.replace(parameters=[*parameters[:end], *added, *parameters[end:]])
 
     def __call__(self, *args: Any, context_text: Any = None, **kwargs: Any) -> Any:
-        """Call it with the text held for the tower."""
+        """Call the method and hold the text for the tower."""
         args = self._own(args)
         with self.attachment.conditioned(self._named(args, kwargs), context_text):
             return self.inner(*args, **kwargs)
 
 
-class BatchCall(TextCall):
-    """`forward`, which takes a batch of `covft.data.Collator` as it is."""
+class BatchOverride(TextOverride):
+    """Overrides `forward`, which then takes a batch of `covft.data.Collator` unchanged.
+
+    `context_text` holds the batch's texts, one per row, and `context_index`, shape `(T,)`, which of them each image or
+    tile has. They are `text` and `index` of the encoder. `image_flags` is 0 for dummy images; `num_tiles` is ignored.
+    """
 
     added = ("context_text", "context_index", "image_flags", "num_tiles")
 
@@ -70,20 +69,21 @@ class BatchCall(TextCall):
         num_tiles: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Call it with the text held for the tower, and without what the tower makes of dummies."""
+        """Call the method, hold the text for the tower and drop the features of dummies."""
         args = self._own(args)
         if not args and kwargs.get("pixel_values") is None and kwargs.get("pixel_values_videos") is None:
-            return self.inner(**kwargs)  # the short way for every token that is generated
+            return self.inner(**kwargs)  # the short way for each generated token
         given = self._named(args, kwargs)
         base = base_of(self.attachment.model)
         with self.attachment.conditioned(given, context_text, context_index), without_dummies(base, image_flags):
             return self.inner(*args, **kwargs)
 
 
-class BaseCall(BatchCall):
-    """`forward` of the base model, for a `forward` of the whole that another library has put there since.
+class BaseOverride(BatchOverride):
+    """Overrides `forward` of the base model, in case another library replaces the model's own.
 
-    TRL's calls the base model and computes the loss in pieces. Inside the model's own call the text is held already.
+    TRL's replacement calls the base model and computes the loss in chunks. Inside the model's own forward the text is
+    held already.
     """
 
     @property
@@ -92,36 +92,36 @@ class BaseCall(BatchCall):
         return base_of(self.attachment.model)
 
 
-class FeaturesCall(TextCall):
-    """`get_image_features`, which sees no prompt: the text is given, or a `condition(...)` is open."""
+class FeaturesOverride(TextOverride):
+    """Overrides `get_image_features`, which sees no prompt: it needs `context_text` or an open `condition(...)`."""
 
     def __call__(self, *args: Any, context_text: Any = None, **kwargs: Any) -> Any:
-        """Call it, with the text held for the tower if one is given."""
+        """Call the method and hold the text for the tower, if one is given."""
         if context_text is None:
             return self.inner(*self._own(args), **kwargs)
         return super().__call__(*args, context_text=context_text, **kwargs)
 
 
-class GenerateCall(TextCall):
-    """`generate`, which calls the tower before any forward: the text holds for all of it."""
+class GenerateOverride(TextOverride):
+    """Overrides `generate`, which calls the tower before any forward: the text is held throughout."""
 
     def __call__(self, *args: Any, context_text: Any = None, **kwargs: Any) -> Any:
-        """Call it with the text held for the tower."""
+        """Call the method and hold the text for the tower."""
         args = self._own(args)
         given = self._named(args, kwargs)
         if given.get("inputs") is not None:
             given["input_ids"] = given["inputs"]
-        # Without gradients, as generate itself is: a text given with gradients on says that they are expected.
+        # As generate itself: a text that is set with gradients enabled says that they are expected.
         with torch.no_grad(), self.attachment.conditioned(given, context_text):
             return self.inner(*args, **kwargs)
 
 
-class SaveCall(Call):
-    """`save_pretrained`: writes a model that `from_pretrained` loads, and the adapted tower in `covft/` in its folder.
+class SaveOverride(MethodOverride):
+    """Overrides `save_pretrained`: writes a model for `from_pretrained`, and the adapted tower to its `covft/`.
 
-    What was trained outside the tower is saved as it is. `attach(..., pretrained=folder / "covft")` restores the
-    adapted tower. As for any model of transformers, only the first process writes. Under FSDP2 every process calls it,
-    without a state dict or with a gathered one; under ZeRO-3 a gathered state dict is needed.
+    Weights outside the tower are saved as trained. `attach(..., pretrained=folder / "covft")` restores the adapted
+    tower. As for any model of transformers, only the first process writes. Under FSDP2 every process calls it, with
+    or without a gathered state dict; ZeRO-3 needs a gathered one.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
@@ -144,43 +144,38 @@ class SaveCall(Call):
             attachment.saved_in = folder
 
 
-OVERRIDES: dict[str, type[Call]] = {
-    "forward": BatchCall,
-    "generate": GenerateCall,
-    "get_image_features": FeaturesCall,
-    "save_pretrained": SaveCall,
+OVERRIDES: dict[str, type[MethodOverride]] = {
+    "forward": BatchOverride,
+    "generate": GenerateOverride,
+    "get_image_features": FeaturesOverride,
+    "save_pretrained": SaveOverride,
 }
 
 
 def install(attachment: Attachment) -> None:
     """Override the methods of the model."""
     model = attachment.model
-    for name, kind in OVERRIDES.items():
+    for name, override in OVERRIDES.items():
         if hasattr(type(model), name):
-            kind(attachment, name).install()
+            override(attachment, name).install()
     if base_of(model) is not model:
-        BaseCall(attachment, "forward").install()
+        BaseOverride(attachment, "forward").install()
 
 
 def remove(model: nn.Module) -> None:
     """Undo `install`."""
     for owner, name in [*((model, name) for name in OVERRIDES), (base_of(model), "forward")]:
-        call = owned(owner, name)
-        if call is not None:
-            call.remove()
+        if (override := owned(owner, name)) is not None:
+            override.remove()
 
 
-def owned(model: nn.Module, name: str) -> Call | None:
-    """Return the override of a method; None if something else is there."""
-    call = model.__dict__.get(name)
-    call = getattr(call, "__func__", call)
-    return call if isinstance(call, Call) else None
+def owned(model: nn.Module, name: str) -> MethodOverride | None:
+    """Return the override of a method; None if another library has replaced it."""
+    found = model.__dict__.get(name)
+    found = getattr(found, "__func__", found)
+    return found if isinstance(found, MethodOverride) else None
 
 
 def covered(model: nn.Module) -> list[str]:
-    """Return the methods that something else has overridden since.
-
-    Args:
-        model: The attached model.
-    """
+    """Return the methods that another library has replaced since they were overridden."""
     return [name for name in OVERRIDES if hasattr(type(model), name) and owned(model, name) is None]

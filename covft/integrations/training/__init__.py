@@ -1,1 +1,1 @@
-"""Training loops: callback, trainer, checkpoints, recipes."""
+"""Callback, trainer, checkpoints and recipes for training loops."""

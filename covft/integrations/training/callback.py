@@ -1,16 +1,18 @@
-"""CoVFTCallback: a context-aware tower in any loop that is built on transformers' Trainer."""
+"""CoVFTCallback: trains a context-aware tower in any loop that builds on transformers' Trainer."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from covft.checkpoints.pretrained import FOLDER
+from covft.encoder import ContextEncoder
 from covft.errors import (
     CheckpointError,
     ConfigError,
@@ -28,34 +30,116 @@ from covft.utils.extras import import_library
 from covft.utils.sharding import is_sharded
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerCallback
+    from transformers import TrainerControl as Control
+    from transformers import TrainerState as State
+    from transformers import TrainingArguments as Arguments
 elif importlib.util.find_spec("transformers"):
     from transformers import TrainerCallback
 else:
-    TrainerCallback = object  # so that `from covft import *` works; to make one says what is missing
+    TrainerCallback = object  # so that `from covft import *` works; the constructor names what is missing
 
 MISSING = ("raise", "warn", "ignore")
 
 
-class CoVFTCallback(TrainerCallback):
-    """Trains a context-aware tower in transformers' Trainer, and in what is built on it: TRL, LLaMA-Factory.
+class TowerCallback(TrainerCallback):
+    """Logs the routing, checks the gradients of the first step and saves the tower of an attached model.
 
-    - Attaches the model when the trainer is made, before the optimizer is, unless it is attached already.
-    - Writes `covft/` into every checkpoint: the tower, and every other trained tensor by its name in the running
-      model. `complete.json` is written last; a checkpoint without it is not taken for a whole one.
-    - On resume, and for `load_best_model_at_end`, loads them strictly: plain Trainer restores nothing of an attached
-      tower. DeepSpeed and FSDP restore it themselves.
+    Args:
+        missing_gradients: Reaction to trained parameters without gradient: `"raise"`, `"warn"` or `"ignore"`.
+        per_layer: Whether to log figures of each adapted block, in addition to their means.
+    """
+
+    fix = (
+        "parameter.requires_grad_(False) for those that no loss depends on; for blocks after the hidden state that "
+        "the MLLM reads, fewer layers"
+    )
+
+    def __init__(self, missing_gradients: str = "raise", per_layer: bool = False) -> None:
+        self.missing_gradients, self.per_layer = missing_gradients, per_layer
+        self._monitor: RoutingMonitor | None = None
+        self._watch: GradientWatch | None = None  # until all gradients were seen
+
+    def on_substep_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Record the routing."""
+        if self._monitor is not None:
+            self._monitor.note_routing()
+
+    def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Forget the last saved folder, whose tensors are outdated."""
+        _attachment(kwargs["model"]).saved_in = None
+        self._check_gradients(kwargs["model"])  # old Trainers have no on_pre_optimizer_step
+
+    def on_log(self, args: Arguments, state: State, control: Control, logs: Any = None, **kwargs: Any) -> None:
+        """Add the figures to the log entry; later callbacks see them, too."""
+        if self._monitor is not None:
+            self._monitor.log(logs, state)
+
+    def _start(self, encoder: ContextEncoder, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self._monitor = RoutingMonitor(encoder, self.per_layer)
+        self._stop_watching()
+        if self.missing_gradients != "ignore":
+            self._watch = GradientWatch(named)
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = None
+
+    def _check_gradients(self, model: nn.Module) -> None:
+        watch = self._watch
+        if watch is None:
+            return
+        missing = watch.missing()
+        if missing and not _attachment(model).encoder.routing_weights():
+            parts = parts_of(model)
+            if all(parts[name] != "llm" for name in missing):
+                return  # rows without images so far: check again after the next step
+        self._stop_watching()
+        if not missing:
+            return
+        error = MissingGradientError(
+            f"{len(missing)} of {len(watch.trained)} trained parameters got no gradient in the first step.",
+            expected="a gradient for every parameter with requires_grad",
+            got=", ".join(missing[:5]) + (", ..." if len(missing) > 5 else ""),
+            fix=self.fix,
+        )
+        if self.missing_gradients == "raise":
+            raise error
+        warnings.warn(str(error), UserWarning, stacklevel=2)
+
+    def _save(self, args: Arguments, model: nn.Module, folder: Path) -> None:
+        """Save the tower, unless the model's own `save_pretrained` just has, which the process that writes knows."""
+        from accelerate.utils import broadcast_object_list
+
+        attachment = _attachment(model)
+        saved_in = attachment.saved_in
+        # transformers 4.37 saves to tmp-checkpoint-N and renames it.
+        named = saved_in is not None and (saved_in == folder or saved_in.parent.name == f"tmp-{folder.parent.name}")
+        missing = broadcast_object_list([not (named and folder.is_dir())])[0]
+        if missing and (args.should_save or any(map(is_sharded, attachment.encoder.vit.parameters()))):
+            attachment.encoder.save_pretrained(folder)  # every process takes part if weights are sharded
+
+
+class CoVFTCallback(TowerCallback):
+    """Trains a context-aware tower in transformers' Trainer, and in trainers that build on it: TRL, LLaMA-Factory.
+
+    - Attaches the model when the trainer is constructed, before the optimizer, unless it is attached already.
+    - Writes `covft/` to every checkpoint: the tower, and all other trained tensors by their names in the running
+      model. `complete.json` is written last; a checkpoint without it counts as incomplete.
+    - On resume, and for `load_best_model_at_end`, loads them strictly, because the plain Trainer restores nothing of
+      an attached tower. DeepSpeed and FSDP restore it themselves.
     - Logs routing entropy, expert load and the norm of the gates' gradients.
-    - After the first step, raises if a parameter that should train got no gradient.
+    - After the first step, raises if a trained parameter got no gradient.
 
     Args:
         text_encoder: As for `covft.attach`; None if the model is attached already, or the routing needs no text.
         tokenizer: The model's tokenizer or processor; None takes the trainer's `processing_class`.
-        resume_from: The checkpoint that is resumed; None finds it where the trainer writes.
-        missing_gradients: What a trained parameter without gradient is after the first step: `"raise"`, `"warn"` or
-            `"ignore"`.
-        per_layer: Whether figures are logged for every adapted block besides their means.
-        **settings: The other keywords of `covft.attach`: `layers`, `experts`, `routing`, ...
+        resume_from: The checkpoint to resume from; None looks in the trainer's output folder.
+        missing_gradients: Reaction to trained parameters without gradient after the first step: `"raise"`, `"warn"`
+            or `"ignore"`.
+        per_layer: Whether to log figures of each adapted block, in addition to their means.
+        **settings: The other keywords of `covft.attach`: `layers`, `experts`, `empty_instruction`, ...
 
     Raises:
         ConfigError: If a setting is not known.
@@ -89,16 +173,12 @@ class CoVFTCallback(TrainerCallback):
                 got=repr(missing_gradients),
                 fix="raise",
             )
+        super().__init__(missing_gradients, per_layer)
         self.text_encoder, self.tokenizer, self.settings = text_encoder, tokenizer, settings
         self.resume_from = resume_from
-        self.missing_gradients, self.per_layer = missing_gradients, per_layer
-        self._monitor: RoutingMonitor | None = None
-        self._watch: GradientWatch | None = None  # until it was checked that all gradients came
 
-    # When the trainer is made
-
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Attach, and refuse what would lose gradients or checkpoints."""
+    def on_init_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Attach the model, and refuse arguments that would lose gradients or checkpoints."""
         model = kwargs["model"]
         _check_arguments(args)
         if attachment_of(model) is None:
@@ -106,110 +186,43 @@ class CoVFTCallback(TrainerCallback):
             attach(model, self.text_encoder, tokenizer=tokenizer, **self.settings)
         elif self.text_encoder is not None or self.settings:
             raise ConfigError(
-                "The model is attached already, so the callback's settings would not be used.",
+                "The model is attached already, so the callback's settings would be ignored.",
                 expected="CoVFTCallback() for an attached model",
                 got=", ".join(["text_encoder"] * (self.text_encoder is not None) + sorted(self.settings)),
                 fix="CoVFTCallback(), or leave covft.attach out",
             )
         _train_again_after_peft(model)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Restore what the checkpoint holds, and look out for gradients."""
+    def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Restore the checkpoint, if training resumes, and start watching gradients."""
         model = kwargs["model"]
         encoder = _attachment(model).encoder
         if state.global_step > 0 and not _restores_itself():
             restore(model, self.resume_from or _checkpoint_of(args, state))
-        self._monitor = RoutingMonitor(encoder, self.per_layer)
-        self._stop_watching()
-        if self.missing_gradients != "ignore":
-            self._watch = GradientWatch(model.named_parameters())
+        self._start(encoder, model.named_parameters())
 
-    # At every step
-
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Note what the routers decided."""
-        if self._monitor is not None:
-            self._monitor.note_routing()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Note what the routers decided and the gates' gradients; at first, that all gradients are there."""
+    def on_pre_optimizer_step(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Record the routing and the gates' gradients; in the first step, check all gradients."""
         if self._monitor is not None:
             self._monitor.note_routing()
             self._monitor.note_gates()
-        if self._watch is not None:
-            self._check_gradients(kwargs["model"], self._watch)
+        self._check_gradients(kwargs["model"])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Forget which folder was saved last: its tensors are older than the model's now."""
-        _attachment(kwargs["model"]).saved_in = None
-        if self._watch is not None:  # Trainers of old have no on_pre_optimizer_step
-            self._check_gradients(kwargs["model"], self._watch)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        """Add the figures to the log entry; callbacks that come later see them, too."""
-        if self._monitor is not None:
-            self._monitor.log(logs, state)
-
-    def _check_gradients(self, model: nn.Module, watch: GradientWatch) -> None:
-        missing = watch.missing()
-        if missing and not _attachment(model).encoder.routing_weights():
-            inside = {name for name, part in parts_of(model).items() if part not in ("llm",)}
-            if set(missing) <= inside:
-                return  # rows without images so far: look again after the next step
-        self._stop_watching()
-        if not missing:
-            return
-        message = f"{len(missing)} of {len(watch.trained)} trained parameters got no gradient in the first step."
-        error = MissingGradientError(
-            message,
-            expected="a gradient for every parameter with requires_grad",
-            got=", ".join(missing[:5]) + (", ..." if len(missing) > 5 else ""),
-            fix="parameter.requires_grad_(False) for those that no loss depends on; for blocks after the features that "
-            "are read, fewer layers",
-        )
-        if self.missing_gradients == "raise":
-            raise error
-        warnings.warn(str(error), UserWarning, stacklevel=2)
-
-    def _stop_watching(self) -> None:
-        if self._watch is not None:
-            self._watch.close()
-        self._watch = None
-
-    # Checkpoints
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write `covft/` into the checkpoint, and last of all that it is whole."""
-        from accelerate.utils import broadcast_object_list
-
-        model = kwargs["model"]
-        checkpoint = checkpoint_folder(args, state)
+    def on_save(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Write `covft/` to the checkpoint, and then mark the checkpoint complete."""
+        model, checkpoint = kwargs["model"], checkpoint_folder(args, state)
         if args.should_save and not checkpoint.is_dir():
             warnings.warn(
-                f"covft writes beside the trainer, and there is no {checkpoint}: nothing of it is saved here.",
+                f"There is no {checkpoint}, so covft saves nothing: it adds to the trainer's checkpoints.",
                 UserWarning,
                 stacklevel=2,
             )
-        attachment, folder = _attachment(model), checkpoint / FOLDER
-        # Unless model.save_pretrained has written it already, which the process that writes knows.
-        missing = broadcast_object_list([attachment.saved_in != folder])[0]
-        if missing and (args.should_save or any(map(is_sharded, attachment.encoder.vit.parameters()))):
-            attachment.encoder.save_pretrained(folder)  # where weights are sharded, all take part
-        write_trained(model, folder, main=args.should_save)
+        self._save(args, model, checkpoint / FOLDER)
+        write_trained(model, checkpoint / FOLDER, main=args.should_save)
         seal_when_all_have_written(args, checkpoint, state.global_step)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Load the tower of the best checkpoint where the trainer has loaded the rest of it."""
+    def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Load the tower of the best checkpoint, if the trainer has loaded the rest of it."""
         self._stop_watching()
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and not _restores_itself():
@@ -217,18 +230,18 @@ class CoVFTCallback(TrainerCallback):
 
 
 class SealCallback(TrainerCallback):
-    """Says of every checkpoint that it is whole; for models that are not attached."""
+    """Marks every checkpoint of a model that is not attached as complete."""
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Write `complete.json`."""
         seal_when_all_have_written(args, checkpoint_folder(args, state), state.global_step)
 
 
-def seal_when_all_have_written(args: TrainingArguments, checkpoint: Path, step: int) -> None:
+def seal_when_all_have_written(args: Arguments, checkpoint: Path, step: int) -> None:
     """Seal a checkpoint once every process has written its files.
 
     Args:
-        args: Of the trainer.
+        args: The trainer's arguments.
         checkpoint: Its folder.
         step: The optimizer step.
     """
@@ -239,19 +252,38 @@ def seal_when_all_have_written(args: TrainingArguments, checkpoint: Path, step: 
         seal(checkpoint, step)
 
 
+def refuse_reentrant(name: str, options: Any) -> None:
+    """Refuse reentrant activation checkpointing.
+
+    Args:
+        name: The trainer's argument.
+        options: Its value.
+
+    Raises:
+        ReentrantCheckpointError: If the options ask for it.
+    """
+    if isinstance(options, dict) and options.get("use_reentrant"):
+        raise ReentrantCheckpointError(
+            "Reentrant checkpointing gives the experts of a frozen ViT no gradient.",
+            expected="use_reentrant=False",
+            got="use_reentrant=True",
+            fix=f"{name}={{'use_reentrant': False}}",
+        )
+
+
 def _attachment(model: nn.Module) -> Attachment:
     attachment = attachment_of(model)
     if attachment is None:
         raise MissingContextError(
-            "The model that is trained is not attached.",
-            expected="the model that the trainer was made with",
-            got=f"another {type(model).__name__}, as model_init makes it",
+            "The trained model is not attached.",
+            expected="the model that the trainer was constructed with",
+            got=f"another {type(model).__name__}, created by model_init",
             fix="Trainer(model=model, ...), or covft.attach in model_init",
         )
     return attachment
 
 
-def _check_arguments(args: TrainingArguments) -> None:
+def _check_arguments(args: Arguments) -> None:
     if args.n_gpu > 1:
         raise ConfigError(
             f"The trainer would use nn.DataParallel over {args.n_gpu} GPUs, which copies the model at every step.",
@@ -259,25 +291,19 @@ def _check_arguments(args: TrainingArguments) -> None:
             got="one process",
             fix="accelerate launch train.py, or CUDA_VISIBLE_DEVICES=0",
         )
-    options = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs
-    if isinstance(options, dict) and options.get("use_reentrant"):
-        raise ReentrantCheckpointError(
-            "Reentrant checkpointing gives the experts of a frozen ViT no gradient.",
-            expected="use_reentrant=False",
-            got="use_reentrant=True",
-            fix="activation_checkpointing_kwargs={'use_reentrant': False}",
-        )
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):  # the first in transformers 5
+        refuse_reentrant(name, getattr(args, name, None))
     if args.save_total_limit == 1:
         warnings.warn(
-            "save_total_limit=1 deletes the last whole checkpoint before the next one is complete; a run that is "
-            "killed in between loses both. Take 2.",
+            "save_total_limit=1 deletes the last checkpoint before the next one is complete; a run that is killed in "
+            "between loses both. Set it to 2.",
             UserWarning,
             stacklevel=2,
         )
 
 
 def _train_again_after_peft(model: nn.Module) -> None:
-    """Mark the tower's parameters as trained where get_peft_model has frozen them with everything else."""
+    """Train the tower's parameters again if get_peft_model has frozen them with everything else."""
     if not hasattr(model, "peft_config"):
         return
     parts = parts_of(model)
@@ -289,15 +315,15 @@ def _train_again_after_peft(model: nn.Module) -> None:
 
 
 def _restores_itself() -> bool:
-    """Whether the engine that shards the model loads every tensor of it, by its name in the running model."""
+    """Whether the engine that shards the model loads all of its tensors itself."""
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
     return AcceleratorState().distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
-def _checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
-    """The checkpoint that a resumed state comes from."""
+def _checkpoint_of(args: Arguments, state: State) -> Path:
+    """Return the checkpoint of a resumed state."""
     from transformers import TrainerState
 
     named = args.resume_from_checkpoint
@@ -311,8 +337,8 @@ def _checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
         if saved.global_step == state.global_step and saved.log_history == state.log_history:
             return candidate
     raise CheckpointError(
-        f"Training goes on at step {state.global_step}, and the checkpoint that it comes from is not known.",
+        f"Training resumes at step {state.global_step}, but its checkpoint was not found.",
         expected=" or ".join(map(str, candidates)),
         got="no trainer_state.json of that step",
-        fix="CoVFTCallback(..., resume_from='path/of/checkpoint')",
+        fix="CoVFTCallback(..., resume_from='path/to/checkpoint')",
     )

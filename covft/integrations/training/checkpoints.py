@@ -1,14 +1,14 @@
-"""Checkpoints of a training run: what covft adds to a trainer's folder, and whether the folder is whole.
+"""Checkpoints of a training run: covft's additions to a trainer's folder, and the check that it is complete.
 
     checkpoint-500/
-      ...                        what the trainer writes: model, optimizer, scheduler, random states
+      ...                        written by the trainer: model, optimizer, scheduler, random states
       covft/                     the adapted tower, as `covft.load` and `covft.attach(pretrained=...)` read it
-      covft/trained.safetensors  every other tensor that is trained, by its name in the running model
+      covft/trained.safetensors  all other trained tensors, by their names in the running model
       covft/trained.json         their names, and the digest of that file
       complete.json              written last: every file with its size
 
-A trainer writes its files one after another, so a run that is killed leaves a folder that looks like a checkpoint. It
-has no `complete.json`, and is refused by name.
+A trainer writes one file after another, so a killed run leaves a folder that looks like a checkpoint. It has no
+`complete.json`, and is refused.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ TRAINED_NAMES = "trained.json"
 
 
 def checkpoint_folder(args: Any, state: Any) -> Path:
-    """Where a trainer writes the checkpoint of the step it is at.
+    """Return the folder of a trainer's checkpoint at its present step.
 
     Args:
-        args: Its `TrainingArguments`.
-        state: Its state.
+        args: The `TrainingArguments`.
+        state: The `TrainerState`.
     """
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
 def write_trained(model: nn.Module, folder: Path, *, main: bool = True) -> None:
-    """Write every trained tensor outside the tower, by its name in the running model.
+    """Write all trained tensors outside the tower, by their names in the running model.
 
     Args:
-        model: The attached model, as the trainer holds it.
+        model: The attached model of the trainer.
         folder: The `covft/` folder of a checkpoint.
-        main: Whether this process writes. Where tensors are sharded, every process has to call.
+        main: Whether this process writes. All processes have to call this if tensors are sharded.
 
     Raises:
         CheckpointError: If a tensor has no values.
@@ -69,14 +69,14 @@ def write_trained(model: nn.Module, folder: Path, *, main: bool = True) -> None:
 
 
 def restore(model: nn.Module, checkpoint: str | Path) -> None:
-    """Put the trained tensors of a checkpoint into the running model, every one of them and no other.
+    """Load the trained tensors of a checkpoint into the running model, strictly.
 
     Args:
-        model: The attached model, as the trainer holds it; the same parameters are trained as when it was saved.
+        model: The attached model of the trainer, with the same trained parameters as the saved one.
         checkpoint: A checkpoint folder.
 
     Raises:
-        CheckpointError: If the checkpoint is cut short or damaged, or its tensors are not those of the model.
+        CheckpointError: If the checkpoint is incomplete or damaged, or its tensors do not fit the model.
     """
     checkpoint = Path(checkpoint)
     check_checkpoint(checkpoint)
@@ -96,11 +96,11 @@ def restore(model: nn.Module, checkpoint: str | Path) -> None:
 
 
 def check_trained(model: nn.Module, checkpoint: str | Path) -> None:
-    """Refuse a checkpoint of a run that trained other parameters, before anything is read into the model.
+    """Refuse a checkpoint of a run that trained other parameters, before anything is loaded.
 
     Args:
-        model: The attached model, as the trainer holds it.
-        checkpoint: A whole checkpoint.
+        model: The attached model of the trainer.
+        checkpoint: A complete checkpoint.
 
     Raises:
         CheckpointError: If other parameters are trained now.
@@ -111,22 +111,18 @@ def check_trained(model: nn.Module, checkpoint: str | Path) -> None:
 
 
 def trained_outside(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters that are not part of the tower, by their names in the running model.
-
-    Args:
-        model: The attached model.
-    """
+    """Return the trained parameters outside the tower of an attached model, by their names in the running model."""
     attachment = attachment_of(model)
     inside = set() if attachment is None else {id(parameter) for parameter in attachment.encoder.parameters()}
     return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
 
 
 def seal(checkpoint: str | Path, step: int) -> None:
-    """Say that a checkpoint is whole: the last file to be written.
+    """Mark a checkpoint complete, after all of its other files were written.
 
     Args:
         checkpoint: Its folder.
-        step: The optimizer step that it was written after.
+        step: The optimizer step before it.
     """
     checkpoint = Path(checkpoint)
     files = {name: size for name, size in _files(checkpoint).items() if name != SEAL}
@@ -135,23 +131,23 @@ def seal(checkpoint: str | Path, step: int) -> None:
 
 
 def check_checkpoint(checkpoint: str | Path) -> None:
-    """Refuse a checkpoint that is not whole.
+    """Refuse an incomplete checkpoint.
 
     Args:
         checkpoint: Its folder.
 
     Raises:
-        CheckpointError: If it is no checkpoint, or its writing was cut short, or a file has changed its size.
+        CheckpointError: If the folder is not a checkpoint, its writing was interrupted, or a file has another size.
     """
     checkpoint = Path(checkpoint)
     if not (checkpoint / SEAL).is_file():
         raise CheckpointError(
-            f"{checkpoint} is no whole checkpoint: its writing was cut short, or covft had no part in it.",
+            f"{checkpoint} is not a complete checkpoint: its writing was interrupted, or covft did not write it.",
             expected=f"a folder with {SEAL}, which is written last",
             got=", ".join(sorted(entry.name for entry in checkpoint.iterdir()))
             if checkpoint.is_dir()
             else "no such folder",
-            fix="resume_from_checkpoint=True, which takes the last whole one",
+            fix="resume_from_checkpoint=True, which takes the last complete one",
         )
     try:
         stated: dict[str, int] = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["files"]
@@ -161,24 +157,24 @@ def check_checkpoint(checkpoint: str | Path) -> None:
     wrong = [name for name, size in stated.items() if found.get(name) != size][:5]
     if wrong:
         raise CheckpointError(
-            f"{checkpoint} is not as it was written: files are missing or cut short.",
+            f"{checkpoint} has changed since it was written: files are missing or truncated.",
             expected=", ".join(f"{name} of {stated[name]} bytes" for name in wrong),
             got=", ".join(f"{found[name]} bytes" if name in found else "missing" for name in wrong),
-            fix="resume_from_checkpoint=True, which takes the last whole one",
+            fix="resume_from_checkpoint=True, which takes the last complete one",
         )
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The last whole checkpoint of a run; a warning names later ones that were cut short.
+    """Return the last complete checkpoint of a run; a warning names later, incomplete ones.
 
     Args:
-        output_dir: Where the run writes.
+        output_dir: The run's folder.
 
     Returns:
-        Its folder; None if there is no checkpoint at all.
+        Its folder; None if there are no checkpoints.
 
     Raises:
-        CheckpointError: If there are checkpoints, and none of them is whole.
+        CheckpointError: If there are checkpoints, and all are incomplete.
     """
     folder = Path(output_dir)
     numbered = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
@@ -194,10 +190,10 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
         return checkpoint
     if problems:
         raise CheckpointError(
-            f"None of the checkpoints in {folder} is whole.",
+            f"None of the checkpoints in {folder} is complete.",
             expected=f"a folder with {SEAL}",
             got="; ".join(problems),
-            fix="resume_from_checkpoint=None, which starts anew",
+            fix="resume_from_checkpoint=None, which starts from scratch",
         )
     return None
 

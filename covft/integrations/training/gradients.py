@@ -1,4 +1,4 @@
-"""Which trained parameters backward has reached."""
+"""Records which trained parameters get a gradient."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ from torch import nn
 
 
 class GradientWatch:
-    """Notes which parameters get a gradient, until it is closed.
-
-    Args:
-        named: Parameters by name; those that are not trained are left out.
-    """
+    """Records which of some named parameters get a gradient, until it is closed; frozen ones are left out."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
         self.trained = {name: parameter for name, parameter in named if parameter.requires_grad}
@@ -25,12 +21,12 @@ class GradientWatch:
         ]
 
     def missing(self) -> list[str]:
-        """Names of the parameters that got none so far."""
-        # FSDP hands gradients over without the parameters' own hooks.
+        """Return the names of the parameters without a gradient so far."""
+        # FSDP sets gradients without calling the parameters' hooks.
         return [name for name, p in self.trained.items() if name not in self._reached and p.grad is None]
 
     def close(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

@@ -1,4 +1,4 @@
-"""What routing did between two log entries, in a handful of numbers."""
+"""Summarises the routing between two log entries in a few numbers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from covft.utils.sharding import is_distributed
 
 @dataclass
 class RoutingMonitor:
-    """Adds up what the routers decided, on the device, until somebody asks.
+    """Accumulates the routing of a tower, on its device, until the figures are read.
 
     Attributes:
         encoder: The tower.
-        per_layer: Whether figures are given for every adapted block besides the means over them.
+        per_layer: Whether to give figures of each adapted block, in addition to their means.
     """
 
     encoder: ContextEncoder
@@ -27,7 +27,7 @@ class RoutingMonitor:
     _gates: list[Tensor] = field(default_factory=list, repr=False)
 
     def note_routing(self) -> None:
-        """Add the last forward: how many images there were, entropy, expert load."""
+        """Add the last forward: number of images, entropy, expert load."""
         for layer, weights_BE in self.encoder.routing_weights().items():
             weights_BE = weights_BE.float()
             entropy = torch.special.entr(weights_BE).sum()
@@ -35,18 +35,18 @@ class RoutingMonitor:
             self._sums[layer] = noted if layer not in self._sums else self._sums[layer] + noted
 
     def note_gates(self) -> None:
-        """Add the norms of the gates' gradients, layer by layer."""
+        """Add the gradient norm of each layer's gate."""
         norms = [_gradient_norm(slot.router) for slot in self.encoder.slots().values()]
         norms = [norm for norm in norms if norm is not None]
         if norms:
             self._gates.append(torch.stack(norms))
 
     def figures(self) -> dict[str, float]:
-        """The figures since the last call, the mean over all processes, by the names they are logged under.
+        """Return the figures since the last call, averaged over all processes, by the names of their log entries.
 
-        `covft/routing_entropy` in nats (log E where every expert counts the same, 0 where one has all),
-        `covft/expert_load_max` and `_min` (share of the most and the least used expert) and `covft/gate_grad_norm`,
-        the norm after clipping. All processes have to call it together.
+        `covft/routing_entropy` in nats (log E for equal weights, 0 for a single expert), `covft/expert_load_max` and
+        `_min` (share of the most and the least used expert) and `covft/gate_grad_norm`, the norm after clipping. All
+        processes have to call this together.
         """
         found: dict[str, float] = {}
         layers = self.encoder.layers
@@ -70,11 +70,11 @@ class RoutingMonitor:
         return found
 
     def log(self, logs: dict[str, float] | None, state: Any) -> None:
-        """Add the figures to a log entry of a trainer; callbacks that come later see them, too.
+        """Add the figures to a trainer's log entry, so that later callbacks see them, too.
 
         Args:
-            logs: The entry, as `on_log` gets it.
-            state: The trainer's state, which keeps a copy of it.
+            logs: The entry that `on_log` gets.
+            state: The trainer's state, which keeps a copy of the entry.
         """
         figures = self.figures()
         if figures and logs is not None:

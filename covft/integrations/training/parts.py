@@ -1,4 +1,4 @@
-"""The parts of a multimodal LLM that are trained, frozen and given learning rates by name."""
+"""Names the parts of a multimodal LLM, to train, freeze and give learning rates to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from covft.utils import parameters
 
 PARTS = ("experts", "router", "norms", "vision", "projector", "llm")
 COVFT = ("experts", "router", "norms")
-# What stands between tower and language model, in whichever model.
+# Modules between tower and language model, of any model.
 _PROJECTORS = frozenset(
     ("multi_modal_projector", "connector", "merger", "deepstack_merger_list", "image_newline", "mm_projector")
 )
@@ -23,14 +23,14 @@ _ADDED_BY_PEFT = ("lora_", "modules_to_save")
 
 
 def parts_of(model: nn.Module) -> dict[str, str]:
-    """Which part each parameter belongs to.
+    """Return the part of each parameter.
 
     Args:
         model: A multimodal LLM, attached or not, also inside a PeftModel.
 
     Returns:
-        By name, as `model.named_parameters()` gives it: `"experts"`, `"router"` (with the context), `"norms"`
-        (of the tower, where covft trains them), `"vision"` (all else of the tower), `"projector"` or `"llm"`.
+        By the names of `model.named_parameters()`: `"experts"`, `"router"` (with the context), `"norms"` (those of
+        the tower that covft trains), `"vision"` (the rest of the tower), `"projector"` or `"llm"`.
 
     Raises:
         UnsupportedViTError: If the model has no tower.
@@ -51,9 +51,9 @@ def parts_of(model: nn.Module) -> dict[str, str]:
 
 
 def train_only(model: nn.Module, parts: Iterable[str]) -> dict[str, int]:
-    """Train these parts of a multimodal LLM, and freeze all else.
+    """Train some parts of a multimodal LLM, and freeze the others.
 
-    Inside a PeftModel the part `"llm"` is what peft added to it; the weights that it adapts stay frozen.
+    Inside a PeftModel the part `"llm"` consists of the weights that peft added; those that it adapts stay frozen.
 
     Args:
         model: A multimodal LLM, attached or not.
@@ -61,10 +61,10 @@ def train_only(model: nn.Module, parts: Iterable[str]) -> dict[str, int]:
             and `"covft"` for these three together.
 
     Returns:
-        How many parameters each part trains.
+        The number of trained parameters of each part.
 
     Raises:
-        ConfigError: If a part is not known, or the model does not have it.
+        ConfigError: If the model does not have a part.
     """
     asked = {part for name in parts for part in (COVFT if name == "covft" else (name,))}
     owner = parts_of(model)
@@ -94,17 +94,17 @@ def train_only(model: nn.Module, parts: Iterable[str]) -> dict[str, int]:
 def param_groups(
     model: nn.Module, rates: Mapping[str, float | None], lr: float, weight_decay: float, decayed: Iterable[str]
 ) -> list[dict[str, Any]]:
-    """Group the trained parameters of a model for an optimizer: one group per part, with and without decay.
+    """Group the trained parameters of a model for an optimizer, by part and weight decay.
 
     Args:
         model: A multimodal LLM.
         rates: Learning rate of each part; None or missing takes `lr`.
-        lr: Learning rate of every part without a rate of its own.
+        lr: Learning rate of parts without their own.
         weight_decay: Weight decay of the matrices.
-        decayed: Names of parameters that may be decayed; vectors and scalars among them are not.
+        decayed: Names of parameters that may be decayed; vectors and scalars are never decayed.
 
     Returns:
-        Dicts with `params`, `lr`, `weight_decay` and `name`; every trained parameter is in exactly one.
+        Dicts with `params`, `lr`, `weight_decay` and `name`; each trained parameter is in exactly one.
     """
     return parameters.param_groups(
         model.named_parameters(),

@@ -1,4 +1,4 @@
-"""Training recipes as they are published: what is trained, how fast, and in which batches."""
+"""Published training recipes: trained parts, learning rates and batch sizes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Recipe:
 
     Attributes:
         name: Such as `llava-finetune`.
-        parts: What is trained, for `train_only`.
+        parts: The trained parts, for `train_only`.
         arguments: Fields of `MLLMTrainingArguments`.
-        source: Where the figures come from.
+        source: The publication of the figures.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""MLLMTrainer: transformers' Trainer, with what training a multimodal LLM needs besides."""
+"""MLLMTrainer: transformers' Trainer for multimodal LLMs."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ else:
     _transformers = import_library("transformers", "train", needed_by="MLLMTrainer")
     Trainer, TrainingArguments = _transformers.Trainer, _transformers.TrainingArguments
 
-# What the collator makes for the tower; a model that is not attached does not take it.
+# The collator's columns for the tower, which models that are not attached do not take.
 _FOR_THE_TOWER = ("context_text", "context_index", "image_flags", "num_tiles")
 
 
 @dataclass
 class MLLMTrainingArguments(TrainingArguments):
-    """Arguments of `MLLMTrainer`: those of transformers, a learning rate for each part, and the order of the data.
+    """Adds to transformers' arguments a learning rate for each part, a global batch size and an order of the data.
 
     Attributes:
         global_batch_size: Rows per optimizer step over all processes; sets `gradient_accumulation_steps`.
-        experts_lr: Learning rate of the experts; None takes `learning_rate`, and so do the next four.
-        router_lr: Of routers and contexts.
-        norms_lr: Of the tower's norms.
-        vision_lr: Of what else of the tower is trained.
-        projector_lr: Of the projector.
-        group_by_modality_length: Whether each batch has rows with images or rows without, of like length.
+        experts_lr: Learning rate of the experts; None takes `learning_rate`, here and below.
+        router_lr: Learning rate of routers and contexts.
+        norms_lr: Learning rate of the tower's norms.
+        vision_lr: Learning rate of the rest of the tower.
+        projector_lr: Learning rate of the projector.
+        group_by_modality_length: Whether to batch rows with images and rows without separately, by similar length.
 
     Raises:
-        ConfigError: If the processes cannot share the global batch evenly.
+        ConfigError: If the global batch cannot be divided evenly among the processes.
     """
 
     global_batch_size: int | None = field(default=None, metadata={"help": "Rows per step over all processes."})
@@ -54,7 +54,7 @@ class MLLMTrainingArguments(TrainingArguments):
     norms_lr: float | None = field(default=None, metadata={"help": "Learning rate of the tower's norms."})
     vision_lr: float | None = field(default=None, metadata={"help": "Learning rate of the rest of the tower."})
     projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
-    group_by_modality_length: bool = field(default=False, metadata={"help": "Batch rows of one kind and like length."})
+    group_by_modality_length: bool = field(default=False, metadata={"help": "Batch rows of one modality and similar length."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,8 +63,8 @@ class MLLMTrainingArguments(TrainingArguments):
         at_once = self.train_batch_size * self.world_size
         if self.global_batch_size % at_once or self.global_batch_size < at_once:
             raise ConfigError(
-                f"global_batch_size={self.global_batch_size} cannot be shared evenly.",
-                expected=f"a multiple of {at_once}: {self.train_batch_size} rows at once in each of "
+                f"global_batch_size={self.global_batch_size} cannot be divided evenly.",
+                expected=f"a multiple of {at_once}: {self.train_batch_size} rows in each of "
                 f"{self.world_size} processes",
                 got=self.global_batch_size,
                 fix="per_device_train_batch_size=...",
@@ -75,20 +75,19 @@ class MLLMTrainingArguments(TrainingArguments):
 class MLLMTrainer(Trainer):
     """Trains multimodal LLMs, attached or not, on batches of `covft.data`.
 
-    Trainer of transformers in everything but: a learning rate for each part of the model; batches by modality and
-    length; dummies of rows without images, which keep the graphs of all processes alike; checkpoints that are refused
-    unless they are whole.
+    It adds to transformers' Trainer: a learning rate for each part of the model; batches by modality and length; dummy
+    images for rows without images, which keep the graphs of all processes equal; and it refuses incomplete checkpoints.
 
     Args:
         model: A multimodal LLM of transformers; `covft.attach` makes its tower context-aware.
         args: `MLLMTrainingArguments`.
-        data_collator: None makes a `covft.data.Collator` for a `ConversationDataset`.
+        data_collator: None creates a `covft.data.Collator` for a `ConversationDataset`.
         train_dataset: Usually a `ConversationDataset`.
-        callbacks: A `CoVFTCallback` is added for an attached model if there is none among them.
+        callbacks: If the model is attached and they include no `CoVFTCallback`, one is added.
         **kwargs: As for transformers' Trainer; `processing_class` is the tokenizer or the processor.
 
     Raises:
-        ConfigError: If there is no collator and none can be made.
+        ConfigError: If there is no collator and none can be created.
 
     Example:
         >>> MLLMTrainer(model, args, train_dataset=dataset, processing_class=tokenizer).train()  # doctest: +SKIP
@@ -118,19 +117,19 @@ class MLLMTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
-        # Before the reporters, which then see the figures of the routing in each entry.
+        # Before the reporters, which then see the routing in each entry.
         self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, CoVFTCallback))
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """Train, from the start or from a checkpoint.
+        """Train, from scratch or from a checkpoint.
 
         Args:
-            resume_from_checkpoint: A checkpoint's folder; True takes the last whole one, or starts anew where there is
-                none.
+            resume_from_checkpoint: A checkpoint's folder; True takes the last complete one, or starts from scratch if
+                there is none.
             **kwargs: As for transformers' Trainer.
 
         Raises:
-            CheckpointError: If the checkpoint is not whole, or of a run that trained other parameters.
+            CheckpointError: If the checkpoint is incomplete, or of a run that trained other parameters.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
@@ -145,14 +144,14 @@ class MLLMTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """The optimizer that the arguments name, with a group for every part of the model."""
+        """Create the optimizer that the arguments name, with groups for each part of the model."""
         if self.optimizer is not None:
             return self.optimizer
         target: nn.Module = self.model if model is None else model  # type: ignore[assignment]
         args: Any = self.args
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, target)  # type: ignore[arg-type]
         if {"params", "model", "optimizer_dict"} & set(options):
-            return super().create_optimizer(target)  # an optimizer that makes its own groups
+            return super().create_optimizer(target)  # an optimizer that creates its own groups
         rates = {
             part: getattr(args, f"{part}_lr", None) for part in ("experts", "router", "norms", "vision", "projector")
         }
@@ -162,7 +161,7 @@ class MLLMTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's loss; a model that is not attached does not see what is for the tower."""
+        """Return the model's loss; a model that is not attached does not get the tower's columns."""
         own: Any = self.model
         if attachment_of(own) is not None:
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -188,7 +187,7 @@ class MLLMTrainer(Trainer):
         return ModalityGroupedSampler(lengths(), args.train_batch_size, world_size=args.world_size, seed=seed)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Leave out the tower, which the callback loads strictly afterwards."""
+        """Omit the tower, which the callback loads strictly afterwards."""
         own: Any = self.model
         attachment = attachment_of(own)
         if attachment is not None:
@@ -201,7 +200,7 @@ class MLLMTrainer(Trainer):
 def _collator_for(dataset: Any) -> Collator:
     if not isinstance(dataset, ConversationDataset):
         raise ConfigError(
-            "There is no collator, and none can be made for this data set.",
+            "There is no collator, and none can be created for this data set.",
             expected="a covft.data.ConversationDataset, or data_collator=",
             got=type(dataset).__name__,
         )

@@ -7,7 +7,7 @@ import torch
 
 from covft.errors import ConfigError, MissingContextError
 from covft.integrations.codebases.conversations import prompt_reader
-from tests.integrations.codebases.folders import STANDINS, forget, tokenizer_for
+from tests.helpers.codebases import STANDINS, forget, tokenizer_for
 
 pytest.importorskip("transformers")
 

@@ -8,28 +8,16 @@ import torch
 import covft
 from covft.errors import ConfigError, MissingContextError, ShapeError, UnsupportedViTError
 from covft.integrations.codebases import internvl as launcher
-from covft.integrations.codebases.installing import NO_IMAGE
+from covft.integrations.mllm.attachment import NO_IMAGE
 from covft.testing import HashTextEncoder
+from tests.helpers.codebases import rows, stir, texts_seen, write_json
 from tests.helpers.prompts import tokenizer_of
-from tests.integrations.codebases.folders import STANDINS, forget, rows, write_json
 
 transformers = pytest.importorskip("transformers")
 
 SIZE = 32
 QUESTIONS = ["what is left of the cup?", "how many people are there?", "where is the dog?"]
 TEMPLATE_OF = {"internvl2_5": "chatml", "Hermes-2": "chatml", "phi3-chat": "phi-3"}
-
-
-@pytest.fixture
-def theirs(monkeypatch):
-    """Their package on the path, and gone afterwards; what covft learned of its tower, too."""
-    from covft.adapters import registry
-
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
-    monkeypatch.syspath_prepend(str(STANDINS))
-    forget("internvl")
-    yield
-    forget("internvl")
 
 
 def tokenizer_for(style):
@@ -75,29 +63,8 @@ def batch_of(model, tokenizer, questions, tiles):
     return concat_pad_data_collator(features, tokenizer.pad_token_id)
 
 
-def texts_seen(model, monkeypatch):
-    seen = []
-    encoder = covft.get_encoder(model)
-    condition = type(encoder).condition
-
-    def spy(self, text, index=None):
-        seen.append([text[i] for i in index.tolist()])
-        return condition(self, text, index)
-
-    monkeypatch.setattr(type(encoder), "condition", spy)
-    return seen
-
-
-def stir(encoder):
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in encoder.vit.named_parameters():
-            if ".experts." in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-
-
 @pytest.mark.parametrize("style", list(TEMPLATE_OF))
-def test_tiles_have_the_question_of_their_row(theirs, monkeypatch, style):
+def test_tiles_have_the_question_of_their_row(internvl_code, monkeypatch, style):
     model, tokenizer = build(style)
     batch = batch_of(model, tokenizer, QUESTIONS, [3, 0, 2])
     before = model(**batch).logits
@@ -116,7 +83,7 @@ def test_tiles_have_the_question_of_their_row(theirs, monkeypatch, style):
     assert (other[2] - first[2]).abs().max() > 1e-4
 
 
-def test_chat_and_batch_chat(theirs, monkeypatch):
+def test_chat_and_batch_chat(internvl_code, monkeypatch):
     model, tokenizer = attached()
     seen = texts_seen(model, monkeypatch)
     options = {"max_new_tokens": 3, "do_sample": False}
@@ -130,7 +97,7 @@ def test_chat_and_batch_chat(theirs, monkeypatch):
     assert seen == [[QUESTIONS[0]] * 5, [QUESTIONS[0]] * 2 + [QUESTIONS[1]] * 3, [joined] * 5]
 
 
-def test_features_that_are_given_need_no_text(theirs, monkeypatch):
+def test_features_that_are_given_need_no_text(internvl_code, monkeypatch):
     model, tokenizer = attached()
     batch = batch_of(model, tokenizer, QUESTIONS[:1], [2])
     with covft.get_encoder(model).condition("anything"):
@@ -141,7 +108,7 @@ def test_features_that_are_given_need_no_text(theirs, monkeypatch):
     assert seen == []
 
 
-def test_gradients_with_their_checkpointing(theirs):
+def test_gradients_with_their_checkpointing(internvl_code):
     """Their encoder calls checkpoint() without saying which kind."""
     from internvl.model.internvl_chat.modeling_intern_vit import InternVisionEncoder
 
@@ -166,7 +133,7 @@ def test_gradients_with_their_checkpointing(theirs):
         torch.testing.assert_close(checkpointed[name], gradient)
 
 
-def test_dummies_alone_give_gradients_of_zero(theirs):
+def test_dummies_alone_give_gradients_of_zero(internvl_code):
     model, tokenizer = attached()
     model.train()
     model(**batch_of(model, tokenizer, QUESTIONS[:2], [0, 0])).loss.backward()
@@ -175,7 +142,7 @@ def test_dummies_alone_give_gradients_of_zero(theirs):
         assert not parameter.grad.any()
 
 
-def test_another_layer_of_the_tower(theirs):
+def test_another_layer_of_the_tower(internvl_code):
     model, tokenizer = build(select_layer=-2)
     batch = batch_of(model, tokenizer, QUESTIONS[:1], [1])
     before = model(**batch).logits
@@ -183,7 +150,7 @@ def test_another_layer_of_the_tower(theirs):
     torch.testing.assert_close(model(**batch).logits, before, rtol=1e-4, atol=1e-5)
 
 
-def test_what_does_not_add_up(theirs):
+def test_what_does_not_add_up(internvl_code):
     model, tokenizer = attached()
     batch = batch_of(model, tokenizer, QUESTIONS, [3, 0, 2])
     with pytest.raises(ShapeError, match="do not add up"):
@@ -201,9 +168,9 @@ def test_what_does_not_add_up(theirs):
         model(**batch_of(model, tokenizer, [""], [1]))
 
 
-def test_what_cannot_be_attached(theirs):
+def test_what_cannot_be_attached(internvl_code):
     model, tokenizer = build()
-    with pytest.raises(UnsupportedViTError, match="no InternVLChatModel"):
+    with pytest.raises(UnsupportedViTError, match="not an InternVLChatModel"):
         launcher.attach(model.language_model, 16, tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="cannot be read"):
         launcher.attach(model, 16, tokenizer=tokenizer, conversation="plain")
@@ -219,7 +186,7 @@ def test_what_cannot_be_attached(theirs):
 
 
 @pytest.fixture
-def home(theirs, tmp_path):
+def home(internvl_code, tmp_path):
     model, tokenizer = build()
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
@@ -247,19 +214,6 @@ def run(home, *flags, covft_flags=(), steps=2, **replaced):
     theirs = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
     ours = ["--covft_text_encoder", "hash:16", "--covft_layers", "1-2", *covft_flags]
     launcher.main([*ours, "--", "internvl.train.internvl_chat_finetune", *theirs, *flags])
-
-
-@pytest.fixture
-def trainers(monkeypatch):
-    made = []
-    train = transformers.Trainer.train
-
-    def spy(self, *args, **kwargs):
-        made.append(self)
-        return train(self, *args, **kwargs)
-
-    monkeypatch.setattr(transformers.Trainer, "train", spy)
-    return made
 
 
 @pytest.mark.filterwarnings("ignore")

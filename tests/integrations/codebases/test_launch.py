@@ -1,6 +1,7 @@
 """Command lines, and where the launcher stands in."""
 
 import dataclasses
+import inspect
 import sys
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 import covft
 from covft.config import CoVFTConfig
 from covft.errors import ConfigError
-from covft.integrations.codebases.launch import launch, parse
+from covft.integrations.codebases.launch import READING, launch, parse
+from covft.integrations.mllm.prompt import PromptReader
 from tests.helpers.towers import BY_NAME, TEXT_DIM
 
 
@@ -65,6 +67,13 @@ FLAGS = {
 def test_a_setting_has_a_flag(name):
     given, wanted = FLAGS[name]
     assert parse("program", [f"--covft_{name}", given, "--", "train.py"]).settings == {name: wanted}
+
+
+def test_every_reading_option_of_attach_has_a_flag():
+    read = {name for name, p in inspect.signature(PromptReader).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert read == set(READING)
+    flags = [text for name in READING for text in (f"--covft_{name}", f"a {name}")]
+    assert parse("program", [*flags, "train.py"]).reading == {name: f"a {name}" for name in READING}
 
 
 def test_every_setting_has_a_flag():

@@ -39,11 +39,13 @@ def test_the_model_is_attached_and_the_yaml_file_is_read(factory):
     from covft.integrations.codebases.llama_factory import main
 
     before = list(sys.argv)
-    main(["--covft_text_encoder", "hash:16", "--covft_layers", "1-2", "--", "train.yaml", "learning_rate=1e-5"])
+    flags = ["--covft_text_encoder", "hash:16", "--covft_layers", "1-2", "--covft_empty_instruction", "nothing"]
+    main([*flags, "--", "train.yaml", "learning_rate=1e-5"])
     ((trainer, argv),) = factory
     assert argv[1:] == ["train.yaml", "learning_rate=1e-5"]
     assert sys.argv == before
     assert covft.get_encoder(trainer.model).layers == (1, 2)
+    assert trainer.model.forward.attachment.reader.empty_instruction == "nothing"
 
 
 def test_a_chat_template_has_no_effect(factory):

@@ -5,26 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-import covft
 from covft.errors import ShapeError
-from covft.integrations import attach, get_encoder
+from covft.integrations import get_encoder
 from covft.integrations.mllm.attachment import image_id
-from tests.helpers.mllms import BY_NAME, MLLMS, Row, watch
-from tests.helpers.towers import perturb
+from tests.helpers.attached import CUP, DOG, PEOPLE, attached
+from tests.helpers.mllms import MLLMS, Row
+from tests.helpers.watching import watch
 
-TEXTS = covft.testing.HashTextEncoder(16)
-CUP, PEOPLE, DOG = "what is left of the cup?", "how many people are there?", "a dog, and where?"
+pytestmark = pytest.mark.usefixtures("quiet")
+
 # Models whose `pixel_values` are a plain batch of tiles, as the collator makes it.
 PLAIN = [mllm for mllm in MLLMS if mllm.layout == "plain"]
 every_plain = pytest.mark.parametrize("mllm", PLAIN, ids=str)
-
-
-def attached(mllm, rows):
-    model = mllm.build()
-    batch = mllm.batch(model, rows)
-    attach(model, TEXTS, tokenizer=mllm.tokenizer)
-    perturb(get_encoder(model))
-    return model, batch.inputs
 
 
 def with_dummies(inputs, flags, rows):
@@ -43,7 +35,8 @@ def with_dummies(inputs, flags, rows):
 
 @every_plain
 def test_dummies__change_nothing(mllm):
-    model, inputs = attached(mllm, [Row(0, DOG), Row(2, CUP), Row(0, PEOPLE)])
+    model, made = attached(mllm.name, [Row(0, DOG), Row(2, CUP), Row(0, PEOPLE)])
+    inputs = made.inputs
     with torch.no_grad():
         without = model(**inputs).logits
         batch = with_dummies(inputs, [0, 1, 1, 0], [0, 1, 1, 2])
@@ -61,7 +54,8 @@ def test_dummies__change_nothing(mllm):
 
 @every_plain
 def test_dummies__alone_give_every_parameter_of_the_tower_a_gradient_of_zeros(mllm):
-    model, inputs = attached(mllm, [Row(1, DOG), Row(1, CUP)])
+    model, made = attached(mllm.name, [Row(1, DOG), Row(1, CUP)])
+    inputs = made.inputs
     tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     tokens["input_ids"] = tokens["input_ids"].masked_fill(tokens["input_ids"] == image_id(model), 5)
     tokens["labels"] = tokens["input_ids"]
@@ -82,9 +76,10 @@ def test_dummies__alone_give_every_parameter_of_the_tower_a_gradient_of_zeros(ml
 
 
 def test_dummies__flags_that_do_not_fit_are_refused():
-    model, inputs = attached(BY_NAME["llava"], [Row(1, DOG), Row(1, CUP)])
+    model, made = attached("llava", [Row(1, DOG), Row(1, CUP)])
+    inputs = made.inputs
     batch = with_dummies(inputs, [1, 1, 0], [0, 1, 1])
-    with pytest.raises(ShapeError, match="one flag per image"):
+    with pytest.raises(ShapeError, match="image_flags does not fit"):
         model(**{**batch, "image_flags": torch.tensor([1, 0])})
     assert "get_image_features" not in vars(model.model)
     with pytest.raises(ShapeError, match="points at texts that are not there"):

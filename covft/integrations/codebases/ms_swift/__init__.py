@@ -1,8 +1,8 @@
-"""ms-swift: a tuner for `--external_plugins`; none of its files is edited.
+"""ms-swift: a tuner for `--external_plugins`, without edits to its files.
 
     COVFT_FLAGS="--covft_layers 11-22" swift sft --external_plugins .../ms_swift/covft_plugin.py --tuner_type covft ...
 
-The plug-in itself lies in a folder of its own, because ms-swift puts the folder of a plug-in on the import path.
+The plug-in has its own folder, because ms-swift adds the folder of a plug-in to the import path.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from covft.integrations.training.checkpoints import trained_outside
 from covft.utils.files import write_tensors
 
 VARIABLE = "COVFT_FLAGS"
-# The name by which transformers' own Trainer looks for weights when it resumes.
+# transformers' Trainer looks for weights of this name when it resumes.
 WEIGHTS = "model.safetensors"
 
 
 def register() -> type:
-    """Add the tuner `covft` to ms-swift, and the text to what its templates do before a model's forward.
+    """Add the tuner `covft` to ms-swift, and hold the text where its templates run the tower.
 
     Returns:
         The tuner.
@@ -50,11 +50,11 @@ def register() -> type:
 
 
 def prepare_model(args: Any, model: Any) -> nn.Module:
-    """Attach a model: the tower learns to look at the question, and of the rest what the flags leave free.
+    """Attach a model and train its adapted tower, and the parts that ms-swift's flags leave unfrozen.
 
     Args:
-        args: ms-swift's; `freeze_llm` and `freeze_aligner` are read.
-        model: As ms-swift has loaded it.
+        args: Arguments of ms-swift, with `freeze_llm` and `freeze_aligner`.
+        model: A model that ms-swift has loaded.
 
     Returns:
         The model itself.
@@ -66,9 +66,9 @@ def prepare_model(args: Any, model: Any) -> nn.Module:
     flags = _flags()
     model.requires_grad_(False)
     architecture: Any = model.model_meta.model_arch
-    free = [*([] if args.freeze_llm else architecture.language_model)]
-    free += [] if args.freeze_aligner else architecture.aligner
-    for prefix in free:
+    trained = [] if args.freeze_llm else [*architecture.language_model]
+    trained += [] if args.freeze_aligner else architecture.aligner
+    for prefix in trained:
         model.get_submodule(prefix).requires_grad_(True)
     return attach(
         model,
@@ -87,17 +87,17 @@ def save_pretrained(
     safe_serialization: bool = True,
     **kwargs: Any,
 ) -> None:
-    """Write the adapted tower to `covft/`, and what else is trained to `model.safetensors`.
+    """Write the adapted tower to `covft/`, and the other trained tensors to `model.safetensors`.
 
     Args:
-        model: What `prepare_model` returned.
-        save_directory: Made if it does not exist.
+        model: A model that `prepare_model` returned.
+        save_directory: Created if it does not exist.
         state_dict: Tensors of the model that another library has gathered.
-        safe_serialization: Not asked for: the weights are always safetensors.
-        **kwargs: Not used.
+        safe_serialization: Ignored: the weights are always safetensors.
+        **kwargs: Ignored.
 
     Raises:
-        CheckpointError: If weights are spread over processes (ZeRO-3).
+        CheckpointError: If weights are sharded (ZeRO-3).
     """
     attachment = attachment_of(model)
     assert attachment is not None, "attached by prepare_model"
@@ -111,24 +111,24 @@ def save_pretrained(
 
 
 def from_pretrained(model: nn.Module, model_id: str, **kwargs: Any) -> nn.Module:
-    """Attach a model as it was saved, to go on training or to evaluate.
+    """Attach a saved model, to continue training or to evaluate.
 
     Args:
-        model: As ms-swift has loaded it, without covft.
+        model: A model that ms-swift has loaded, not attached.
         model_id: A folder that `save_pretrained` wrote.
-        **kwargs: `is_trainable` marks what was trained as trainable.
+        **kwargs: `is_trainable` marks the loaded tensors as trainable.
 
     Returns:
         The model itself.
 
     Raises:
-        CheckpointError: If the folder is not one, or not of this model.
+        CheckpointError: If `save_pretrained` did not write the folder, or for another model.
     """
     flags, folder = _flags(), Path(model_id)
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder} was not saved by the tuner covft.", expected=f"{WEIGHTS} and {FOLDER}/")
     tensors, parameters = load_file(folder / WEIGHTS), dict(model.named_parameters())
-    # Tied weights, such as an output embedding, may be known by another name.
+    # Tied weights, such as an output embedding, may be saved under another name.
     here = {name: parameters[name] for name in tensors if name in parameters}
     compare_tensors(
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
@@ -136,13 +136,7 @@ def from_pretrained(model: nn.Module, model_id: str, **kwargs: Any) -> nn.Module
         "the model",
     )
     model.requires_grad_(False)
-    attach(
-        model,
-        flags.text_encoder,
-        tokenizer=_tokenizer(model, flags),
-        pretrained=folder / FOLDER,
-        **flags.reading,
-    )
+    attach(model, flags.text_encoder, tokenizer=_tokenizer(model, flags), pretrained=folder / FOLDER, **flags.reading)
     with torch.no_grad():
         for name, parameter in here.items():
             parameter.copy_(tensors[name])
@@ -155,7 +149,7 @@ def _flags() -> Flags:
 
 
 def _tokenizer(model: Any, flags: Flags) -> Any:
-    """The processor of a model, with the template that was asked for."""
+    """Return the processor of a model, with the chat template that the flags name."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(model.model_info.model_dir, trust_remote_code=True)

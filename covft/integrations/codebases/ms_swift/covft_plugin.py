@@ -1,4 +1,4 @@
-"""What `--external_plugins` of ms-swift takes."""
+"""The file for ms-swift's `--external_plugins`."""
 
 from covft.integrations.codebases.ms_swift import register
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
 
-STANDINS = Path(__file__).parent / "standins"
+import torch
+
+import covft
+from tests.helpers.prompts import tokenizer_of
+
+STANDINS = Path(__file__).parents[1] / "integrations" / "codebases" / "standins"
 SIZE, PATCH, WIDTH, DEPTH = 32, 16, 32, 4
 TEMPLATE_OF = {
     "v1": "vicuna",
@@ -26,17 +32,12 @@ def forget(package):
 
 
 def tokenizer_for(version):
-    import copy
-
-    from tests.helpers.prompts import tokenizer_of
-
     tokenizer = copy.deepcopy(tokenizer_of(TEMPLATE_OF[version], "byte-level"))
     tokenizer.chat_template = None  # these codebases have none
     return tokenizer
 
 
 def save_clip(folder):
-    import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(1)
@@ -51,7 +52,6 @@ def save_clip(folder):
 
 
 def save_llm(folder, tokenizer):
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(2)
@@ -85,3 +85,26 @@ def rows(*questions, image=True):
 def write_json(path, value):
     path.write_text(json.dumps(value))
     return path
+
+
+def stir(encoder):
+    """Experts that differ, so that the text shows."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in encoder.vit.named_parameters():
+            if ".experts." in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+
+
+def texts_seen(model, monkeypatch):
+    """A list of what `encode_text` is asked, and of the text of each row of the tower's batch."""
+    encoder = covft.get_encoder(model)
+    seen = []
+    condition = type(encoder).condition
+
+    def spy(self, text, index=None):
+        seen.append([text[i] for i in index.tolist()])
+        return condition(self, text, index)
+
+    monkeypatch.setattr(type(encoder), "condition", spy)
+    return seen

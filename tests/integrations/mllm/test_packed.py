@@ -11,16 +11,18 @@ import covft
 from covft.errors import MissingContextError, ShapeError, UnsupportedViTError
 from covft.integrations import attach, get_encoder
 from covft.integrations.mllm.families import find_tower
-from tests.helpers.mllms import ALIKE, BY_NAME, MLLM, Row, watch
+from tests.helpers.attached import CUP, DOG, MIXED, PEOPLE, TEXTS, alone, attached, changed, forward
+from tests.helpers.mllms import ALIKE, BY_NAME, MLLM, Row
 from tests.helpers.towers import PATCH, perturb
-from tests.integrations.mllm.test_attach import CUP, DOG, MIXED, PEOPLE, TEXTS, alone, attached, changed, forward
+from tests.helpers.watching import watch
 
+pytestmark = pytest.mark.usefixtures("quiet")
 GRID = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"]
 WITH_VIDEOS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 
 
 @pytest.mark.parametrize("mllm", ALIKE, ids=str)
-def test_models_that_are_built_like_others(mllm):
+def test_alike__models_that_are_built_like_others(mllm):
     model = mllm.build()
     batch = mllm.batch(model, MIXED)
     before = model(**batch.inputs).logits
@@ -82,7 +84,7 @@ def test_videos__and_images_in_one_call_have_one_text():
     assert [run.images[0]["grid_thw"].tolist() for run in runs] == [[[1, 4, 6]], [[2, 4, 4]]]
     for run in runs:
         assert not any(changed(run.features, alone(model, run.images, [question])))
-    with pytest.raises(ShapeError, match="calls of their own"):
+    with pytest.raises(ShapeError, match="separate calls"):
         model(**both, context_text=["one", "two"])
 
 
@@ -100,7 +102,7 @@ def test_videos__of_models_that_make_images_of_frames_have_one_text():
 def test_refused__a_grid_that_is_not_that_of_the_prompt(name):
     model, batch = attached(name)
     grid = batch.inputs["image_grid_thw"]
-    with pytest.raises(ShapeError, match="cannot be known"):
+    with pytest.raises(ShapeError, match="is unknown"):
         forward(model, batch, image_grid_thw=grid.flip(0))
     with pytest.raises(ShapeError, match="image_grid_thw of shape"):
         forward(model, batch, image_grid_thw=None)
@@ -176,7 +178,7 @@ def test_refused__a_packed_tower_whose_sizes_have_another_name():
             spec = covft.describe(vit)
             return dataclasses.replace(spec, input=dataclasses.replace(spec.input, sizes_argument="kwargs"))
 
-    with pytest.raises(UnsupportedViTError, match="where the sizes of images come from"):
+    with pytest.raises(UnsupportedViTError, match="which argument has the image sizes"):
         attach(model, TEXTS, tokenizer=None, adapter=Renamed())
 
 
