@@ -1,4 +1,4 @@
-"""Every block of Python in README.md, CONTRIBUTING.md and docs/ runs; so do the links between the pages.
+"""Every block of Python in README.md, CONTRIBUTING.md and docs/ runs, and links and figures are right.
 
 The blocks of a page are one program, run from top to bottom in an empty folder. A block that cannot run here
 says why in its title, which readers see, and is compiled instead:
@@ -184,6 +184,16 @@ def test_the_parameter_counts_of_the_faq_are_true():
     for figure in [ffn, 4 * ffn, block, 12 * block, 12 * (block - ffn)]:
         assert f"{figure:,}" in faq
     assert (block, 12 * block, 12 * (block - ffn)) == (43_485_188, 521_822_256, 421_097_520)
+
+
+def test_costs_in_the_readme_are_figures_of_the_pages():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [costs] = re.findall(r"^## What it costs\n(.*?)^`covft describe", readme, flags=re.M | re.DOTALL)
+    text = re.sub(r"\]\([^)]*\)", "]", costs)
+    figures = re.findall(r"\d[\d.,]*\d", text)
+    pages = [(DOCS / page).read_text(encoding="utf-8") for page in ("faq.md", "speed/index.md")]
+    assert {"43,485,188", "0.98"} <= set(figures)
+    assert [figure for figure in figures if not any(figure in page for page in pages)] == []
 
 
 def test_every_error_that_the_text_names_exists():

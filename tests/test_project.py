@@ -253,6 +253,21 @@ def test_workflow_grants_nothing_but_reading():
                 assert re.search(r"@[0-9a-f]{40}$", step["uses"]), step["uses"]
 
 
+# ------------------------------------------------------------------------------------------- tests
+
+
+def test_folders_of_tests_are_those_of_the_package_or_in_the_readme():
+    readme = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    folders = {path.parts[1] for path in modules_of_tests() if len(path.parts) > 2}
+    packages = {path.parent.name for path in (ROOT / "covft").glob("*/__init__.py")}
+    assert packages <= folders
+    assert [name for name in sorted(folders - packages) if f"`tests/{name}`" not in readme] == []
+
+
+def modules_of_tests():
+    return sorted(path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py"))
+
+
 # ------------------------------------------------------------------------------------ CONTRIBUTING
 
 
