@@ -1,4 +1,4 @@
-"""The package as a whole: what importing it costs, what it promises, and what the repository holds."""
+"""Guards the package and the repository: cost of the import, public names, versions, files."""
 
 import ast
 import re
@@ -50,7 +50,7 @@ def run_python(code, *flags):
 
 
 def project_files():
-    """Files that are, or would be, in the repository; all files of the tree where there is no git."""
+    """List the files that are, or would be, in the repository; without git, all files of the tree."""
     done = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -139,7 +139,7 @@ def test_every_public_name_is_documented():
         if name.startswith("__"):
             continue
         thing = getattr(covft, name)
-        # A module stands under its own name, a class or function under that of its module.
+        # A module is documented under its own name, a class or function under that of its module.
         path = getattr(thing, "__name__", name)
         path = path if path.startswith("covft.") else f"{thing.__module__}.{path}"
         if path not in directives and path.rpartition(".")[0] not in directives:
@@ -329,9 +329,9 @@ def test_no_host_of_a_registry():
 
 
 def test_no_module_below_the_face_imports_it():
-    """`covft/__init__.py` looks down at everything, so a module that asks it for a name makes a circle.
+    """`covft/__init__.py` imports everything, so a module that imports a name from it makes a cycle.
 
-    The command line is a user of the face.
+    The command line is the exception: nothing imports it.
     """
     found = []
     for path in (ROOT / "covft").rglob("*.py"):
