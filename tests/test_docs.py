@@ -1,4 +1,4 @@
-"""Every block of Python in README.md, CONTRIBUTING.md and docs/ runs; so do the links between the pages.
+"""Every block of Python in README.md, CONTRIBUTING.md and docs/ runs, and links and figures are right.
 
 The blocks of a page are one program, run from top to bottom in an empty folder. A block that cannot run here
 says why in its title, which readers see, and is compiled instead:
@@ -64,7 +64,7 @@ def name_of(page):
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """An empty folder, and what a page may switch is switched back."""
+    """Run in an empty folder, and restore the settings that a page may change."""
     from covft.adapters import registry
 
     monkeypatch.chdir(tmp_path)
@@ -76,7 +76,7 @@ def reader(tmp_path, monkeypatch):
 
 
 def checked(code):
-    """The code, with `print(x)  # y` made to fail where x is not printed as y."""
+    """Return the code with each `print(x)  # y` replaced by a check that x prints as y."""
     return re.sub(r"^( *)print\((.*)\)  # (.*)$", r"\1_printed(r'''\3''', \2)", code, flags=re.MULTILINE)
 
 
@@ -93,7 +93,7 @@ def test_code_of_the_page_runs(page, reader, capsys):
         if not block.not_run:
             exec(code, namespace)
             ran += 1
-    assert ran, "a page whose code is all left out tests nothing"
+    assert ran, "none of the code of this page runs"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -141,7 +141,7 @@ def test_links_to_files_lead_somewhere(page):
 
 
 def anchors(page):
-    """Ids that mkdocs gives the headings of a page."""
+    """Return the ids that mkdocs gives the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), flags=re.M)
     plain = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
     return {re.sub(r"[\s-]+", "-", heading) for heading in plain}
@@ -167,7 +167,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def clip_block(**settings):
-    """One adapted block of CLIP-L with BERT's text features, without memory for its weights."""
+    """Count parameters of an FFN and an adapted block of CLIP-L with BERT's features, on the meta device."""
     from torch import nn
 
     from covft.nn import ContextualMoE
@@ -184,6 +184,16 @@ def test_the_parameter_counts_of_the_faq_are_true():
     for figure in [ffn, 4 * ffn, block, 12 * block, 12 * (block - ffn)]:
         assert f"{figure:,}" in faq
     assert (block, 12 * block, 12 * (block - ffn)) == (43_485_188, 521_822_256, 421_097_520)
+
+
+def test_costs_in_the_readme_are_figures_of_the_pages():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [costs] = re.findall(r"^## What it costs\n(.*?)^`covft describe", readme, flags=re.M | re.DOTALL)
+    text = re.sub(r"\]\([^)]*\)", "]", costs)
+    figures = re.findall(r"\d[\d.,]*\d", text)
+    pages = [(DOCS / page).read_text(encoding="utf-8") for page in ("faq.md", "speed/index.md")]
+    assert {"43,485,188", "0.98"} <= set(figures)
+    assert [figure for figure in figures if not any(figure in page for page in pages)] == []
 
 
 def test_every_error_that_the_text_names_exists():

@@ -1,4 +1,4 @@
-"""The package as a whole: what importing it costs, what it promises, and what the repository holds."""
+"""Guards the package and the repository: cost of the import, public names, versions, files."""
 
 import ast
 import re
@@ -50,7 +50,7 @@ def run_python(code, *flags):
 
 
 def project_files():
-    """Files that are, or would be, in the repository; all files of the tree where there is no git."""
+    """List the files that are, or would be, in the repository; without git, all files of the tree."""
     done = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -139,7 +139,7 @@ def test_every_public_name_is_documented():
         if name.startswith("__"):
             continue
         thing = getattr(covft, name)
-        # A module stands under its own name, a class or function under that of its module.
+        # A module is documented under its own name, a class or function under that of its module.
         path = getattr(thing, "__name__", name)
         path = path if path.startswith("covft.") else f"{thing.__module__}.{path}"
         if path not in directives and path.rpartition(".")[0] not in directives:
@@ -253,6 +253,52 @@ def test_workflow_grants_nothing_but_reading():
                 assert re.search(r"@[0-9a-f]{40}$", step["uses"]), step["uses"]
 
 
+# ------------------------------------------------------------------------------------------- tests
+
+
+def test_folders_of_tests_are_those_of_the_package_or_in_the_readme():
+    readme = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    folders = {path.parts[1] for path in modules_of_tests() if len(path.parts) > 2}
+    packages = {path.parent.name for path in (ROOT / "covft").glob("*/__init__.py")}
+    assert packages <= folders
+    assert [name for name in sorted(folders - packages) if f"`tests/{name}`" not in readme] == []
+
+
+def modules_of_tests():
+    return sorted(path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py"))
+
+
+# ------------------------------------------------------------------------------------ CONTRIBUTING
+
+
+def contributing():
+    return (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_paths_that_contributing_names_exist():
+    paths = re.findall(r"`((?:covft|docs|tests|study|examples|benchmarks|configs)/[\w./-]*)`", contributing())
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_tree_of_contributing_has_every_file_and_folder_of_the_package():
+    [tree] = re.findall(r"^```text\n(covft/\n.*?)^```", contributing(), flags=re.M | re.DOTALL)
+    listed = re.findall(r"^  (\S+)  ", tree, flags=re.M)
+    parts = {path.relative_to(ROOT / "covft").parts for path in project_files() if path.is_relative_to(ROOT / "covft")}
+    assert sorted(listed) == sorted({first + "/" * bool(rest) for first, *rest in parts})
+    outside = re.findall(r"^(\S+)/  ", tree, flags=re.M)
+    assert [name for name in outside if not (ROOT / name).is_dir()] == []
+
+
+def test_import_order_of_contributing_is_that_of_the_linter():
+    [order] = re.findall(r"^```text\n(cli\n.*?)^```", contributing(), flags=re.M | re.DOTALL)
+    told = [set(re.findall(r"\w+", line.partition("  ")[0])) for line in order.splitlines()]
+    [law] = [contract for contract in PROJECT["tool"]["importlinter"]["contracts"] if contract["type"] == "layers"]
+    present = modules()
+    ruled = [set(re.findall(r"\w+", layer)) & present - {"__main__"} for layer in law["layers"]]
+    assert told == [layer for layer in ruled if layer]
+
+
 # -------------------------------------------------------------------------------------- repository
 
 
@@ -283,9 +329,9 @@ def test_no_host_of_a_registry():
 
 
 def test_no_module_below_the_face_imports_it():
-    """`covft/__init__.py` looks down at everything, so a module that asks it for a name makes a circle.
+    """`covft/__init__.py` imports everything, so a module that imports a name from it makes a cycle.
 
-    The command line is a user of the face.
+    The command line is the exception: nothing imports it.
     """
     found = []
     for path in (ROOT / "covft").rglob("*.py"):
@@ -296,6 +342,21 @@ def test_no_module_below_the_face_imports_it():
                 names = {alias.name for alias in node.names}
                 found += [f"{path.relative_to(ROOT)}: {name}" for name in names - modules() - {"__version__"}]
     assert found == []
+
+
+def test_private_names_of_torch_are_in_one_file():
+    """They may change with any release, so `frames.py` holds them, with a self-check."""
+    own = ROOT / "covft" / "conditioning" / "frames.py"
+    # nn/ may not import conditioning/, so it asks torch itself whether a transform of torch.func is running.
+    allowed = {"covft/nn/fused.py": {"torch._C._are_functorch_transforms_active"}}
+    private = re.compile(r"torch\._C[\w.]*|_CheckpointFrame|_current_graph_task_id")
+    assert len(set(private.findall(own.read_text(encoding="utf-8")))) > 2
+    found = {
+        str(path.relative_to(ROOT)): set(private.findall(path.read_text(encoding="utf-8")))
+        for path in (ROOT / "covft").rglob("*.py")
+        if path != own
+    }
+    assert {name: names for name, names in found.items() if names} == allowed
 
 
 def modules():

@@ -1,4 +1,4 @@
-"""Let the `Example:` of a docstring be what it is: the reader of Google style knows `Examples:` alone."""
+"""Renames `Example:` in docstrings to `Examples:`, the section that the parser knows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import griffe
 
 
 class ExampleSections(griffe.Extension):
-    """Renames the section before docstrings are parsed, so that code is shown as code."""
+    """Renames the section before docstrings are parsed."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Called by griffe for each module, class, function and attribute."""
+        """Rename the section of one module, class, function or attribute; called by griffe."""
         if obj.docstring:
             obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)

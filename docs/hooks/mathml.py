@@ -1,4 +1,4 @@
-"""Turn the formulas of a page into MathML, which browsers draw themselves: no script, no network."""
+"""Turns the formulas of a page into MathML, which browsers draw without scripts or network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FORMULA = re.compile(
 
 
 def on_page_content(page_html: str, **_: Any) -> str:
-    """Called by mkdocs with the HTML of each page."""
+    """Replace the formulas in the HTML of a page; called by mkdocs."""
     return _FORMULA.sub(_to_mathml, page_html)
 
 
