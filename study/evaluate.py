@@ -1,4 +1,4 @@
-"""Answers that are generated, their scores, and the floors that stand beside them."""
+"""Generated answers, their scores and the baselines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from study.batches import Collator, Questions
-from study.progress import bar
+from study.progress import progress_bar
 from study.tasks import Example
 
 if TYPE_CHECKING:
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def answer(
+def generate_answers(
     model: LlavaForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     examples: list[Example],
-    pictures: torch.Tensor,
+    inputs: torch.Tensor,
     title: str,
     *,
     encoder: ContextEncoder | None = None,
@@ -31,57 +31,62 @@ def answer(
     batch: int = 200,
     show: bool = True,
 ) -> list[str]:
-    """Generate the answer to every question, greedily.
+    """Generate an answer to every question, greedily.
 
     Args:
-        model: LLaVA; its tower takes rows of `pictures`.
-        tokenizer: The miniature's tokenizer.
-        examples: The questions.
-        pictures: One row per scene.
-        title: Name on the progress bar.
-        encoder: The wrapped tower, conditioned on the questions.
-        without_question: Leave the question out of the prompt.
+        model: LLaVA.
+        tokenizer: The study's tokenizer.
+        examples: The questions; `Example.scene` is a row of `inputs`.
+        inputs: Inputs of the tower, one row per scene.
+        title: Title of the progress bar.
+        encoder: The wrapped tower, conditioned on the questions; None for a frozen one.
+        without_question: Omit the question from the prompt.
         batch: Questions per call of `generate`.
-        show: Whether to show the bar.
+        show: Whether to show the progress bar.
 
     Returns:
         One answer per example, in their order.
     """
     model.eval()
-    # tasks together, so that short answers do not wait for captions
-    order = sorted(range(len(examples)), key=lambda i: (len(examples[i].answer.split()), examples[i].task, i))
-    order.sort(key=lambda i: examples[i].task)
+    # by task and length, so that short answers do not wait for captions
+    order = sorted(range(len(examples)), key=lambda i: (examples[i].task, len(examples[i].answer.split()), i))
     questions = Questions(examples, tokenizer, without_question)
-    collate = Collator(pictures, int(tokenizer.pad_token_id), with_answers=False)
+    collate = Collator(inputs, int(tokenizer.pad_token_id), with_answers=False)
     longest = max(len(e.answer.split()) for e in examples) + 1
     found = [""] * len(examples)
-    with bar(title, len(examples), show) as report:
+    with progress_bar(title, len(examples), show) as report:
         for start in range(0, len(order), batch):
             positions = order[start : start + batch]
-            inputs = collate([questions[i] for i in positions])
-            asked = inputs.pop("questions")
-            del inputs["labels"]
+            rows = collate([questions[i] for i in positions])
+            asked = rows.pop("questions")
+            del rows["labels"]
             with encoder.condition(asked) if encoder is not None else nullcontext():
-                tokens = model.generate(**inputs, max_new_tokens=longest, do_sample=False)
-            texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                tokens = model.generate(**rows, max_new_tokens=longest, do_sample=False)
+            texts = tokenizer.batch_decode(tokens[:, rows["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(positions, texts, strict=True):
                 found[i] = text.strip()
-            report(start + len(positions) - 1, None)
+            report(start + len(positions), None)
     return found
 
 
-def scores(examples: list[Example], answers: list[str]) -> dict[str, float]:
-    """Percentage of exactly right answers per task, and their mean over tasks as `mean`."""
-    right: dict[str, list[bool]] = {}
-    for example, given in zip(examples, answers, strict=True):
-        right.setdefault(example.task, []).append(example.answer == given)
-    table = {task: 100 * sum(hits) / len(hits) for task, hits in right.items()}
+def score(examples: list[Example], answers: list[str]) -> dict[str, float]:
+    """Return the exact-match accuracy of each task in percent, and their mean as `mean`."""
+    correct: dict[str, list[bool]] = {}
+    for example, answer in zip(examples, answers, strict=True):
+        correct.setdefault(example.task, []).append(example.answer == answer)
+    table = {task: 100 * sum(hits) / len(hits) for task, hits in correct.items()}
     table["mean"] = sum(table.values()) / len(table)
     return table
 
 
-def most_frequent(train: list[Example], examples: list[Example], with_question: bool) -> list[str]:
-    """The most frequent training answer to the same question, or to any question of the same task."""
+def most_frequent_answers(train: list[Example], examples: list[Example], with_question: bool) -> list[str]:
+    """Answer with the most frequent training answer to the same question, or to any question of its task.
+
+    Args:
+        train: Training questions with their answers.
+        examples: The questions to answer.
+        with_question: Use the question; one that training never asked falls back to its task.
+    """
     counts: dict[str, Counter] = {}
     for example in train:
         counts.setdefault(example.task, Counter())[example.answer] += 1
@@ -93,8 +98,8 @@ def most_frequent(train: list[Example], examples: list[Example], with_question: 
     return found
 
 
-def better(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
-    """The higher of two scores, task by task; its mean is the mean of those."""
+def best_of(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
+    """Return the higher score of each task, and the mean of those."""
     tasks = [task for task in first if task != "mean"]
     table = {task: max(first[task], second[task]) for task in tasks}
     table["mean"] = sum(table.values()) / len(table)

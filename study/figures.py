@@ -1,4 +1,4 @@
-"""The page's pictures, as data URIs."""
+"""Figures of the report, as data URIs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _uri(data: bytes) -> str:
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
-    # made directly, not by pyplot: no global state, no display
+    # without pyplot, which has global state and may want a display
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
@@ -43,8 +43,8 @@ def _plain(axes: object) -> None:
     axes.title.set_color(INK)
 
 
-def picture(pixels: np.ndarray) -> str:
-    """A scene, three times its size."""
+def scene_image(pixels: np.ndarray) -> str:
+    """Draw a scene at three times its size."""
     from PIL import Image
 
     stream = io.BytesIO()
@@ -54,9 +54,9 @@ def picture(pixels: np.ndarray) -> str:
 
 
 def loss_curves(losses: dict[str, list[float]]) -> str:
-    """Stage 1, both methods of stage 2 in one panel, the backbone's short training."""
+    """Plot the losses of stage 1, of both methods in stage 2, and of the packaged backbone."""
     panels = [[name for name in names if name in losses] for names in (["stage 1"], ["frozen", "covft"], ["backbone"])]
-    titles = ["Stage 1: projector", "Stage 2: instructions", "Real tower: a short training"]
+    titles = ["Stage 1: projector", "Stage 2: instructions", "Packaged backbone: a few steps"]
     shown = [(title, names) for title, names in zip(titles, panels, strict=True) if names]
     figure = _figure(10, 3.1)
     for axes, (title, names) in zip(np.ravel(figure.subplots(1, len(shown))), shown, strict=True):
@@ -75,13 +75,13 @@ def loss_curves(losses: dict[str, list[float]]) -> str:
     return _png(figure)
 
 
-def expert_weights(seen: Inspection) -> str:
-    """One heat map per adapted block: tasks by experts."""
-    tasks = list(dict.fromkeys(seen.tasks))
+def expert_weights(inspection: Inspection) -> str:
+    """Draw a heat map of tasks by experts for each adapted block."""
+    tasks = list(dict.fromkeys(inspection.tasks))
     figure = _figure(10, 0.32 * len(tasks) + 1.1)
     means = {
-        layer: np.stack([weights.numpy()[[t == task for t in seen.tasks]].mean(0) for task in tasks])
-        for layer, weights in seen.weights.items()
+        layer: np.stack([weights.numpy()[[t == task for t in inspection.tasks]].mean(0) for task in tasks])
+        for layer, weights in inspection.weights.items()
     }
     highest = max(mean.max() for mean in means.values())
     panels = np.ravel(figure.subplots(1, len(means), sharey=True))
@@ -103,20 +103,20 @@ def expert_weights(seen: Inspection) -> str:
     return _png(figure)
 
 
-def context_map(seen: Inspection) -> str:
-    """The first two principal components of each block's context vectors, coloured by task."""
+def context_map(inspection: Inspection) -> str:
+    """Plot the first two principal components of each block's context vectors, coloured by task."""
     from matplotlib import colormaps
     from sklearn.decomposition import PCA
 
-    tasks = list(dict.fromkeys(seen.tasks))
+    tasks = list(dict.fromkeys(inspection.tasks))
     colours = colormaps["tab10"].colors
     figure = _figure(10, 3.6)
-    panels = np.ravel(figure.subplots(1, len(seen.contexts)))
-    for axes, (layer, vectors) in zip(panels, seen.contexts.items(), strict=True):
+    panels = np.ravel(figure.subplots(1, len(inspection.contexts)))
+    for axes, (layer, vectors) in zip(panels, inspection.contexts.items(), strict=True):
         pca = PCA(2, random_state=0)
         points = pca.fit_transform(vectors.numpy())
         for number, task in enumerate(tasks):
-            mine = points[[t == task for t in seen.tasks]]
+            mine = points[[t == task for t in inspection.tasks]]
             axes.scatter(*mine.T, s=9, alpha=0.75, lw=0, color=colours[number % 10], label=task)
         axes.set_title(f"block {layer}, {pca.explained_variance_ratio_.sum():.0%} of variance", fontsize=10, loc="left")
         axes.set_xticks([])

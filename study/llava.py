@@ -1,4 +1,4 @@
-"""Hugging Face's own LLaVA in miniature: a tower, a two-layer projector, a small Llama."""
+"""transformers' own LLaVA in miniature: a tower, a two-layer projector and a small Llama."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from study.towers import ASSETS, load_asset
-from study.words import build_tokenizer
+from study.tokenizer import build_tokenizer
+from study.weights import ASSETS, load_weights
 
 if TYPE_CHECKING:
     from transformers import (
@@ -18,36 +18,35 @@ if TYPE_CHECKING:
         PreTrainedTokenizerFast,
     )
 
-IGNORE = -100
 FEATURE_LAYER = -2  # the penultimate block, as in LLaVA
 
 
 def language_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """Four Llama blocks of width 128."""
+    """Return four Llama blocks of width 128."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
-        initializer_range=0.08,  # about 1 / sqrt(128): the usual 0.02 is for much wider models and learns slowly here
+        initializer_range=0.08,  # about 1 / sqrt(128); the usual 0.02 suits wider models and learns slowly here
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
 
 
 def new_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A small Llama with random weights."""
+    """Build a small Llama with random weights."""
     from transformers import LlamaForCausalLM
 
     return LlamaForCausalLM(language_config(tokenizer))
 
 
 def build_llava(tower: torch.nn.Module, folder: Path | None = ASSETS, seed: int = 0) -> LlavaForConditionalGeneration:
-    """LLaVA around a tower, with a new projector.
+    """Build LLaVA around a tower, with a random projector.
 
     Args:
-        tower: A Hugging Face vision model whose `hidden_states` begin with one prefix token.
-        folder: Where the text-pretrained language model lies; None leaves it random.
+        tower: A vision model of transformers with one prefix token.
+        folder: Folder of the pretrained language model; None leaves it random.
         seed: Seed of the projector and of a random language model.
     """
     from transformers import LlavaConfig, LlavaForConditionalGeneration
@@ -66,10 +65,8 @@ def build_llava(tower: torch.nn.Module, folder: Path | None = ASSETS, seed: int 
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = tower
     if folder is not None:
-        weights = load_asset(folder, "language_model")
+        weights = load_weights(folder, "language_model")
         model.model.language_model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items()})
-    for generation in (model.generation_config,):
-        generation.pad_token_id = tokenizer.pad_token_id
-        generation.bos_token_id = tokenizer.bos_token_id
-        generation.eos_token_id = tokenizer.eos_token_id
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(model.generation_config, name, getattr(tokenizer, name))
     return model

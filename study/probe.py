@@ -1,17 +1,20 @@
-"""What the two pretrained networks can do, measured on validation scenes."""
+"""Scores of the two pretrained networks on validation scenes."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from study.scenes import CELL, GRID, as_batch, make_scenes
-from study.sources import PHOTOS, SHAPES
+from covft.data import IGNORE_INDEX
+from study.scenes import CELL, GRID, Scene, Thing, as_batch, make_scenes
 from study.tasks import make_examples
+from study.tiles import PHOTOS, SHAPES
+from study.tokenizer import build_tokenizer
+from study.word_pictures import word_picture, word_picture_batch
 
 
-def thing_features(tower: torch.nn.Module, scenes: list) -> tuple[np.ndarray, list]:
-    """Penultimate features of the patches that a thing covers, one row per thing."""
+def thing_features(tower: torch.nn.Module, scenes: list[Scene]) -> tuple[np.ndarray, list[Thing]]:
+    """Return the penultimate features of each thing's patches, one row per thing, and the things."""
     rows, things = [], []
     for start in range(0, len(scenes), 256):
         chunk = scenes[start : start + 256]
@@ -30,7 +33,7 @@ def thing_features(tower: torch.nn.Module, scenes: list) -> tuple[np.ndarray, li
 
 
 def probe_tower(tower: torch.nn.Module, train: int = 2000, validation: int = 600) -> dict[str, float]:
-    """Accuracy of linear probes on a thing's own patches: what the frozen tower offers a projector."""
+    """Return the accuracy of linear probes on things' own patches: what a frozen tower offers a projector."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -59,9 +62,9 @@ def probe_tower(tower: torch.nn.Module, train: int = 2000, validation: int = 600
 
 
 def presence_auc(tower: torch.nn.Module, train: int = 1500, validation: int = 400) -> float:
-    """Mean area under the ROC curve of linear probes on the pooled output: which things are in the picture.
+    """Return the mean area under the ROC curve of linear probes on the pooled output for the presence of things.
 
-    This is what CLIP-style pretraining teaches directly, and a random tower's output says less of.
+    CLIP-style pretraining teaches this directly; a random tower scores lower.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
@@ -80,18 +83,15 @@ def presence_auc(tower: torch.nn.Module, train: int = 1500, validation: int = 40
 
 
 def measure_language_model(model: torch.nn.Module, scenes: int = 300) -> dict[str, float]:
-    """Exact match per task on word pictures of validation scenes, every answer word predicted in turn."""
-    from study.pretrain import text_batch, word_picture
-    from study.words import build_tokenizer
-
+    """Return the exact-match accuracy per task on word pictures of validation scenes."""
     tokenizer = build_tokenizer()
     drawn = make_scenes("validation", scenes)
     examples = make_examples(drawn)
     rng = np.random.default_rng(0)
-    right: dict[str, list[bool]] = {}
+    correct: dict[str, list[bool]] = {}
     for start in range(0, len(examples), 256):
         chunk = examples[start : start + 256]
-        batch = text_batch(
+        batch = word_picture_batch(
             model,
             tokenizer,
             [(word_picture(drawn[e.scene], 0.0, rng), [(e.question, e.answer)]) for e in chunk],
@@ -99,8 +99,8 @@ def measure_language_model(model: torch.nn.Module, scenes: int = 300) -> dict[st
         labels = batch.pop("labels")
         with torch.no_grad():
             predicted = model(**batch).logits[:, :-1].argmax(-1)
-        # greedy decoding reproduces an answer exactly when every next word is right given the right ones
-        hit = ((predicted == labels[:, 1:]) | (labels[:, 1:] == -100)).all(1)
-        for example, good in zip(chunk, hit.tolist(), strict=True):
-            right.setdefault(example.task, []).append(good)
-    return {f"word_pictures_{task}": round(float(np.mean(good)), 4) for task, good in sorted(right.items())}
+        # greedy decoding gives the answer exactly if every next word is right after the right ones
+        hits = ((predicted == labels[:, 1:]) | (labels[:, 1:] == IGNORE_INDEX)).all(1)
+        for example, hit in zip(chunk, hits.tolist(), strict=True):
+            correct.setdefault(example.task, []).append(hit)
+    return {f"word_pictures_{task}": round(float(np.mean(hits)), 4) for task, hits in sorted(correct.items())}

@@ -1,17 +1,18 @@
-"""Progress bars."""
+"""Progress bars and wall times."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
-def bar(title: str, total: int, show: bool = True) -> Iterator[Callable[[int, float | None], None]]:
-    """A bar for one piece of work.
+def progress_bar(title: str, total: int, show: bool = True) -> Iterator[Callable[[int, float | None], None]]:
+    """Show a bar while open.
 
     Yields:
-        A function to call after each step with the step's number (from 0) and its loss, or None.
+        A function to call with the number of steps done and the last loss, or None.
     """
     from rich.progress import (
         BarColumn,
@@ -31,10 +32,19 @@ def bar(title: str, total: int, show: bool = True) -> Iterator[Callable[[int, fl
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, disable=not show) as progress:
-        job = progress.add_task(title, total=total, note="")
+        task = progress.add_task(title, total=total, note="")
 
-        def report(step: int, loss: float | None = None) -> None:
-            note = "" if loss is None else f"loss {loss:.3f}"
-            progress.update(job, completed=step + 1, note=note)
+        def report(done: int, loss: float | None = None) -> None:
+            progress.update(task, completed=done, note="" if loss is None else f"loss {loss:.3f}")
 
         yield report
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the wall time of the block to `seconds[name]`."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

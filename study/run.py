@@ -1,24 +1,31 @@
-"""The main job: train, answer, compare, save and load, then the real tower."""
+"""The study: train, answer, compare, save and load, then check the packaged backbone."""
 
 from __future__ import annotations
 
-import json
-import platform
 import time
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
 
-from study.backbone import show_backbone
-from study.evaluate import better, most_frequent, scores
-from study.inspection import Inspection, inspect
-from study.packaged import NAME
-from study.report import Page, write_page
+from study.backbone import NAME
+from study.backbone_check import check_backbone
+from study.comparison import (
+    Comparison,
+    TrainedModel,
+    answer_held_out,
+    prepare,
+    train_projector,
+    tune_on_instructions,
+)
+from study.evaluate import best_of, most_frequent_answers, score
+from study.inspection import inspect_routing
+from study.packages import minilm_folder
+from study.progress import timed
+from study.report import Report, write_report
+from study.result import StudyResult, write_result
 from study.scenes import as_batch
-from study.settings import MiniResult, MiniSettings
-from study.study import Study, Trained, answers, first_stage, output_folder, prepare, second_stage, timed
-from study.towers import small_vit, text_encoder_folder
+from study.settings import StudySettings
+from study.towers import small_vit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,82 +33,83 @@ if TYPE_CHECKING:
 NO_IMAGE, NO_QUESTION = "without the image", "without the question"
 
 
-def run(settings: MiniSettings | None = None, console: Console | None = None) -> MiniResult:
-    """Run the miniature.
+def run_study(settings: StudySettings | None = None, console: Console | None = None) -> StudyResult:
+    """Run the study; write the report, `results.json` and the encoder to the output folder.
 
     Args:
-        settings: Settings, default the ones that `make demo` uses.
-        console: Where tables are printed, default standard output.
+        settings: Settings; the default is that of `make demo`.
+        console: Console for the tables; default standard output.
 
     Returns:
-        Scores, losses, times and checks; the same are written to `results.json`.
+        Scores, losses, times and checks, as in `results.json`.
     """
     from rich.console import Console
 
-    settings = settings or MiniSettings()
+    settings = settings or StudySettings()
     console = console or Console()
     began = time.perf_counter()
-    folder = output_folder(settings)
-    result = MiniResult()
+    folder = settings.output
+    folder.mkdir(parents=True, exist_ok=True)
+    result = StudyResult()
 
-    study = prepare(settings)
+    comparison = prepare(settings)
+    train, held_out = comparison.train, comparison.held_out
     console.print(
-        f"{len(study.train.scenes)} training scenes with {len(study.train.examples)} questions, "
-        f"{len(study.held_out.scenes)} {settings.split} scenes with {len(study.held_out.examples)}."
+        f"{len(train.scenes)} training scenes with {len(train.examples)} questions, "
+        f"{len(held_out.scenes)} {settings.split} scenes with {len(held_out.examples)}."
     )
-    result.seconds = study.seconds
-    projector, result.losses["stage 1"] = first_stage(study)
-    given: dict[str, list[str]] = {}
-    trained: dict[str, Trained] = {}
+    result.seconds = comparison.seconds
+    projector, result.losses["stage 1"] = train_projector(comparison)
+    answers: dict[str, list[str]] = {}
+    trained: dict[str, TrainedModel] = {}
     for method in settings.methods:
-        trained[method] = second_stage(study, projector, method)
+        trained[method] = tune_on_instructions(comparison, projector, method)
         result.losses[method] = trained[method].losses
-        given[method] = answers(study, trained[method], f"Answers, {method}")
-        result.scores[method] = scores(study.held_out.examples, given[method])
-    result.scores |= floors(study, trained.get("frozen"))
-    print_scores(console, settings, result)
+        answers[method] = answer_held_out(comparison, trained[method], f"Answers, {method}")
+        result.scores[method] = score(held_out.examples, answers[method])
+    result.scores |= baselines(comparison, trained.get("frozen"))
+    _print_scores(console, settings, result)
 
-    seen = None
+    inspection = None
     if "covft" in trained:
-        seen = inspect(study, trained["covft"])
-        _save_and_load(study, trained["covft"], result, console)
-    if settings.tower_steps:
-        _real_tower(settings, result, console)
+        inspection = inspect_routing(comparison, trained["covft"])
+        _save_and_load(comparison, trained["covft"], result, console)
+    if settings.backbone_steps:
+        _check_backbone(settings, result, console)
 
     result.seconds["total"] = time.perf_counter() - began
-    result.files = {"page": str(folder / "index.html"), "results": str(folder / "results.json")}
-    write_page(folder / "index.html", _page(study, result, given, seen))
-    (folder / "results.json").write_text(json.dumps(as_json(settings, result), indent=2) + "\n")
-    console.print(f"Done in {result.seconds['total']:.0f} seconds. Open {result.files['page']}")
+    page, record = folder / "index.html", folder / "results.json"
+    result.files |= {"report": str(page), "results": str(record)}
+    write_report(page, Report(settings, result, held_out.scenes, held_out.examples, answers, inspection))
+    write_result(record, settings, result)
+    console.print(f"Done in {result.seconds['total']:.0f} seconds. Open {page}")
     return result
 
 
-def floors(study: Study, frozen: Trained | None) -> dict[str, dict[str, float]]:
-    """Scores without the image and without the question.
+def baselines(comparison: Comparison, frozen: TrainedModel | None) -> dict[str, dict[str, float]]:
+    """Score answers without the image and without the question.
 
-    Each is the better, task by task, of two ways to do without: the most frequent training answer (to the
-    same question; to the same task), and the frozen method's model (shown a blank picture; not told the
-    question).
+    Each baseline takes, task by task, the better of two: the most frequent training answer (to the same question, or
+    to the task), and the frozen method's model (shown a blank image, or not given the question).
     """
-    examples = study.held_out.examples
+    examples, train = comparison.held_out.examples, comparison.train.examples
     found = {
-        NO_IMAGE: scores(examples, most_frequent(study.train.examples, examples, with_question=True)),
-        NO_QUESTION: scores(examples, most_frequent(study.train.examples, examples, with_question=False)),
+        NO_IMAGE: score(examples, most_frequent_answers(train, examples, with_question=True)),
+        NO_QUESTION: score(examples, most_frequent_answers(train, examples, with_question=False)),
     }
     if frozen is not None:
-        blank = answers(study, frozen, f"Answers, {NO_IMAGE}", blank=True)
-        unasked = answers(study, frozen, f"Answers, {NO_QUESTION}", without_question=True)
-        found[NO_IMAGE] = better(found[NO_IMAGE], scores(examples, blank))
-        found[NO_QUESTION] = better(found[NO_QUESTION], scores(examples, unasked))
+        blank = answer_held_out(comparison, frozen, f"Answers, {NO_IMAGE}", blank=True)
+        unasked = answer_held_out(comparison, frozen, f"Answers, {NO_QUESTION}", without_question=True)
+        found[NO_IMAGE] = best_of(found[NO_IMAGE], score(examples, blank))
+        found[NO_QUESTION] = best_of(found[NO_QUESTION], score(examples, unasked))
     return found
 
 
-def print_scores(console: Console, settings: MiniSettings, result: MiniResult) -> None:
-    """The table per task."""
+def _print_scores(console: Console, settings: StudySettings, result: StudyResult) -> None:
     from rich.table import Table
 
     columns = [*settings.methods, NO_IMAGE, NO_QUESTION]
-    table = Table(title=f"Right answers on {settings.split} scenes, % (exact match of the whole answer)")
+    table = Table(title=f"Exact match on {settings.split} scenes, %")
     table.add_column("task")
     for column in columns:
         table.add_column(column, justify="right")
@@ -116,57 +124,46 @@ def print_scores(console: Console, settings: MiniSettings, result: MiniResult) -
     console.print(table)
 
 
-def _save_and_load(study: Study, trained: Trained, result: MiniResult, console: Console) -> None:
-    """Save the encoder, load it into a fresh ViT, compare the outputs on held-out pictures."""
+def _save_and_load(comparison: Comparison, trained: TrainedModel, result: StudyResult, console: Console) -> None:
+    """Save the encoder, load it into a fresh ViT, and compare the outputs on held-out images."""
     import covft
 
     encoder = trained.encoder
     assert encoder is not None
-    folder = study.settings.output / "encoder"
-    chosen = study.held_out.examples[:64]
-    pictures = torch.from_numpy(as_batch([study.held_out.scenes[e.scene] for e in chosen]))
-    asked = [e.question for e in chosen]
-    with timed(study.seconds, "save and load"), torch.no_grad():
+    folder = comparison.settings.output / "encoder"
+    examples = comparison.held_out.examples[:64]
+    images = torch.from_numpy(as_batch([comparison.held_out.scenes[example.scene] for example in examples]))
+    questions = [example.question for example in examples]
+    with timed(comparison.seconds, "save and load"), torch.no_grad():
         encoder.save_pretrained(folder)
-        loaded = covft.load(folder, vit=small_vit(), text_encoder=text_encoder_folder()).eval()
-        ours = encoder.eval()(pictures, asked, output_hidden_states=True).hidden_states[-2]
-        theirs = loaded(pictures, asked, output_hidden_states=True).hidden_states[-2]
-        plain = small_vit()(pictures, output_hidden_states=True).hidden_states[-2]
-    result.checks["loaded_max_difference"] = float((ours - theirs).abs().max())
-    result.checks["tuned_max_difference"] = float((ours - plain).abs().max())
+        loaded = covft.load(folder, vit=small_vit(), text_encoder=str(minilm_folder())).eval()
+        trained_state = encoder.eval()(images, questions, output_hidden_states=True).hidden_states[-2]
+        loaded_state = loaded(images, questions, output_hidden_states=True).hidden_states[-2]
+        pretrained_state = small_vit()(images, output_hidden_states=True).hidden_states[-2]
+    result.checks["loaded_max_difference"] = float((trained_state - loaded_state).abs().max())
+    result.checks["tuned_max_difference"] = float((trained_state - pretrained_state).abs().max())
     result.files["encoder"] = str(folder)
     console.print(
-        f"Saved the encoder and loaded it into a fresh ViT: largest difference of an output "
-        f"{result.checks['loaded_max_difference']:.1e} (from the ViT as it was: "
+        "Saved the encoder and loaded it into a fresh ViT: largest output difference "
+        f"{result.checks['loaded_max_difference']:.1e} (from the pretrained ViT: "
         f"{result.checks['tuned_max_difference']:.1e})."
     )
 
 
-def _real_tower(settings: MiniSettings, result: MiniResult, console: Console) -> None:
-    with timed(result.seconds, "real tower"):
-        shown = show_backbone(settings)
-    result.losses["backbone"] = shown.losses
-    tenth = max(1, len(shown.losses) // 5)
-    first, last = (sum(part) / tenth for part in (shown.losses[:tenth], shown.losses[-tenth:]))
+def _check_backbone(settings: StudySettings, result: StudyResult, console: Console) -> None:
+    with timed(result.seconds, "packaged backbone"):
+        check = check_backbone(settings)
+    result.losses["backbone"] = check.losses
+    fifth = max(1, len(check.losses) // 5)
+    first, last = sum(check.losses[:fifth]) / fifth, sum(check.losses[-fifth:]) / fifth
     result.checks |= {
-        "backbone_relative_difference": shown.difference,
+        "backbone_relative_difference": check.difference,
         "backbone_first_loss": first,
         "backbone_last_loss": last,
-        "backbone_trained_parameters": shown.trained,
+        "backbone_trained_parameters": check.trained,
     }
     console.print(
-        f"{NAME}: wrapped, outputs changed by {shown.difference:.1e} relative; {shown.trained:,} parameters "
-        f"trained in the tower; loss {first:.2f} in the first fifth of {len(shown.losses)} steps, "
+        f"{NAME}: wrapping changed its outputs by {check.difference:.1e} relative; {check.trained:,} of its "
+        f"parameters trained; mean loss {first:.2f} in the first fifth of {len(check.losses)} steps, "
         f"{last:.2f} in the last."
     )
-
-
-def _page(study: Study, result: MiniResult, given: dict[str, list[str]], seen: Inspection | None) -> Page:
-    return Page(study.settings, result, study.held_out.scenes, study.held_out.examples, given, seen)
-
-
-def as_json(settings: MiniSettings, result: MiniResult) -> dict:
-    """Everything that was measured, with the settings and the machine's versions."""
-    plain = {k: str(v) if k in ("output", "cache") else v for k, v in asdict(settings).items()}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {"settings": plain, "versions": versions, "threads": torch.get_num_threads(), **asdict(result)}

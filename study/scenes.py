@@ -1,4 +1,4 @@
-"""Pictures of two to four things on a 3 x 3 grid, drawn from a seed, with their description."""
+"""Seeded images of two to four things on a 3 x 3 grid, with their descriptions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from study.sources import SPLITS, TILE, Tile, tiles
+from study.tiles import SPLITS, TILE, Tile, tiles
 
 GRID = 3
 CELL = 20  # two patches of ten pixels
@@ -28,7 +28,7 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene: a tile and the cell (0 to 8, in reading order) that it lies in."""
+    """A thing in a scene: a tile and its cell (0 to 8, in reading order)."""
 
     tile: Tile
     cell: int
@@ -40,40 +40,40 @@ class Thing:
 
     @property
     def row(self) -> int:
-        """Row of the grid, from 0 at the top."""
+        """Row of the cell, from 0 at the top."""
         return self.cell // GRID
 
     @property
     def column(self) -> int:
-        """Column of the grid, from 0 at the left."""
+        """Column of the cell, from 0 at the left."""
         return self.cell % GRID
 
     @property
     def place(self) -> str:
-        """The words for its cell."""
+        """Name of the cell."""
         return PLACES[self.cell]
 
     @property
     def reference(self) -> str:
-        """How a question points at it without giving its answer away: `circle`, `digit`, `word`, `cat`."""
+        """What questions call it without giving the answer away: `circle`, `digit`, `word`, `cat`."""
         return self.tile.name if self.kind in ("shape", "photo") else self.kind
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The words that say what it is: `("red", "circle")`, `("digit", "seven")`, `("cat",)`."""
+        """Words of its name: `("red", "circle")`, `("digit", "seven")`, `("cat",)`."""
         if self.kind == "shape":
             return (str(self.tile.colour), self.tile.name)
         return (self.tile.name,) if self.kind == "photo" else (self.kind, self.tile.name)
 
     @property
     def name(self) -> str:
-        """Its words as one string."""
+        """Full name: `red circle`, `digit seven`, `cat`."""
         return " ".join(self.words)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Things in reading order and the seed of the ground they lie on."""
+    """Things in reading order, and the seed of their background."""
 
     number: int
     split: str
@@ -82,23 +82,23 @@ class Scene:
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """The picture, uint8, shape `(60, 60, 3)`."""
+        """The image, uint8, shape `(60, 60, 3)`."""
         rng = np.random.default_rng(self.ground_seed)
         coarse = rng.integers(-14, 15, (5, 5, 3)).repeat(SIZE // 5, 0).repeat(SIZE // 5, 1)
         ground = rng.integers(200, 236, 3) + coarse + rng.integers(-8, 9, (SIZE, SIZE, 3))
-        picture = np.clip(ground, 0, 255).astype(np.uint8)
+        image = np.clip(ground, 0, 255).astype(np.uint8)
         for thing in self.things:
             y, x = (thing.row * CELL + (CELL - TILE) // 2, thing.column * CELL + (CELL - TILE) // 2)
             dy, dx = rng.integers(-1, 2, 2)
-            picture[y + dy : y + dy + TILE, x + dx : x + dx + TILE] = thing.tile.pixels
-        return picture
+            image[y + dy : y + dy + TILE, x + dx : x + dx + TILE] = thing.tile.pixels
+        return image
 
 
 def make_scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
-    """Draw scenes; the first n of a longer list are the shorter list.
+    """Draw scenes; a longer list starts with the shorter one.
 
-    No scene has two shapes of one form, two photographs of one subject, two digits or two words, so that
-    "the circle" or "the digit" always names one thing.
+    No scene has two shapes of one form, two photographs of one subject, two digits or two words, so "the circle" and
+    "the digit" are unambiguous.
     """
     pool = tiles(split)
     by_name = {kind: _group(pool[kind]) for kind in KINDS}
@@ -132,5 +132,5 @@ def _draw(split: str, number: int, seed: int, by_name: dict) -> Scene:
 
 
 def as_batch(scenes: list[Scene]) -> np.ndarray:
-    """Pictures as a model takes them: float32 in about [-1, 1], shape `(B, 3, 60, 60)`."""
+    """Return the images as a model takes them: float32 in [-1, 1], shape `(B, 3, 60, 60)`."""
     return np.stack([scene.pixels for scene in scenes]).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1

@@ -1,8 +1,8 @@
-"""What a run of the miniature depends on, and what it gives."""
+"""Settings of a run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from covft.errors import ConfigError
@@ -12,35 +12,35 @@ METHODS = ("frozen", "covft")
 
 
 @dataclass(frozen=True)
-class MiniSettings:
-    """Settings of one run; the defaults were found on validation scenes.
+class StudySettings:
+    """Settings of a run; the defaults were tuned on validation scenes.
 
     Attributes:
         steps: Steps of stage 2, for each method.
-        seed: Seed of the scenes' drawing, the projector, the experts' routers and the order of the data.
-        tasks: Names of the tasks, default all.
+        seed: Seed of the scenes, the projector, the contexts and routers, and the data order.
+        tasks: Names of the tasks; all by default.
         method: `frozen`, `covft` or `both`.
-        output: Folder for the page, results.json and the saved encoder.
-        train_scenes: Scenes to learn from.
-        test_scenes: Held-out scenes to answer about.
-        test_questions: Most questions per task.
-        split: `test`; `validation` when settings are searched.
+        output: Folder for the report, results.json and the saved encoder.
+        train_scenes: Training scenes.
+        test_scenes: Held-out scenes.
+        test_questions: Maximum number of held-out questions per task.
+        split: Split of the held-out scenes: `test`, or `validation` for tuning these settings.
         batch: Questions per step.
-        stage1_steps: Steps of stage 1, the projector alone.
-        stage1_lr: Its learning rate.
+        stage1_steps: Steps of stage 1, which trains only the projector.
+        stage1_lr: Learning rate of the projector in stage 1.
         projector_lr: Learning rate of the projector in stage 2.
         lr: Learning rate of the language model in stage 2.
-        vision_lr: Learning rate of the experts and norms that CoVFT trains.
-        router_lr: Learning rate of its routers and contexts.
-        layers: Blocks that CoVFT adapts, of six.
+        vision_lr: Learning rate of the experts and norms.
+        router_lr: Learning rate of the routers and contexts.
+        layers: Adapted blocks of the small ViT, which has six.
         experts: Experts per adapted block.
-        routing: How experts are mixed.
-        tower_steps: Steps of the packaged backbone's short training; 0 leaves it out.
-        tower_layers: Blocks of it that are adapted, of twelve.
-        tower_scenes: Scenes that it learns from.
-        tower_batch: Questions per step.
-        tower_lr: Learning rate of its language model and experts.
-        cache: Where the converted backbone is kept, default the user's cache folder.
+        routing: `dense`, `sparse`, `uniform` or `random`.
+        backbone_steps: Training steps of the packaged backbone; 0 skips it.
+        backbone_layers: Adapted blocks of the packaged backbone, which has twelve.
+        backbone_scenes: Training scenes of the packaged backbone.
+        backbone_batch: Questions per step of the packaged backbone.
+        backbone_lr: Learning rate of the language model, experts and norms with the packaged backbone.
+        cache: Folder for the converted backbone; by default in the user's cache folder.
         show: Whether to show progress bars.
     """
 
@@ -48,7 +48,7 @@ class MiniSettings:
     seed: int = 0
     tasks: tuple[str, ...] = tuple(TASKS)
     method: str = "both"
-    output: Path = Path("runs/mini")
+    output: Path = Path("runs/study")
     train_scenes: int = 4000
     test_scenes: int = 400
     test_questions: int = 200
@@ -63,11 +63,11 @@ class MiniSettings:
     layers: tuple[int, ...] = (2, 3, 4)
     experts: int = 4
     routing: str = "dense"
-    tower_steps: int = 30
-    tower_layers: tuple[int, ...] = (9, 10)
-    tower_scenes: int = 400
-    tower_batch: int = 24
-    tower_lr: float = 5e-4
+    backbone_steps: int = 30
+    backbone_layers: tuple[int, ...] = (9, 10)
+    backbone_scenes: int = 400
+    backbone_batch: int = 24
+    backbone_lr: float = 5e-4
     cache: Path | None = None
     show: bool = True
 
@@ -75,61 +75,47 @@ class MiniSettings:
         unknown = [task for task in self.tasks if task not in TASKS]
         if unknown or not self.tasks:
             raise ConfigError(
-                f"tasks={','.join(self.tasks)} names tasks that the miniature does not have.",
+                f"tasks={','.join(self.tasks)} names tasks that the study does not have.",
                 expected=", ".join(TASKS),
                 got=", ".join(unknown) or "none",
                 fix="python -m study --tasks caption,grounding",
             )
         if self.method not in (*METHODS, "both"):
             raise ConfigError(
-                f"method={self.method!r} is not one of the methods of the miniature.",
+                f"method={self.method!r} is not a method of the study.",
                 expected="frozen, covft or both",
                 got=self.method,
                 fix="python -m study --method both",
             )
         if self.steps < 1:
-            raise ConfigError("stage 2 needs steps.", expected="steps >= 1", got=self.steps, fix="python -m study")
+            raise ConfigError(
+                f"steps={self.steps} leaves nothing to train in stage 2.",
+                expected="steps >= 1",
+                got=self.steps,
+                fix="python -m study --steps 320",
+            )
+
+    @classmethod
+    def quick(cls, **overrides: object) -> StudySettings:
+        """Return settings that run every part in seconds; the scores mean nothing.
+
+        Args:
+            **overrides: Fields to set otherwise.
+        """
+        small: dict = {
+            "steps": 6,
+            "train_scenes": 120,
+            "test_scenes": 24,
+            "test_questions": 8,
+            "batch": 16,
+            "stage1_steps": 4,
+            "backbone_steps": 5,
+            "backbone_scenes": 24,
+            "backbone_batch": 8,
+        }
+        return cls(**{**small, **overrides})
 
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods to run, in order."""
         return METHODS if self.method == "both" else (self.method,)
-
-
-@dataclass
-class MiniResult:
-    """What a run measured.
-
-    Attributes:
-        scores: Exact match in percent per task, for each method and floor.
-        losses: Loss of every step: `stage1`, each method, `backbone`.
-        seconds: Wall time of each part.
-        checks: Figures of the checks: largest difference after loading, change by wrapping, and the like.
-        files: What was written, by name.
-    """
-
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)
-    losses: dict[str, list[float]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    checks: dict[str, float] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-
-
-def quick_settings(**chosen: object) -> MiniSettings:
-    """A run of seconds that goes through every part; its scores mean nothing.
-
-    Args:
-        **chosen: Fields of `MiniSettings` that override the small sizes.
-    """
-    small: dict = {
-        "steps": 6,
-        "train_scenes": 120,
-        "test_scenes": 24,
-        "test_questions": 8,
-        "batch": 16,
-        "stage1_steps": 4,
-        "tower_steps": 5,
-        "tower_scenes": 24,
-        "tower_batch": 8,
-    }
-    return MiniSettings(**{**small, **chosen})

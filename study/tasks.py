@@ -1,7 +1,7 @@
-"""Ten kinds of question about a scene, each with the words that answer it.
+"""Ten kinds of question about a scene, with their answers.
 
-`caption` and `grounding` are the pair of the paper's Fig. 1b: one wants what is there, the other wants where
-it is, and both are asked about the same pictures. An answer is right if all of its words are (exact match).
+`caption` and `grounding` are the conflict in Fig. 1b of the CoVFT paper: what is there, and where it is, asked about
+the same images. Answers are scored by exact match.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from study.scenes import KINDS, PLACES, Scene, Thing
-from study.sources import COLOURS, DIGITS, PHOTOS, SHAPES, WORDS
+from study.tiles import COLOURS, DIGITS, PHOTOS, SHAPES, WORDS
 
 COUNTED = {"objects": KINDS, "shapes": ("shape",), "photos": ("photo",)}
 SIDES = ("above", "below", "left of", "right of")
@@ -24,10 +24,10 @@ class Example:
 
     Attributes:
         task: Name of the task.
-        scene: Position of the scene in its list.
-        question: What is asked.
-        answer: The words that answer it.
-        subject: What the question singles out (a name, a place, a pair), for checking the answer.
+        scene: Index of the scene in its list.
+        question: The question.
+        answer: The answer.
+        subject: What the question is about (a name, a place, a pair).
     """
 
     task: str
@@ -50,7 +50,7 @@ def _existence(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None
     if rng.random() < 0.5:
         return str(_pick(rng, sorted(present))), "yes"
     kind = str(_pick(rng, sorted({thing.kind for thing in scene.things})))
-    # an absent thing of a kind that is present, so that the kind alone does not answer the question
+    # of a kind that is present, so that the kind alone does not answer the question
     absent = [name for name in NAMES[kind] if name not in present]
     return str(_pick(rng, absent)), "no"
 
@@ -93,7 +93,7 @@ def _relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
 
 
 def holds(side: str, first: Thing, second: Thing) -> bool:
-    """Whether `first` is above, below, left of or right of `second`."""
+    """Return whether `first` is above, below, left of or right of `second`."""
     return {
         "above": first.row < second.row,
         "below": first.row > second.row,
@@ -107,7 +107,7 @@ def _caption(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
 
 
 def caption(scene: Scene) -> str:
-    """Everything in reading order: `red circle , digit seven , cat`."""
+    """Name everything in reading order: `red circle , digit seven , cat`."""
     return " , ".join(thing.name for thing in scene.things)
 
 
@@ -118,8 +118,8 @@ NAMES = {
     "photo": list(PHOTOS),
 }
 
-# task -> (how a subject and an answer are drawn, phrasings of the question). Tasks with many subjects have
-# few phrasings: every distinct question goes through the text encoder once.
+# By task: the function that draws a subject and an answer, and the phrasings of the question. Tasks with many
+# subjects have few phrasings, because the text encoder encodes every distinct question.
 TASKS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "existence": (_existence, ("is there any {} ?", "can you see any {} ?")),
     "count": (_count, ("how many {} are there ?", "count the {} .", "what is the number of {} ?")),
@@ -152,20 +152,20 @@ TASKS: dict[str, tuple[Callable, tuple[str, ...]]] = {
 def make_examples(
     scenes: list[Scene], tasks: tuple[str, ...] | None = None, per_task: int | None = None, seed: int = 0
 ) -> list[Example]:
-    """One question of every task that a scene allows, scene by scene.
+    """Ask one question per scene and task, where the scene allows it.
 
     Args:
-        scenes: The scenes; `Example.scene` counts in this list.
-        tasks: Names of the tasks wanted, default all of them.
-        per_task: Stop a task after so many questions.
-        seed: Seed of the questions; the same scenes and seed give the same questions.
+        scenes: The scenes; `Example.scene` is an index into this list.
+        tasks: Names of the tasks; None is all.
+        per_task: Maximum number of questions per task.
+        seed: Seed of the questions.
     """
     names = tuple(TASKS) if tasks is None else tasks
     left = {name: len(scenes) if per_task is None else per_task for name in names}
     found: list[Example] = []
     for position, scene in enumerate(scenes):
         for name in names:
-            # each task has its own stream, so that leaving one out does not change the others
+            # seeded by task, so that leaving one out does not change the others
             rng = np.random.default_rng([seed, scene.number, list(TASKS).index(name)])
             drawn = TASKS[name][0](scene, rng)
             if drawn is None or left[name] == 0:
@@ -178,7 +178,7 @@ def make_examples(
 
 
 def all_words() -> Iterator[str]:
-    """Every word that a question or an answer can contain, with repetitions."""
+    """Yield every word of the questions and answers, with repetitions."""
     for _, phrasings in TASKS.values():
         for phrasing in phrasings:
             yield from phrasing.replace("{}", " ").split()

@@ -1,4 +1,4 @@
-"""Both stages of LLaVA with transformers' Trainer, for a frozen tower and for one with CoVFT."""
+"""Training of LLaVA with transformers' Trainer: either stage, frozen or wrapped tower."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from study.batches import Collator, Questions
-from study.progress import bar
+from study.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Schedule:
-    """One training: how long, with how many questions per step, and how fast each part learns.
+    """Steps, batch size and learning rates of one training.
 
     Attributes:
         steps: Optimizer steps.
         batch: Questions per step.
-        projector_lr: Highest learning rate of the projector.
-        lr: Highest learning rate of the language model; None leaves it frozen, which is stage 1.
-        vision_lr: Highest learning rate of the experts and norms of the tower.
-        router_lr: Highest learning rate of its routers and contexts.
-        seed: Seed of the order of the data.
+        projector_lr: Peak learning rate of the projector.
+        lr: Peak learning rate of the language model; None freezes it, as in stage 1.
+        vision_lr: Peak learning rate of the experts and norms.
+        router_lr: Peak learning rate of the routers and contexts.
+        seed: Seed of the data order.
     """
 
     steps: int
@@ -44,7 +44,7 @@ class Schedule:
 def fit(
     model: LlavaForConditionalGeneration,
     questions: Questions,
-    pictures: torch.Tensor,
+    inputs: torch.Tensor,
     schedule: Schedule,
     folder: Path,
     title: str,
@@ -55,14 +55,14 @@ def fit(
     """Train in place and return the loss of every step.
 
     Args:
-        model: LLaVA; its tower takes rows of `pictures`.
-        questions: What to learn from.
-        pictures: One row per scene.
-        schedule: How.
-        folder: Where Trainer may write.
-        title: Name on the progress bar.
-        encoder: The wrapped tower, if it is to be trained; the questions condition it.
-        show: Whether to show the bar.
+        model: LLaVA.
+        questions: Training questions with their answers.
+        inputs: Inputs of the tower, one row per scene.
+        schedule: Steps, batch size and learning rates.
+        folder: Folder that Trainer may write to.
+        title: Title of the progress bar.
+        encoder: The wrapped tower, to be trained and conditioned on the questions; None for a frozen one.
+        show: Whether to show the progress bar.
     """
     from transformers import PrinterCallback, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 
@@ -71,7 +71,7 @@ def fit(
     if schedule.lr is not None:
         groups.append({"params": list(language.parameters()), "lr": schedule.lr})
     if encoder is not None:
-        # asked before everything is frozen: what is trained is what is marked
+        # before the model is frozen: the groups hold the parameters that require a gradient
         groups += encoder.param_groups(schedule.vision_lr, router_lr=schedule.router_lr, weight_decay=0.01)
     model.requires_grad_(False)
     for group in groups:
@@ -97,26 +97,26 @@ def fit(
     )
     losses: list[float] = []
 
-    with bar(title, schedule.steps, show) as report:
+    with progress_bar(title, schedule.steps, show) as report:
 
         class InstructionTrainer(Trainer):
-            """Opens the tower's context around each forward."""
+            """Conditions the tower on the batch's questions."""
 
             def compute_loss(self, model, inputs, return_outputs=False, **kwargs):  # noqa: ANN001, ANN003, ANN202
                 asked = inputs.pop("questions")
                 with encoder.condition(asked) if encoder is not None else nullcontext():
                     outputs = model(**inputs)
                 losses.append(outputs.loss.item())
-                report(len(losses) - 1, losses[-1])
+                report(len(losses), losses[-1])
                 return (outputs.loss, outputs) if return_outputs else outputs.loss
 
         trainer = InstructionTrainer(
             model=model,
             args=arguments,
             train_dataset=questions,
-            data_collator=Collator(pictures, model.generation_config.pad_token_id),
+            data_collator=Collator(inputs, model.generation_config.pad_token_id),
             optimizers=(optimizer, decay),
         )
-        trainer.remove_callback(PrinterCallback)  # the bar says it all
+        trainer.remove_callback(PrinterCallback)  # it prints what the bar shows
         trainer.train()
     return losses

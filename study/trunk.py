@@ -1,7 +1,7 @@
-"""The blocks that nothing trains, run once.
+"""The trunk: frozen blocks before the first trained one, run once per image.
 
-A tower whose first trained block is `first` gives the same activations before that block at every step. They
-are computed once per picture; LLaVA then runs with `upper_blocks`, where the tower starts from them.
+Their output for an image is the same at every step, so it is cached. LLaVA then runs inside `upper_blocks`, where
+the tower starts from the cached states.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import nn
 
 
 class _PassThrough(nn.Module):
-    """Stands where the embeddings, the first norm and the trunk's blocks stood: what comes in is past them."""
+    """Stands in for the embeddings, the first norm and the trunk's blocks, and returns its input."""
 
     def forward(self, hidden: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         return hidden
 
 
 def _blocks(tower: nn.Module) -> nn.ModuleList:
-    """The blocks of a Hugging Face CLIPVisionModel or Dinov2Model."""
+    """Return the blocks of a CLIPVisionModel or Dinov2Model."""
     encoder = tower.get_submodule("encoder")
     blocks = encoder.get_submodule("layers" if hasattr(encoder, "layers") else "layer")
     assert isinstance(blocks, nn.ModuleList)
@@ -29,53 +29,61 @@ def _blocks(tower: nn.Module) -> nn.ModuleList:
 
 
 def depth(tower: nn.Module) -> int:
-    """How many blocks a tower has."""
+    """Count the tower's blocks."""
     return len(_blocks(tower))
 
 
 @torch.no_grad()
-def run_trunk(tower: nn.Module, pictures: torch.Tensor, states: tuple[int, ...], batch: int = 256) -> dict:
-    """Hidden states of every picture, from one pass.
+def run_trunk(
+    tower: nn.Module, images: torch.Tensor, states: tuple[int, ...], batch: int = 256
+) -> dict[int, torch.Tensor]:
+    """Return hidden states of every image, from one pass.
 
     Args:
-        tower: A Hugging Face vision model.
-        pictures: Shape `(N, 3, H, W)`.
-        states: Which hidden states to keep; `first` is what enters block `first`.
-        batch: Pictures per forward.
+        tower: A vision model of transformers.
+        images: Shape `(N, 3, H, W)`.
+        states: Indices of the hidden states to keep; state `i` is the input of block `i`.
+        batch: Images per forward.
 
     Returns:
-        For each wanted state a tensor of shape `(N, tokens, D)`.
+        Tensors of shape `(N, tokens, D)` by index.
     """
     kept: dict[int, list[torch.Tensor]] = {state: [] for state in states}
-    for chunk in pictures.split(batch):
+    for chunk in images.split(batch):
         hidden = tower(chunk, output_hidden_states=True).hidden_states
         for state in states:
             kept[state].append(hidden[state])
     return {state: torch.cat(parts) for state, parts in kept.items()}
 
 
+def install_recording(tower: nn.Module) -> None:
+    """Have transformers install its hooks for hidden states, which it does at the first call that asks for them."""
+    side = tower.config.image_size
+    run_trunk(tower, torch.zeros(1, 3, side, side), ())
+
+
 @contextmanager
 def upper_blocks(tower: nn.Module, first: int) -> Iterator[None]:
-    """While open, the tower starts at block `first` and takes that block's input for `pixel_values`.
+    """While open, start the tower at block `first`, with that block's input as `pixel_values`.
 
-    `hidden_states[-2]` stays what it was. The tower must have recorded hidden states once before, because
-    transformers installs its recording hooks at the first such call, on the blocks that it then sees.
+    `hidden_states[-2]` stays the same. The tower's recording hooks must be installed (`install_recording`, or any
+    call with hidden states), because transformers puts them on the blocks that it finds at that time.
     """
     blocks, config = _blocks(tower), tower.config
     count = len(blocks)
-    # the blocks keep their places, so that names found before still lead to them
+    # indices of the upper blocks stay, so that names of modules stay valid
     trunk = [blocks[i] for i in range(first)]
-    swapped = {part: getattr(tower, part) for part in ("embeddings", "pre_layrnorm") if hasattr(tower, part)}
+    replaced = {name: getattr(tower, name) for name in ("embeddings", "pre_layrnorm") if hasattr(tower, name)}
     for i in range(first):
         blocks[i] = _PassThrough()
-    for part in swapped:
-        setattr(tower, part, _PassThrough())
-    config.num_hidden_layers = count - first  # as many as are recorded
+    for name in replaced:
+        setattr(tower, name, _PassThrough())
+    config.num_hidden_layers = count - first  # the number of recorded blocks
     try:
         yield
     finally:
         config.num_hidden_layers = count
         for i, block in enumerate(trunk):
             blocks[i] = block
-        for part, module in swapped.items():
-            setattr(tower, part, module)
+        for name, module in replaced.items():
+            setattr(tower, name, module)

@@ -29,7 +29,7 @@ def parts(tmp_path_factory):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitImageProcessor
 
-    from study.packaged import packaged_backbone
+    from study.backbone import packaged_backbone
 
     pytest.importorskip("gguf")
     root = tmp_path_factory.mktemp("parts")

@@ -1,4 +1,4 @@
-"""The command line: what it offers, and what it says when asked for what is not there."""
+"""The command line: its options, its errors and its imports."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
-from study.cli import app
+from study.cli import app, main
 
 
-def test_help_offers_the_settings() -> None:
+def test_help_lists_the_options() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
     assert shown.exit_code == 0
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown.output)
@@ -20,15 +21,19 @@ def test_help_offers_the_settings() -> None:
         assert option in plain
 
 
-def test_an_unknown_task_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    shown = CliRunner().invoke(app, ["--tasks", "caption,juggling", "--output", str(tmp_path / "out")])
-    assert shown.exit_code == 2
-    assert "juggling" in shown.output
-    assert "grounding" in shown.output
+def test_an_unknown_task_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--tasks", "caption,juggling", "--output", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert "juggling" in shown
+    assert "grounding" in shown
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line_loads_none_of_the_heavy_libraries() -> None:
+def test_the_command_line_imports_no_heavy_library() -> None:
     heavy = "torch transformers sklearn skimage matplotlib easy_vqa"
     code = f"import sys, study.cli; print([m for m in {heavy.split()} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

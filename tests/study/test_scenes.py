@@ -1,4 +1,4 @@
-"""Scenes: the same for the same seed, and no sample in two splits."""
+"""Scenes: reproducible from their seed, with no sample in two splits."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from study.scenes import CELL, GRID, SIZE, as_batch, make_scenes
-from study.sources import SPLITS, TEXTURES, tiles
+from study.tiles import SPLITS, TEXTURES, tiles
 
 
-def test_scenes_depend_on_the_seed_alone() -> None:
+def test_scenes_depend_only_on_the_seed() -> None:
     first, again, other = (make_scenes("train", 12, seed) for seed in (3, 3, 4))
     assert [scene.things for scene in first] == [scene.things for scene in again]
     assert np.array_equal(as_batch(first), as_batch(again))
@@ -39,7 +39,7 @@ def test_texture_crops_of_two_splits_share_no_column() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_split_can_show_everything(split: str) -> None:
+def test_every_split_has_every_kind_and_name(split: str) -> None:
     known = {kind: {(t.name, t.colour) for t in found} for kind, found in tiles(split).items()}
     assert {kind: len(found) for kind, found in known.items()} == {
         "shape": 40,
@@ -49,7 +49,7 @@ def test_every_split_can_show_everything(split: str) -> None:
     }
 
 
-def test_things_lie_in_their_cells_and_can_be_told_apart() -> None:
+def test_things_lie_in_their_cells_and_have_distinct_names() -> None:
     for scene in make_scenes("validation", 40):
         assert 2 <= len(scene.things) <= 4
         assert scene.pixels.shape == (SIZE, SIZE, 3)
@@ -59,7 +59,7 @@ def test_things_lie_in_their_cells_and_can_be_told_apart() -> None:
         assert len(set(references)) == len(references)
         assert cells == sorted(set(cells))
         for thing in scene.things:
-            # the tile's own pixels are there, moved by at most one pixel from the middle of the cell
+            # the tile's pixels are there, at most one pixel off the centre of the cell
             y, x = thing.row * CELL, thing.column * CELL
             cell = scene.pixels[y : y + CELL, x : x + CELL]
             side = thing.tile.pixels.shape[0]

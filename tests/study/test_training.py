@@ -1,4 +1,4 @@
-"""Batches, training and answers on a few scenes."""
+"""Batches, training, answers and a complete run, on a few scenes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from covft.data import IGNORE_INDEX
 from covft.errors import ConfigError
 from study.batches import Collator, Questions
-from study.evaluate import better, most_frequent, scores
-from study.llava import IGNORE, build_llava
+from study.comparison import answer_held_out, prepare, train_projector, tune_on_instructions
+from study.evaluate import best_of, most_frequent_answers, score
+from study.llava import build_llava
 from study.scenes import make_scenes
-from study.settings import MiniSettings, quick_settings
-from study.study import answers, first_stage, prepare, second_stage
+from study.settings import StudySettings
 from study.tasks import Example, make_examples
+from study.tokenizer import build_tokenizer
 from study.towers import small_vit
-from study.words import build_tokenizer
 
 
 def _example(question: str, answer: str, task: str = "colour", scene: int = 0) -> Example:
@@ -26,14 +27,14 @@ def _example(question: str, answer: str, task: str = "colour", scene: int = 0) -
 def test_batches_put_labels_on_answers_alone() -> None:
     tokenizer = build_tokenizer()
     examples = make_examples(make_scenes("train", 6))[:20]
-    pictures = torch.randn(6, 4, 8)
-    batch = Collator(pictures, tokenizer.pad_token_id)(list(Questions(examples, tokenizer)))
+    inputs = torch.randn(6, 4, 8)
+    batch = Collator(inputs, tokenizer.pad_token_id)(list(Questions(examples, tokenizer)))
     for i, example in enumerate(examples):
-        labelled = batch["labels"][i] != IGNORE
+        labelled = batch["labels"][i] != IGNORE_INDEX
         assert tokenizer.decode(batch["labels"][i][labelled]) == f"{example.answer} <eos>"
         assert torch.equal(batch["input_ids"][i][labelled], batch["labels"][i][labelled])
         assert example.question in tokenizer.decode(batch["input_ids"][i][batch["attention_mask"][i].bool()])
-        assert torch.equal(batch["pixel_values"][i], pictures[example.scene])
+        assert torch.equal(batch["pixel_values"][i], inputs[example.scene])
     assert batch["questions"] == [e.question for e in examples]
 
 
@@ -48,7 +49,7 @@ def test_batches_for_generation_end_where_the_answer_begins() -> None:
         assert text == ("" if without else examples[0].question)
 
 
-def test_scores_floors_and_their_better_half() -> None:
+def test_scores_and_baselines_of_a_worked_example() -> None:
     train = [_example("q1", "red"), _example("q1", "red"), _example("q2", "blue"), _example("q2", "blue")]
     train += [_example("q2", "blue"), _example("q3", "yes", "existence")]
     asked = [
@@ -57,33 +58,33 @@ def test_scores_floors_and_their_better_half() -> None:
         _example("new", "blue"),
         _example("q3", "no", "existence"),
     ]
-    assert most_frequent(train, asked, with_question=True) == ["red", "blue", "blue", "yes"]
-    assert most_frequent(train, asked, with_question=False) == ["blue", "blue", "blue", "yes"]
-    table = scores(asked, ["red", "blue", "blue", "yes"])
+    assert most_frequent_answers(train, asked, with_question=True) == ["red", "blue", "blue", "yes"]
+    assert most_frequent_answers(train, asked, with_question=False) == ["blue", "blue", "blue", "yes"]
+    table = score(asked, ["red", "blue", "blue", "yes"])
     assert table == pytest.approx({"colour": 200 / 3, "existence": 0.0, "mean": 100 / 3})
-    assert better(table, {"colour": 10.0, "existence": 50.0, "mean": 30.0})["mean"] == pytest.approx(350 / 6)
+    assert best_of(table, {"colour": 10.0, "existence": 50.0, "mean": 30.0})["mean"] == pytest.approx(350 / 6)
 
 
-def test_settings_refuse_what_does_not_exist() -> None:
+def test_settings_refuse_unknown_names_and_zero_steps() -> None:
     with pytest.raises(ConfigError, match="juggling"):
-        MiniSettings(tasks=("caption", "juggling"))
+        StudySettings(tasks=("caption", "juggling"))
     with pytest.raises(ConfigError, match="frozen, covft or both"):
-        MiniSettings(method="full")
+        StudySettings(method="full")
     with pytest.raises(ConfigError, match="steps"):
-        MiniSettings(steps=0)
+        StudySettings(steps=0)
 
 
 @pytest.mark.slow
 def test_stages_train_what_they_should(tmp_path: Path) -> None:
-    settings = quick_settings(output=tmp_path, show=False, tasks=("colour", "grounding"), steps=3)
-    study = prepare(settings)
-    projector, losses = first_stage(study)
+    settings = StudySettings.quick(output=tmp_path, show=False, tasks=("colour", "grounding"), steps=3)
+    comparison = prepare(settings)
+    projector, losses = train_projector(comparison)
     assert len(losses) == settings.stage1_steps
-    trained = {method: second_stage(study, projector, method) for method in ("frozen", "covft")}
-    # same start, same order of data: the first loss is the same, because CoVFT starts as the identity
+    trained = {method: tune_on_instructions(comparison, projector, method) for method in ("frozen", "covft")}
+    # the first losses agree: same start, same data order, and wrapping changes no output
     assert trained["frozen"].losses[0] == pytest.approx(trained["covft"].losses[0], rel=1e-4)
     assert trained["frozen"].losses[-1] != pytest.approx(trained["covft"].losses[-1], rel=1e-6)
-    again = second_stage(study, projector, "frozen")
+    again = tune_on_instructions(comparison, projector, "frozen")
     assert again.losses == pytest.approx(trained["frozen"].losses, rel=1e-5)
     start = build_llava(small_vit(), seed=settings.seed)
     start.model.multi_modal_projector.load_state_dict(projector)
@@ -100,23 +101,23 @@ def test_stages_train_what_they_should(tmp_path: Path) -> None:
     experts = [p for name, p in tuned.named_parameters() if p.shape == ffn.shape and "expert" in name]
     assert len(experts) == settings.experts
     assert all(not torch.equal(expert, ffn) for expert in experts)
-    given = answers(study, trained["covft"], "answers")
-    assert len(given) == len(study.held_out.examples)
-    blank = answers(study, trained["frozen"], "answers", blank=True)
+    given = answer_held_out(comparison, trained["covft"], "answers")
+    assert len(given) == len(comparison.held_out.examples)
+    blank = answer_held_out(comparison, trained["frozen"], "answers", blank=True)
     same_question: dict[str, set[str]] = {}
-    for example, found in zip(study.held_out.examples, blank, strict=True):
+    for example, found in zip(comparison.held_out.examples, blank, strict=True):
         same_question.setdefault(example.question, set()).add(found)
     assert all(len(found) == 1 for found in same_question.values())
 
 
 @pytest.mark.slow
-def test_the_whole_run_writes_a_page_and_its_figures(tmp_path: Path) -> None:
+def test_a_complete_run_writes_its_report_and_results(tmp_path: Path) -> None:
     import json
 
-    from study.run import run
+    from study.run import run_study
 
-    settings = quick_settings(output=tmp_path / "out", cache=tmp_path / "cache", show=False)
-    result = run(settings)
+    settings = StudySettings.quick(output=tmp_path / "out", cache=tmp_path / "cache", show=False)
+    result = run_study(settings)
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count("data:image/png;base64,") >= 8 + 3
     assert "http" not in page
@@ -128,6 +129,6 @@ def test_the_whole_run_writes_a_page_and_its_figures(tmp_path: Path) -> None:
     assert result.checks["loaded_max_difference"] < 1e-5
     assert result.checks["tuned_max_difference"] > result.checks["loaded_max_difference"]
     assert result.checks["backbone_relative_difference"] < 1e-5
-    assert len(result.losses["backbone"]) == settings.tower_steps
+    assert len(result.losses["backbone"]) == settings.backbone_steps
     assert (tmp_path / "out" / "encoder" / "model.safetensors").is_file()
     assert str(tmp_path) not in page

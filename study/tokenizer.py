@@ -1,4 +1,4 @@
-"""A word-level tokenizer for the miniature's questions and answers, as transformers knows tokenizers."""
+"""A word-level tokenizer for the study's questions and answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word; left padding, which generation in batches needs.
+    """Build a tokenizer with one token per word and left padding, which batched generation needs.
 
     Example:
         >>> tokenizer = build_tokenizer()
@@ -47,5 +47,5 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def prompt(question: str, image_tokens: int) -> str:
-    """What stands before the answer; an empty question leaves the picture alone."""
+    """Return the text before the answer; an empty question leaves only the image."""
     return " ".join(["<bos>", *["<image>"] * image_tokens, "<user>", *question.split(), "<answer>"])

