@@ -1,23 +1,16 @@
-"""The text reaches the FFNs in every forward and in every recomputation of it, to the last gradient."""
+"""The text reaches the FFNs in every recomputation of a forward: gradients are equal with and without checkpointing."""
 
 from __future__ import annotations
 
-import copy
-import pickle
 import threading
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import covft
-from covft.adapters import InputFormat
-from covft.conditioning import Conditioning
-from covft.errors import MissingContextError, ReentrantCheckpointError, ShapeError
-from tests.helpers.towers import BY_NAME, TEXT_DIM, features, perturb
+from tests.helpers.conditioning import Call, Case
+from tests.helpers.towers import features
 
 CHECKPOINTED = [
     "timm-clip",
@@ -43,35 +36,8 @@ CHECKPOINTED = [
     "hf-mllama",
 ]
 
-Call = Callable[[Tensor, Tensor], Tensor]
 
-
-class Case:
-    """A wrapped tower in float64 training mode, with its experts apart."""
-
-    def __init__(self, name: str, **settings: Any) -> None:
-        self.tower = BY_NAME[name]
-        self.encoder = covft.wrap(self.tower.build().double(), TEXT_DIM, **settings).double()
-        perturb(self.encoder)
-        self.encoder.train()
-        self.images = self.tower.images(3, torch.float64)
-        self.others = self.tower.images(3, torch.float64)
-        self.inputs = self.tower.inputs(3)
-        self.texts = [torch.randn(3, TEXT_DIM, dtype=torch.float64) for _ in range(3)]
-
-    def output(self, images: Tensor, text: Tensor | None) -> Tensor:
-        output = self.encoder(images, text, **self.inputs)
-        return output.image_embeds if hasattr(output, "image_embeds") else features(output)
-
-    def gradients(self, scenario: Callable[[Case, Call], None], call: Call) -> dict[str, Tensor]:
-        self.encoder.zero_grad()
-        torch.manual_seed(7)  # DINOv3 draws rotary jitter in training mode
-        scenario(self, call)
-        named = self.encoder.named_parameters()
-        return {name: p.grad.clone() for name, p in named if p.grad is not None}
-
-
-# Ways of checkpointing: each makes a `call(images, text)` out of a case.
+# Ways of checkpointing: each makes a `call(images, text)` of a case
 
 
 def plain(case: Case) -> Call:
@@ -83,12 +49,12 @@ def by_library(case: Case) -> Call:
     return case.output
 
 
-def whole_encoder(case: Case) -> Call:
+def around_the_encoder(case: Case) -> Call:
     return lambda images, text: checkpoint(case.output, images, text, use_reentrant=False)
 
 
 def inside_condition(case: Case) -> Call:
-    """The checkpoint sees images alone; the text comes from a condition that is closed by backward."""
+    """Checkpoint the images alone; the text comes from a condition that is closed before backward."""
 
     def call(images: Tensor, text: Tensor) -> Tensor:
         with case.encoder.condition(text):
@@ -102,10 +68,10 @@ def nested(case: Case) -> Call:
     return inside_condition(case)
 
 
-WAYS = [by_library, whole_encoder, inside_condition, nested]
+WAYS = [by_library, around_the_encoder, inside_condition, nested]
 
 
-# Scenarios: what is run between zero_grad() and the gradients.
+# Scenarios: what runs between zero_grad() and the gradients
 
 
 def one_forward(case: Case, call: Call) -> None:
@@ -166,7 +132,7 @@ def test_gradients__equal_with_and_without_checkpointing(name, way):
     call = way(case)
     for scenario in SCENARIOS:
         assert_same(case.gradients(scenario, call), wanted[scenario])
-    # The scenarios can tell right from wrong: with the texts exchanged the gradients are others.
+    # With the texts exchanged the gradients differ, so the scenarios can fail.
     case.texts[0], case.texts[1] = case.texts[1], case.texts[0]
     swapped = case.gradients(two_forwards, call)
     assert any((swapped[n] - g).abs().max() > 1e-9 for n, g in wanted[two_forwards].items())
@@ -207,7 +173,7 @@ def test_gradients__equal_with_every_second_layer_checkpointed_and_offloaded():
 
 
 @pytest.mark.parametrize("name", ["timm-clip", "hf-clip", "hf-qwen2.5-vl"])
-def test_gradients__index_says_which_text_an_image_has(name):
+def test_gradients__equal_with_an_index(name):
     case = Case(name)
     index = torch.tensor([1, 1, 0])
 
@@ -224,7 +190,7 @@ def test_gradients__index_says_which_text_an_image_has(name):
     assert_same(case.gradients(two_forwards, call), wanted)
 
 
-def test_gradients__blocks_called_without_the_tower():
+def test_gradients__equal_for_blocks_called_without_the_tower():
     case = Case("timm-clip")
     tokens = torch.randn(3, 17, 32, dtype=torch.float64)
 
@@ -252,7 +218,7 @@ def test_aux_loss__under_checkpointing():
     assert_same(case.gradients(scenario, by_library(case)), wanted)
 
 
-def test_records__are_those_of_the_last_forward_not_of_a_recomputation():
+def test_records__are_of_the_last_forward_not_of_a_recomputation():
     case = Case("hf-clip")
     case.encoder.gradient_checkpointing_enable()
     loss = case.output(case.images, case.texts[0]).sum()
@@ -273,138 +239,3 @@ def test_frames__are_forgotten_with_the_graph(name):
     loss.backward()
     del loss
     assert len(noted) == 0
-
-
-# Reentrant checkpointing would give the experts no gradient, in silence.
-
-
-def test_reentrant__refused_where_it_is_switched_on():
-    encoder = Case("hf-clip").encoder
-    with pytest.raises(ReentrantCheckpointError, match="use_reentrant=False"):
-        encoder.gradient_checkpointing_enable({"use_reentrant": True})
-
-
-def test_reentrant__refused_when_the_tower_was_switched_directly():
-    case = Case("hf-clip")
-    case.encoder.vit.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
-    images = case.images.requires_grad_()  # else torch itself warns that nothing needs a gradient
-    with pytest.raises(ReentrantCheckpointError, match="non-reentrant"):
-        case.output(images, case.texts[0])
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_reentrant__refused_around_the_whole_encoder(training):
-    case = Case("timm-clip")
-    case.encoder.train(training)
-    images = case.images.requires_grad_()
-    with pytest.raises(ReentrantCheckpointError, match="non-reentrant"):
-        checkpoint(case.output, images, case.texts[0], use_reentrant=True)
-
-
-def test_no_grad__refused_in_training_inside_a_condition_with_gradients():
-    case = Case("hf-clip")
-    with case.encoder.condition(case.texts[0]):
-        with torch.no_grad(), pytest.raises(ReentrantCheckpointError, match="without gradients"):
-            case.encoder.vit(case.images)
-        case.encoder.eval()
-        with torch.no_grad():
-            case.encoder.vit(case.images)
-    case.encoder.train()
-    with torch.no_grad():
-        case.output(case.images, case.texts[0])
-
-
-# A call without text, or with text that does not fit, fails before any compute.
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "timm-clip",
-        "open_clip-native",
-        "hf-clip",
-        "hf-siglip2",
-        "hf-qwen2-vl",
-        "hf-qwen2.5-vl",
-        "hf-qwen3-vl",
-        "hf-pixtral",
-        "hf-mllama",
-    ],
-)
-def test_missing_and_misfit_text__fail_before_compute(name, monkeypatch):
-    case = Case(name)
-    calls: list[str] = []
-    kinds = (nn.Conv2d, nn.Conv3d, nn.Linear)
-    first = next(module for module in case.encoder.vit.modules() if isinstance(module, kinds))
-    first.register_forward_pre_hook(lambda *_: calls.append("ran"))
-    with pytest.raises(MissingContextError, match="without text"):
-        case.encoder(case.images, **case.inputs)
-    with pytest.raises(MissingContextError, match="without text"):
-        case.encoder.vit(case.images, **case.inputs)
-    with pytest.raises(ShapeError, match="3 images, but the text is for 2"):
-        case.encoder(case.images, case.texts[0][:2], **case.inputs)
-    with pytest.raises(ShapeError, match="3 images, but the text is for 4"):
-        case.encoder(case.images, case.texts[0], index=[0, 1, 2, 0], **case.inputs)
-    with pytest.raises(ShapeError, match=r"shape \(S, 16\)"):
-        case.encoder(case.images, torch.randn(3, 5), **case.inputs)
-    with pytest.raises(ShapeError, match=r"values in \[0, 2\]"):
-        case.encoder(case.images, case.texts[0], index=[0, 1, 3], **case.inputs)
-    assert calls == []
-    case.output(case.images, case.texts[0])
-    assert calls == ["ran"]
-
-
-def test_scopes__an_exception_inside_leaves_nothing_open():
-    case = Case("hf-clip")
-    with pytest.raises(RuntimeError), case.encoder.condition(case.texts[0]):
-        case.encoder.vit(torch.randn(3, 4, 32, 32, dtype=torch.float64))  # four channels
-    assert case.encoder.conditioning.scope() is None
-    with pytest.raises(MissingContextError):
-        case.encoder(case.images)
-
-
-def test_scopes__are_per_thread():
-    case = Case("hf-clip")
-    found: list[Any] = []
-    with case.encoder.condition(case.texts[0]):
-        thread = threading.Thread(target=lambda: found.append(case.encoder.conditioning.scope()))
-        thread.start()
-        thread.join()
-        assert case.encoder.conditioning.scope() is not None
-    assert found == [None]
-
-
-def test_scopes__the_innermost_holds_and_the_outer_comes_back():
-    conditioning = Conditioning()
-    one, two = torch.randn(1, 4), torch.randn(1, 4)
-    outer = conditioning.enter(one)
-    inner = conditioning.enter(two)
-    assert conditioning.scope() is inner
-    conditioning.leave(inner)
-    assert conditioning.scope() is outer
-    assert conditioning.scope().text_features is one
-    conditioning.leave(outer)
-    assert conditioning.scope() is None
-
-
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["copy", "pickle"])
-def test_conditioning__copies_are_empty_and_keep_the_settings(twin_of):
-    settings = {"needs_text": False, "draws_seeds": True, "has_batch_norm": True}
-    form = InputFormat(mask_argument="mask", sizes_argument="sizes", sizes_unit=14)
-    conditioning = Conditioning(form, **settings)
-    conditioning.enter(torch.randn(1, 4))
-    twin = twin_of(conditioning)
-    assert twin.scope() is None
-    assert {name: getattr(twin, name) for name in settings} == settings
-    assert twin.format == form
-
-
-def test_one_text_for_all_images():
-    case = Case("timm-clip")
-    encoder = case.encoder.eval()
-    encoder.set_text_encoder(covft.testing.HashTextEncoder(TEXT_DIM))
-    alone = encoder(case.images, "what is left of the cup?")
-    spread = encoder(case.images, ["what is left of the cup?"] * 3)
-    assert torch.equal(alone, spread)
-    with pytest.raises(ShapeError, match="3 images, but the text is for 1"):
-        encoder(case.images, ["what is left of the cup?"])

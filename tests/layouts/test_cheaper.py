@@ -16,9 +16,7 @@ from covft.adapters import ViTFamily, registry
 from covft.errors import UnsupportedViTError
 from covft.nn.experts import Experts
 from covft.nn.low_rank import LowRankExperts
-from tests.helpers.towers import MLLAMA, PACKED, TEXT_DIM, Tower, features, perturb
-from tests.layouts.test_layouts import CASES as TINY
-from tests.layouts.test_layouts import (
+from tests.helpers.tiny_vits import (
     HALVES,
     D,
     Halves,
@@ -31,6 +29,8 @@ from tests.layouts.test_layouts import (
     patches,
     texts,
 )
+from tests.helpers.tiny_vits import LAYOUTS as TINY
+from tests.helpers.towers import MLLAMA, PACKED, TEXT_DIM, Tower, features, perturb
 
 Inputs = tuple[Any, dict[str, Any]]
 LENGTHS = [4, 7, 5]  # patches of the images of naflex
@@ -119,7 +119,7 @@ CASES = [
         shared,
         tokens,
         row,
-        ViTFamily(name="shared", classes=("tests.layouts.test_layouts.Shared",), library="tests"),
+        ViTFamily(name="shared", classes=("tests.helpers.tiny_vits.Shared",), library="tests"),
     ),
     Case("naflex", naflex, lambda: (patches(LENGTHS, size=9), {}), row),
     Case(

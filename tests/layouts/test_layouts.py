@@ -10,113 +10,37 @@ import torch
 from torch import Tensor, nn
 
 import covft
-from covft.adapters import ViTFamily
 from covft.errors import MissingContextError, ShapeError
 from covft.surgery.layout import TokenLayout
 from covft.surgery.split import SplitFFN
+from tests.helpers.tiny_vits import (
+    HALVES,
+    LAYOUTS,
+    SHARED,
+    D,
+    F,
+    Halves,
+    Intermediate,
+    Output,
+    Shared,
+    TinyViT,
+    conv_ffn,
+    family,
+    images,
+    linear_ffn,
+    naflex,
+    patches,
+    texts,
+    tiny_vit,
+)
 from tests.helpers.towers import TEXT_DIM, perturb
-
-D, F = 8, 12
-
-
-class Block(nn.Module):
-    """A block that calls its FFN as the layout wants it, on tokens `(B, N, D)` of a 4 x 4 map."""
-
-    def __init__(self, ffn: nn.Module, layout: str) -> None:
-        super().__init__()
-        self.attn = nn.Linear(D, D)
-        self.norm = nn.LayerNorm(D)
-        self.mlp = ffn
-        self.layout = layout
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(x)
-        y, (images, tokens, width) = self.norm(x), x.shape
-        if self.layout == "BHWD":
-            y = self.mlp(y.view(images, 4, 4, width)).flatten(1, 2)
-        elif self.layout == "BCHW":
-            y = self.mlp(y.transpose(1, 2).reshape(images, width, 4, 4)).flatten(2).transpose(1, 2)
-        elif self.layout == "(BP)ND":
-            y = self.mlp(y.reshape(images * 4, 4, width)).reshape(images, tokens, width)
-        elif self.layout == "arguments":
-            y = self.mlp(y, (4, 4), scale=0.5)
-        else:
-            y = self.mlp(y)
-        return x + y
-
-
-class TinyViT(nn.Module):
-    def __init__(self, ffn: nn.Module, layout: str, depth: int = 2) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, D, 2, 2)
-        self.blocks = nn.ModuleList(Block(copy.deepcopy(ffn), layout) for _ in range(depth))
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.patches(images).flatten(2).transpose(1, 2)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-class WithArguments(nn.Module):
-    """An FFN that needs the sides of the map, as depth-wise convolutions do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.dw, self.fc2 = nn.Linear(D, F), nn.Conv2d(F, F, 3, 1, 1, groups=F), nn.Linear(F, D)
-
-    def forward(self, x: Tensor, size: tuple[int, int], scale: float = 1.0) -> Tensor:
-        h = self.fc1(x).transpose(1, 2)
-        h = self.dw(h.reshape(*h.shape[:2], *size)).flatten(2).transpose(1, 2)
-        return scale * self.fc2(torch.nn.functional.gelu(h))
-
-
-def linear_ffn() -> nn.Module:
-    return nn.Sequential(nn.Linear(D, F), nn.GELU(), nn.Linear(F, D))
-
-
-def conv_ffn() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(D, F, 1), nn.BatchNorm2d(F), nn.GELU(), nn.Conv2d(F, D, 1))
-
-
-def spatial_ffn() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(D, F, 3, padding=1), nn.GELU(), nn.Conv2d(F, D, 3, padding=1))
-
-
-CASES = {
-    "BND": (linear_ffn, "BND"),
-    "BHWD": (linear_ffn, "BND"),
-    "BCHW": (conv_ffn, "BCHW"),
-    "BCHW-3x3": (spatial_ffn, "BCHW"),
-    "(BP)ND": (linear_ffn, "(BP)ND"),
-    "arguments": (WithArguments, "BND"),
-}
 
 
 def build(case: str, **settings: Any) -> covft.ContextEncoder:
-    make, layout = CASES[case]
-    vit = TinyViT(make(), case.removesuffix("-3x3")).double().eval()
-    for module in vit.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    encoder = covft.wrap(vit, TEXT_DIM, adapter=family(case), layers=[0, 1], experts=3, **settings)
-    assert [block.layout for block in encoder.spec.blocks] == [layout] * 2
+    encoder = covft.wrap(tiny_vit(case), TEXT_DIM, adapter=family(case), layers=[0, 1], experts=3, **settings)
+    assert [block.layout for block in encoder.spec.blocks] == [LAYOUTS[case][1]] * 2
     perturb(encoder)
     return encoder
-
-
-def family(case: str) -> ViTFamily:
-    folded = ("mlp",) if case == "(BP)ND" else ()
-    return ViTFamily(name="tiny", classes=(f"{__name__}.TinyViT",), library="tests", folded=folded)
-
-
-def images(batch: int = 3) -> Tensor:
-    return torch.randn(batch, 3, 8, 8, dtype=torch.float64)
-
-
-def texts(batch: int = 3) -> Tensor:
-    return torch.randn(batch, TEXT_DIM, dtype=torch.float64)
 
 
 def oracle(encoder: covft.ContextEncoder, pixels: Tensor, text: Tensor, case: str) -> Tensor:
@@ -148,7 +72,7 @@ def oracle(encoder: covft.ContextEncoder, pixels: Tensor, text: Tensor, case: st
 
 
 @pytest.mark.parametrize("routing", ["dense", "sparse"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LAYOUTS)
 def test_outputs_and_gradients_are_those_of_the_equations(case, routing):
     encoder = build(case, routing=routing)
     pixels, text = images(), texts()
@@ -163,10 +87,9 @@ def test_outputs_and_gradients_are_those_of_the_equations(case, routing):
 
 
 @pytest.mark.parametrize("settings", [{}, {"routing": "sparse"}, {"context": "image"}, {"routing": "random"}], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LAYOUTS)
 def test_identity_at_the_start_and_unwrap(case, settings):
-    make, _ = CASES[case]
-    vit = TinyViT(make(), case.removesuffix("-3x3")).double().eval()
+    vit = tiny_vit(case)
     pixels, before = images(), {name: tensor.clone() for name, tensor in vit.state_dict().items()}
     plain, ffn = vit(pixels), vit.blocks[0].mlp
     encoder = covft.wrap(vit, TEXT_DIM, adapter=family(case), layers=[0, 1], **settings)
@@ -184,7 +107,7 @@ def test_identity_at_the_start_and_unwrap(case, settings):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LAYOUTS)
 def test_an_image_does_not_depend_on_its_batch(case, training):
     encoder = build(case).train(training)
     pixels, text = images(), texts()
@@ -289,32 +212,12 @@ def test_statistics_of_batch_norms_are_kept_in_training():
 # One module in several places
 
 
-class Shared(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        block = nn.Module()
-        block.attn, block.norm = nn.Linear(D, D), nn.LayerNorm(D)
-        block.mlp2 = block.mlp3 = linear_ffn()
-        self.blocks = nn.ModuleList([block])
-
-    def forward(self, x: Tensor) -> Tensor:
-        (block,) = self.blocks
-        y = block.norm(x + block.attn(x))
-        return torch.cat([y + block.mlp2(y), y[:, :2] + block.mlp3(y[:, :2])], dim=1)
-
-
-class LinearMlp(nn.Sequential):
-    """Found by its class."""
-
-
 def test_a_shared_ffn_is_replaced_under_all_its_names():
     vit = Shared().double().eval()
     block = vit.blocks[0]
-    block.mlp2 = block.mlp3 = LinearMlp(*block.mlp2)
     ffn, x = block.mlp2, torch.randn(3, 5, D, dtype=torch.float64)
     plain, keys = vit(x), vit.state_dict().keys()
-    adapter = ViTFamily(name="shared", classes=(f"{__name__}.Shared",), library="tests")
-    encoder = covft.wrap(vit, TEXT_DIM, adapter=adapter, layers=[0])
+    encoder = covft.wrap(vit, TEXT_DIM, adapter=SHARED, layers=[0])
     assert encoder.spec.depth == 1
     assert encoder.spec.blocks[0].aliases == ("blocks.0.mlp3",)
     assert block.mlp2 is block.mlp3 is encoder.slots()[0]
@@ -331,50 +234,6 @@ def test_a_shared_ffn_is_replaced_under_all_its_names():
 
 
 # An FFN in two halves
-
-
-class Intermediate(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.dense, self.act = nn.Linear(D, F), nn.GELU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.dense(x))
-
-
-class Output(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.dense = nn.Linear(F, D)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.dense(h)
-
-
-class OutputWithResidual(Output):
-    def forward(self, h: Tensor, residual: Tensor) -> Tensor:
-        return self.dense(h) + residual
-
-
-class Halves(nn.Module):
-    def __init__(self, *, residual: bool) -> None:
-        super().__init__()
-        self.residual = residual
-        self.layer = nn.ModuleList(nn.Module() for _ in range(2))
-        for layer in self.layer:
-            layer.attention, layer.norm = nn.Linear(D, D), nn.LayerNorm(D)
-            layer.intermediate = Intermediate()
-            layer.output = OutputWithResidual() if residual else Output()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layer:
-            x = x + layer.attention(x)
-            h = layer.intermediate(layer.norm(x))
-            x = layer.output(h, x) if self.residual else x + layer.output(h)
-        return x
-
-
-HALVES = ViTFamily(name="halves", classes=(f"{__name__}.Halves",), library="tests")
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -420,20 +279,6 @@ def test_halves_are_not_copied():
 # Padding
 
 
-def naflex() -> nn.Module:
-    timm = pytest.importorskip("timm")
-    options = {"embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 0, "patch_size": 4, "reg_tokens": 2}
-    return timm.create_model("naflexvit_base_patch16_gap", **options).double().eval()
-
-
-def patches(lengths: list[int], size: int) -> dict[str, Tensor]:
-    """Patches of images that are one patch high, padded with noise, which must not matter."""
-    made = torch.randn(len(lengths), size, 48, dtype=torch.float64)
-    valid = torch.arange(size) < torch.tensor(lengths)[:, None]
-    coordinates = torch.stack([torch.zeros(size), torch.arange(size)], dim=-1).long().expand(len(lengths), -1, -1)
-    return {"patches": made, "patch_coord": coordinates * valid[..., None], "patch_valid": valid}
-
-
 def test_padding_of_naflex_does_not_reach_the_context():
     vit = naflex()
     plain = copy.deepcopy(vit)
@@ -456,15 +301,6 @@ def test_padding_of_naflex_does_not_reach_the_context():
 
 def _rest(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name != "patches"}
-
-
-def test_a_mask_of_other_tokens_is_refused():
-    form = covft.adapters.InputFormat(mask_argument="valid", prefix_tokens=1)
-    call = covft.conditioning.TowerCall(form, 1, torch.tensor([[True, False]]), None)
-    assert call.mask_for(3).tolist() == [[True, True, False]]
-    assert call.mask_for(2).tolist() == [[True, False]]
-    with pytest.raises(ShapeError, match="valid does not cover the tokens"):
-        call.mask_for(4)
 
 
 @pytest.mark.parametrize(("layout", "shape"), [("(BP)ND", (4, 3, D)), ("(BP)CHW", (4, D, 3, 1))])

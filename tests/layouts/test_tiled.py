@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import covft
-from covft.conditioning import Scope
 from covft.errors import ShapeError
 from tests.helpers import oracle
 from tests.helpers.towers import MLLAMA, PATCH, SIZE, TEXT_DIM, perturb
@@ -63,18 +62,3 @@ def test_the_number_of_texts_is_that_of_images():
     images, inputs = batch()
     with pytest.raises(ShapeError, match="4 images, but the text is for 2"):
         encoder(images, torch.randn(2, TEXT_DIM, dtype=torch.float64), **inputs)
-
-
-def test_rows_may_be_repeated_where_it_was_said():
-    texts = torch.randn(6, 3)
-    scope = Scope(texts)
-    with pytest.raises(ShapeError, match="12 images, but the text is for 6"):
-        scope.text_for(12)
-    scope.per_row = 2
-    assert torch.equal(scope.text_for(6), texts)
-    assert torch.equal(scope.text_for(12), texts[[0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5]])
-    with pytest.raises(ShapeError, match="8 images, but the text is for 6"):
-        scope.text_for(8)
-    scope = Scope(texts[:2], torch.tensor([1, 0, 1, 1]))
-    scope.per_row = 2
-    assert torch.equal(scope.text_for(8), texts[[1, 0, 1, 0, 1, 1, 1, 1]])
