@@ -1,4 +1,4 @@
-"""How each library builds a ViT: where its blocks, FFNs and norms are, and how images reach it. Runs no model."""
+"""Describes how each library builds a ViT: its blocks, FFNs and norms, and the format of its input. Runs no model."""
 
 from covft.adapters.families import ViTFamily
 from covft.adapters.input_format import InputFormat

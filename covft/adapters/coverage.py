@@ -1,4 +1,4 @@
-"""What was found for every model of a library by `python -m benchmarks.coverage`, as the package carries it."""
+"""Reads the packaged results of `python -m benchmarks.coverage`, which tries every model of a library."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ FILE = Path(__file__).with_suffix(".json")
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """Models of one class for which the same was found.
+    """Models of one class with the same result.
 
     Attributes:
         class_name: Class of the models.
-        verdict: `"wrapped"`, `"refused"` (with an error that says why) or `"failed"`.
-        reason: Why they were refused or failed, one line.
+        verdict: `"wrapped"`, `"refused"` (with an error that explains it) or `"failed"`.
+        reason: One line, for refused and failed models.
         layouts: Layouts of the tokens at their FFNs; see `BlockSpec`.
-        blocks: Fewest and most FFNs of a model.
+        blocks: Smallest and largest number of FFNs in a model.
         models: Their names.
     """
 
@@ -36,12 +36,12 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class Coverage:
-    """All models of a library that have attention.
+    """Results for all models of a library that have attention.
 
     Attributes:
         library: The library.
-        version: Its version at the time.
-        rows: What was found, sorted by verdict and class.
+        version: The version that was tried.
+        rows: Results, sorted by verdict and class.
     """
 
     library: str
@@ -49,18 +49,18 @@ class Coverage:
     rows: tuple[CoverageRow, ...]
 
     def count(self, verdict: str | None = None) -> int:
-        """How many models there are, of a verdict or of all."""
+        """Return the number of models, with one verdict or in total."""
         return sum(len(row.models) for row in self.rows if verdict in (None, row.verdict))
 
 
 def load_coverage(library: str) -> Coverage:
-    """What was found for the models of a library.
+    """Load the results for the models of a library.
 
     Args:
         library: `"timm"`, `"open_clip"` or `"transformers"`.
 
     Raises:
-        ConfigError: If the library is another, or was not checked.
+        ConfigError: If the library is unknown or was not tried.
 
     Example:
         >>> load_coverage("transformers").count("wrapped") > 100

@@ -1,7 +1,7 @@
-"""Finding blocks, FFNs and norms by structure.
+"""Finds blocks, FFNs and norms by structure.
 
-A block is an item of a list of modules, or a child of one, that has a child which looks like attention and one which
-looks like an FFN. Pooling heads, relative-position networks and other look-alikes sit elsewhere and are never found.
+A block is an item of a list of modules, or a child of an item, with one child that looks like attention and one that
+looks like an FFN. Pooling heads, relative-position networks and other look-alikes are elsewhere and never found.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _FFN_CLASS = re.compile(r"mlp|ffn|feedforward|swiglu|geglu", re.IGNORECASE)
 _ATTENTION = re.compile(r"att(entio)?n|mhsa|mhca|shsa|shma|litemla", re.IGNORECASE)
 _NORM_CLASS = re.compile(r"layernorm|rmsnorm", re.IGNORECASE)
 _RESIDUAL = re.compile(r"residual", re.IGNORECASE)
-# The names of the halves of an FFN that a block calls one after the other.
+# Names of the two halves of an FFN that a block calls in turn.
 _HALVES = ("intermediate", "output")
-_SEPARATE = "a ViT whose blocks have an FFN of their own, such as timm's vit_base_patch16_224"
+_SEPARATE = "a ViT with a separate FFN in each block, such as timm's vit_base_patch16_224"
 
 
 def find_blocks(
@@ -37,18 +37,18 @@ def find_blocks(
     """Find the FFNs of a ViT.
 
     Args:
-        vit: The model; not run, not changed.
-        blocks: Dotted path of the list of blocks; None searches for it.
-        mlp: Attribute of a block that holds its FFN, or several of which a block has some; None searches for it.
-        block_class: Class name of the blocks; None goes by what they hold.
-        folded: Attributes of the FFNs for which an image is several rows.
+        vit: The model, which is neither run nor changed.
+        blocks: Dotted path of the list of blocks; None finds it.
+        mlp: Attribute of a block that holds its FFN, or several, of which a block has some; None finds it.
+        block_class: Class name of the blocks; None goes by their children.
+        folded: Attributes of the FFNs that see an image as several rows.
         packing: Layout of linear FFNs.
 
     Returns:
         One spec per FFN, in module order; empty if nothing looks like a block.
 
     Raises:
-        UnsupportedViTError: If a path that was given is not there.
+        UnsupportedViTError: If a given path does not exist.
     """
     names = (mlp,) if isinstance(mlp, str) else mlp
     paths = _paths_by_module(vit)
@@ -74,7 +74,7 @@ def find_blocks(
 
 
 def norm_modules(block: nn.Module, *ffns: str) -> tuple[str, ...]:
-    """Dotted paths of the affine norms of a block outside its FFNs, query and key norms included."""
+    """Return the dotted paths of a block's affine norms outside its FFNs, query and key norms included."""
     return tuple(
         name
         for name, module in block.named_modules()
@@ -84,16 +84,12 @@ def norm_modules(block: nn.Module, *ffns: str) -> tuple[str, ...]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a LayerNorm or an RMSNorm, of whichever library."""
+    """Return whether a module is a LayerNorm or an RMSNorm of any library."""
     return any(_NORM_CLASS.search(cls.__name__) for cls in type(module).__mro__ if cls is not nn.Module)
 
 
 def why_none(vit: nn.Module) -> tuple[str, str]:
-    """Why nothing was found in a model, and what to do instead.
-
-    Args:
-        vit: A model for which `find_blocks` is empty.
-    """
+    """Return why `find_blocks` found nothing in a model, and the nearest model that works."""
     modules = [m for m in vit.modules() if next(m.parameters(), None) is not None]
     fused = next((m for m in modules if _is_fused(m)), None)
     if fused is not None:
@@ -110,7 +106,7 @@ def why_none(vit: nn.Module) -> tuple[str, str]:
 def _candidates(
     vit: nn.Module, blocks: str | None, block_class: str | None, names: tuple[str, ...] | None
 ) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Modules that may be blocks, in module order; with whether they have to be."""
+    """Yield path, module and whether it must be a block, in module order."""
     if blocks is not None:
         for name, block in _list_at(vit, blocks).named_children():
             yield f"{blocks}.{name}", block, True
@@ -131,7 +127,7 @@ def _candidates(
             items.add(path)
         if (is_item or parent in items) and parent not in taken:
             if _slots_of(module, names):
-                taken.add(path)  # what is inside of a block is no block
+                taken.add(path)  # a block does not contain blocks
             yield path, module, False
 
 
@@ -158,7 +154,7 @@ def _paths_by_module(vit: nn.Module) -> dict[int, list[str]]:
 
 
 def _given(block: nn.Module, names: tuple[str, ...]) -> list[str]:
-    """Those of the named FFNs that a block has."""
+    """Return the named FFNs that a block has."""
     return [name for name in names if isinstance(_submodule(block, name), nn.Module)]
 
 
@@ -170,7 +166,7 @@ def _submodule(block: nn.Module, path: str) -> nn.Module | None:
 
 
 def _slots_of(block: nn.Module, names: tuple[str, ...] | None) -> list[str]:
-    """The FFN of a block that has attention; or those of several names that were given."""
+    """Return the FFN of a block with attention, or those of the given names."""
     children = dict(block.named_children())
     attentive = [name for name, child in children.items() if _is_attention(name, child)]
     if not attentive:
@@ -209,7 +205,7 @@ def _has_halves(children: dict[str, nn.Module]) -> bool:
 
 
 def _without_residual(path: str, module: nn.Module) -> str:
-    """The path of what a wrapper adds its input to; the path itself where there is no such wrapper."""
+    """Return the path of the module inside residual wrappers; the path itself without such a wrapper."""
     while _RESIDUAL.search(type(module).__name__):
         inner = [(n, child) for n, child in module.named_children() if next(child.parameters(), None) is not None]
         if len(inner) != 1 or next(module.parameters(recurse=False), None) is not None:
@@ -223,7 +219,7 @@ def _projections(module: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     for child in module.children():
         if _width_in(child) is not None:
-            found.append(child)  # counted once, whatever a wrapper around a Linear holds inside
+            found.append(child)  # counted once, whatever a wrapper of a Linear contains
         else:
             found.extend(_projections(child))
     return found

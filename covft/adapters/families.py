@@ -1,4 +1,4 @@
-"""The ViT families that covft knows, described with data."""
+"""The built-in ViT families, as data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from covft.adapters.input_format import InputFormat, lookup
 from covft.adapters.spec import ViTSpec, class_names
 from covft.errors import UnknownViTError, UnsupportedViTError
 
-# What a model with a language side has and a vision tower has not.
+# Attributes of models with a text side.
 _TEXT_SIDE = (
     "text_model",
     "language_model",
@@ -32,21 +32,21 @@ _TEXT_CLASS = re.compile(r"Text(Model|Transformer|Encoder|Tower)|CausalLM")
 
 @dataclass(frozen=True, kw_only=True)
 class ViTFamily:
-    """An adapter made of data alone.
+    """An adapter that consists of data.
 
     Attributes:
         name: Name of the family; unique in the registry.
-        classes: Qualified class names that it knows, such as `timm.models.eva.Eva`; subclasses count.
-            A name that ends in a dot knows every class below that package.
-        library: What to call the library in tables and messages.
+        classes: Qualified class names, such as `timm.models.eva.Eva`; subclasses match too. A name that ends in a dot
+            matches every class in that package.
+        library: Name of the library in tables and messages.
         blocks: Dotted path of the list of blocks; None finds it by structure.
-        mlp: Attribute of a block that holds its FFN, or several of them, of which a block has some: one index each;
-            None finds it by structure.
-        block_class: Class name of the blocks, where neither a path nor structure tells them from other modules.
-        folded: Attributes of those FFNs for which an image is several rows, one after another, such as its windows.
-        prefix_tokens: Tokens before the patches, added up: numbers, and dotted attributes of the model.
-        input: How images reach the model; its `prefix_tokens` are those above.
-        refused: Why these models cannot be wrapped, and the nearest thing that can; None for all that can.
+        mlp: Attribute of a block that holds its FFN, or several, of which a block has some, with an index each; None
+            finds it by structure.
+        block_class: Class name of the blocks, where neither a path nor structure identifies them.
+        folded: Attributes of the FFNs that see an image as several consecutive rows, such as its windows.
+        prefix_tokens: Number of tokens before the patches: a sum of numbers and dotted attributes of the model.
+        input: Format of the model's input; its `prefix_tokens` are those above.
+        refused: Why these models cannot be wrapped, and the nearest model that can; None if they can be.
 
     Example:
         >>> ViTFamily(name="mine", classes=("mylib.vit.ViT",), library="mylib", blocks="layers").name
@@ -65,18 +65,17 @@ class ViTFamily:
     refused: tuple[str, str] | None = None
 
     def matches(self, vit: nn.Module) -> bool:
-        """Whether the model's class is one of `classes`, or derives from one."""
+        """Return whether the model's class is one of `classes` or a subclass."""
         known = [name for name in self.classes if not name.endswith(".")]
         packages = tuple(name for name in self.classes if name.endswith("."))
         return any(name in known or name.startswith(packages) for name in class_names(vit))
 
     def describe(self, vit: nn.Module) -> ViTSpec:
-        """Find blocks, FFNs and norms; nothing is run or changed.
+        """Find blocks, FFNs and norms, without running or changing the model.
 
         Raises:
             UnknownViTError: If the model has a text side, or no transformer blocks.
-            UnsupportedViTError: If it packs images into one sequence, and nothing says where each begins; or if it
-                cannot be wrapped for a reason that is known.
+            UnsupportedViTError: If it packs images into one sequence without a known start of each, or is `refused`.
         """
         if self.refused is not None:
             reason, nearest = self.refused
@@ -217,7 +216,7 @@ FAMILIES: tuple[ViTFamily, ...] = (
         library="open_clip",
         prefix_tokens=("trunk.num_prefix_tokens",),
     ),
-    # Padded: the mask is about patches alone.
+    # Padded: the mask covers only patches.
     _timm(
         "naflex",
         "naflexvit.NaFlexVit",
@@ -225,7 +224,7 @@ FAMILIES: tuple[ViTFamily, ...] = (
         "gemma4_vit.Gemma4VitClassifier",
         input=InputFormat(mask_argument="patch_valid"),
     ),
-    # Pixels of a patch, and positions within patches, are rows of their own.
+    # Each pixel of a patch, and each position within patches, is a row.
     _timm("tnt", "tnt.TNT", blocks="blocks", mlp=("mlp_in", "mlp"), folded=("mlp_in",)),
     _timm("byobnet", "byobnet.ByobNet", folded=("mlp",)),
     _timm(
@@ -253,7 +252,7 @@ FAMILIES: tuple[ViTFamily, ...] = (
     _hf("smolvlm", "SmolVLMVisionTransformer", prefix=(0,), mask="patch_attention_mask"),
     # -1: row and column of a padding patch.
     _hf("gemma4", "Gemma4VisionModel", prefix=(0,), mask="pixel_position_ids", mask_padding=-1),
-    # A mask may be left out there: patches have their row and column, from 1, before their pixels.
+    # The mask is optional: a patch begins with its row and column, from 1, followed by its pixels.
     replace(
         _hf("kosmos2_5", "Kosmos2_5VisionModel", prefix=(0,), mask="flattened_patches", mask_padding=0),
         name="transformers/kosmos2_5/model",
@@ -298,7 +297,7 @@ FAMILIES: tuple[ViTFamily, ...] = (
     _packed("qwen3_vl_moe", "Qwen3VLMoeVisionModel"),
     _packed("qwen4_exp", "Qwen4ExpVisionModel"),
     _packed("video_llama_3", "VideoLlama3VisionModel"),
-    # Frames, windows and pixel positions of an image are rows of their own.
+    # Each frame, window or pixel position of an image is a row.
     *(
         replace(_hf(model, *classes, prefix=()), folded=("intermediate", "mlp"))
         for model, classes in {
@@ -310,7 +309,7 @@ FAMILIES: tuple[ViTFamily, ...] = (
             "videoprism": ("VideoPrismVisionModel", "VideoPrismVideoModel"),
         }.items()
     ),
-    # What cannot be wrapped.
+    # Models that cannot be wrapped.
     *(
         replace(_hf(model, cls, prefix=()), refused=(reason, nearest))
         for model, cls, reason, nearest in (
@@ -340,7 +339,7 @@ FAMILIES: tuple[ViTFamily, ...] = (
             ),
         )
     ),
-    # The vision tower of a whole segmentation model.
+    # The vision towers of segmentation models.
     *(
         replace(_hf(model, cls, prefix=(0,)), blocks=f"vision_encoder.{path}", mlp="mlp")
         for model, cls, path in (
@@ -358,7 +357,7 @@ FAMILIES: tuple[ViTFamily, ...] = (
         mlp="mlp",
         prefix_tokens=(1,),
     ),
-    # Everything else of these libraries: by structure, prefix tokens unknown.
+    # All other models of these libraries: by structure, prefix tokens unknown.
     ViTFamily(name="timm", classes=("timm.models.",), library="timm", prefix_tokens=("num_prefix_tokens",)),
     ViTFamily(name="open_clip", classes=("open_clip.",), library="open_clip"),
     ViTFamily(name="transformers", classes=("transformers.models.",), library="transformers"),

@@ -1,4 +1,4 @@
-"""How images reach a ViT: the arguments and axes that tell which tokens belong to which image."""
+"""The format of a ViT's input: the arguments and axes that assign tokens to images."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class InputFormat:
-    """What a call of a ViT tells about its images.
+    """Assigns the tokens of a ViT to the images of a call.
 
-    In a `ViTFamily`, `mask_unit`, `sizes_unit` and `sizes_square` may be a dotted attribute of the model; in a
+    In a `ViTFamily`, `mask_unit`, `sizes_unit` and `sizes_square` may be dotted attributes of the model; in a
     `ViTSpec` they are numbers.
 
     Attributes:
-        layout: Shape of the tokens at the FFNs. `"BND"`: there is an axis for images; each block's own layout says
-            where. `"TD"`: packed, the tokens of all images one after another. `"1TD"`: the same below an axis of one.
-        prefix_tokens: Tokens before the patches (class token, registers); None if unknown.
-        mask_argument: Argument of the model that marks real tokens, shape `(B, N)`; None if there is none.
-        mask_unit: Number of real tokens in a tile, where an entry of the mask stands for a tile and the tokens after
-            them are padding. None where an entry stands for a token.
-        mask_padding: Value of every entry of a padding token, where the argument gives several numbers per token (such
+        layout: Shape of the tokens at the FFNs. `"BND"`: with an axis for images, whose place is in each block's own
+            layout. `"TD"`: packed, the tokens of all images in one sequence. `"1TD"`: packed, after an axis of one.
+        prefix_tokens: Number of tokens before the patches (class token, registers); None if unknown.
+        mask_argument: Argument of the model that marks real tokens, shape `(B, N)`; None without one.
+        mask_unit: Number of real tokens in a tile, if an entry of the mask stands for a tile whose last tokens are
+            padding. None if an entry stands for a token.
+        mask_padding: Value of every entry of a padding token, if the argument gives several numbers per token (such
             as its row and column). None for a mask.
         image_axes: Number of leading axes of the model's input, and of the mask, that count images.
-        sizes_argument: Argument of a packed model that gives the sides of each image, shape `(B, sides)`. An image has
-            as many tokens as the product of its sides, and its prefix tokens.
-        sizes_unit: Length of a side that makes one token.
-        sizes_square: Side of the square of tokens that a unit of size stands for.
-        merges: Whether a packed model merges equally many neighbouring tokens into one on the way.
+        sizes_argument: Argument of a packed model with the sides of each image, shape `(B, sides)`. The number of
+            tokens of an image is the product of its sides, plus its prefix tokens.
+        sizes_unit: Length of a side per token.
+        sizes_square: Side, in tokens, of the square that a unit of size stands for.
+        merges: Whether a packed model merges neighbouring tokens between blocks, the same number everywhere.
     """
 
     layout: str = "BND"
@@ -49,11 +49,11 @@ class InputFormat:
         return self.sizes_argument is not None
 
     def resolved(self, vit: nn.Module, prefix_tokens: int | None) -> InputFormat:
-        """Replace dotted attributes by the model's own numbers.
+        """Return the format with the model's numbers in place of dotted attributes.
 
         Args:
             vit: The model.
-            prefix_tokens: Tokens before the patches.
+            prefix_tokens: Number of tokens before the patches.
         """
         numbers = {}
         for field in fields(self):
@@ -64,11 +64,11 @@ class InputFormat:
 
 
 def lookup(root: Any, path: str) -> Any:
-    """Follow a dotted path of attributes; None if one is missing.
+    """Return the attribute at a dotted path such as `config.patch_size`; None if it is missing.
 
     Args:
-        root: Where the path starts.
-        path: Such as `config.patch_size`.
+        root: Object that the path starts at.
+        path: The path.
     """
     for name in path.split("."):
         root = getattr(root, name, None)

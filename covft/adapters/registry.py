@@ -1,7 +1,7 @@
-"""Which adapter knows a model; third parties add theirs.
+"""Registers adapters and chooses the one for a model.
 
-A package adds an adapter without being imported by users through the entry point group
-`covft.adapters`; a script adds one with `register_adapter`, or hands it to one call with `adapter=`.
+A package adds an adapter through the entry point group `covft.adapters`, without an import by its users. A script adds
+one with `register_adapter`, or passes it to one call as `adapter=`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _registered: dict[str, Adapter] = {}
 
 
 def register_adapter(adapter: Adapter) -> Adapter:
-    """Add an adapter; it is asked before the built-in ones.
+    """Add an adapter, which takes precedence over the built-in ones.
 
     Args:
         adapter: An object with `name`, `matches(vit)` and `describe(vit)`.
@@ -30,7 +30,7 @@ def register_adapter(adapter: Adapter) -> Adapter:
         The adapter itself.
 
     Raises:
-        ConfigError: If it lacks one of these, or its name is taken.
+        ConfigError: If one of these is missing, or its name is taken.
     """
     missing = [name for name in ("name", "matches", "describe") if not hasattr(adapter, name)]
     if missing:
@@ -46,18 +46,18 @@ def register_adapter(adapter: Adapter) -> Adapter:
 
 
 def list_adapters() -> list[Adapter]:
-    """All adapters, in the order in which they are asked."""
+    """Return all adapters, in order of precedence."""
     ours: list[Adapter] = [*FAMILIES]
     taken = {adapter.name for adapter in (*_registered.values(), *ours)}
     return [*_registered.values(), *_from_entry_points(taken), *ours]
 
 
 def describe(vit: nn.Module, adapter: Adapter | None = None) -> ViTSpec:
-    """Tell what `wrap` would see of a model: blocks, FFNs, widths, norms. Nothing is run or changed.
+    """Describe a model as `wrap` sees it: blocks, FFNs, widths, norms. The model is neither run nor changed.
 
     Args:
         vit: A vision transformer.
-        adapter: The adapter to ask; None asks the registry.
+        adapter: The adapter to use; None chooses one from the registry.
 
     Raises:
         UnknownViTError: If no adapter knows the model, or it has no transformer blocks.
@@ -81,7 +81,7 @@ def describe(vit: nn.Module, adapter: Adapter | None = None) -> ViTSpec:
 
 
 def _from_entry_points(taken: set[str]) -> list[Adapter]:
-    """Adapters of installed packages; one that is broken or takes a name again is left out, and said so."""
+    """Load the adapters of installed packages; warn about and skip those that are broken or reuse a name."""
     found: list[Adapter] = []
     for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
         try:
@@ -89,7 +89,7 @@ def _from_entry_points(taken: set[str]) -> list[Adapter]:
             adapter: Adapter = loaded() if isinstance(loaded, type) else loaded
             if adapter.name in taken:
                 raise ConfigError(f"an adapter named {adapter.name!r} is registered already")
-        except Exception as error:  # of foreign code, which must not take every other ViT down with it
+        except Exception as error:  # foreign code must not break every other ViT
             warnings.warn(f"The adapter {point.value!r} is left out: {error}", UserWarning, stacklevel=2)
             continue
         taken.add(adapter.name)

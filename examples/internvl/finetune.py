@@ -1,11 +1,11 @@
-r"""InternVL, stage 2: instruction tuning of projector and language model, the tower by CoVFT, frozen, or in full.
+r"""InternVL, stage 2: instruction tuning of projector and language model, tower under CoVFT, frozen or in full.
 
     accelerate launch --config_file configs/accelerate/fsdp2.yaml \
         --fsdp_transformer_layer_cls_to_wrap InternVLVisionLayer,Phi3DecoderLayer examples/internvl/finetune.py \
         --meta meta.json --projector runs/internvl-pretrain --output_dir runs/internvl-covft
 
-Writes a folder that infer.py needs nothing besides. --resume goes on from the last whole checkpoint in it. The parts
-are those of the CoVFT paper's InternVL: InternViT-300M and Phi-3-mini.
+infer.py needs only the output folder. --resume resumes from the last complete checkpoint in it. The parts are those of
+the CoVFT paper's InternVL, InternViT-300M and Phi-3-mini; the hyperparameters are RECIPES["internvl-finetune"].
 """
 
 from __future__ import annotations
@@ -16,17 +16,22 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
-import covft
-from covft.data import CHAT_TEMPLATES, ConversationDataset, DynamicTiling, InternVLRows
 from covft.integrations import (
+    CHAT_TEMPLATES,
     RECIPES,
+    ConversationDataset,
+    DynamicTiling,
+    InternVLRows,
     MLLMTrainer,
     MLLMTrainingArguments,
+    add_options,
+    attach,
     build_internvl,
-    freeze_unread,
+    given_options,
     image_text_of,
     load_image_processor,
     load_projector,
+    save_trained,
     train_only,
 )
 
@@ -35,33 +40,33 @@ PARTS = {"covft": ("projector", "llm", "covft"), "frozen": ("projector", "llm"),
 
 @dataclass
 class Arguments:
-    """What the command line takes."""
+    """Command-line options; those of MLLMTrainingArguments and CoVFTConfig are added."""
 
-    meta: str = field(metadata={"help": "InternVL's meta file: the data sets of the mixture."})
+    meta: str = field(metadata={"help": "InternVL's meta file, which lists the data sets."})
     projector: str | None = field(default=None, metadata={"help": "Output folder of pretrain.py."})
     vision: str = field(default="OpenGVLab/InternViT-300M-448px", metadata={"help": "Id or folder of InternViT."})
-    language: str = field(default="microsoft/Phi-3-mini-4k-instruct", metadata={"help": "Of the language model."})
+    language: str = field(default="microsoft/Phi-3-mini-4k-instruct", metadata={"help": "Id or folder of the LLM."})
     template: str = field(default="phi_3", metadata={"help": "Chat template: a name in covft.data.CHAT_TEMPLATES."})
-    max_tiles: int = field(default=12, metadata={"help": "Most tiles of a picture, without the thumbnail."})
+    max_tiles: int = field(default=12, metadata={"help": "Most tiles of an image, without the thumbnail."})
     max_length: int = field(default=4096, metadata={"help": "Longest sequence, in tokens."})
-    dtype: str = field(default="float32", metadata={"help": "Of frozen weights; what is trained is float32."})
+    dtype: str = field(default="float32", metadata={"help": "Type of the frozen weights; trained ones are float32."})
     attention: str = field(default="sdpa", metadata={"help": "sdpa or flash_attention_2."})
-    method: str = field(default="covft", metadata={"help": "What becomes of the tower.", "choices": sorted(PARTS)})
-    text_encoder: str = field(default="bert-base-uncased", metadata={"help": "What reads the instruction for CoVFT."})
-    layers: list[int] | None = field(default=None, metadata={"help": "Blocks; by default the latter half but one."})
-    experts: int = field(default=4, metadata={"help": "Experts per block."})
+    method: str = field(default="covft", metadata={"help": "How the tower is tuned.", "choices": sorted(PARTS)})
+    text_encoder: str = field(default="bert-base-uncased", metadata={"help": "CoVFT's encoder of the instruction."})
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on the language model; 0 trains all of it."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the last whole checkpoint, if there is one."})
+    resume: bool = field(default=False, metadata={"help": "Resume from the last complete checkpoint."})
 
 
 def main() -> None:
-    """Tune, and save a folder for infer.py."""
+    """Train, and save a folder for infer.py."""
+    recipe = RECIPES["internvl-finetune"]
     parser = HfArgumentParser((Arguments, MLLMTrainingArguments))
-    parser.set_defaults(**RECIPES["internvl-finetune"].arguments)
-    args, training = parser.parse_args_into_dataclasses()
-    if args.lora_r and args.method == "full":
-        parser.error("--lora_r freezes the tower: take it with --method covft or frozen")
-    set_seed(training.seed)  # new weights are the same on every process
+    parser.set_defaults(**recipe.arguments)
+    add_options(parser, without=("feature_layer",))
+    args, training, *settings = parser.parse_args_into_dataclasses()
+    if training.process_index == 0:
+        print(recipe.describe(training))
+    set_seed(training.seed)  # the same new weights on every process
 
     tokenizer = AutoTokenizer.from_pretrained(args.language)
     tokenizer.chat_template = CHAT_TEMPLATES[args.template]
@@ -77,7 +82,7 @@ def main() -> None:
     size = model.config.vision_config.image_size[0]
     image_processor = load_image_processor(args.vision)
 
-    if args.lora_r:  # before attach, because it freezes all that it finds
+    if args.lora_r:  # before attach, so that experts get no LoRA
         adapters = LoraConfig(
             r=args.lora_r,
             lora_alpha=2 * args.lora_r,
@@ -88,13 +93,9 @@ def main() -> None:
         )
         model = get_peft_model(model, adapters)
     if args.method == "covft":
-        covft.attach(model, args.text_encoder, tokenizer=tokenizer, layers=args.layers, experts=args.experts)
-    if not args.lora_r:
-        train_only(model, PARTS[args.method])
-        freeze_unread(model)
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # small steps would be lost in bfloat16
-            parameter.data = parameter.data.float()
+        options = given_options(*settings)
+        attach(model, args.text_encoder, tokenizer=tokenizer, **options)
+    train_only(model, PARTS[args.method], dtype=torch.float32)
 
     dataset = ConversationDataset(
         InternVLRows(args.meta),
@@ -106,15 +107,7 @@ def main() -> None:
     )
     trainer = MLLMTrainer(model, training, train_dataset=dataset, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=args.resume)
-
-    if args.lora_r:
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        merged.save_pretrained(training.output_dir, is_main_process=trainer.is_world_process_zero())
-    else:
-        trainer.save_model()
-    if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(training.output_dir)
-        image_processor.save_pretrained(training.output_dir)
+    save_trained(trainer, tokenizer, image_processor)
 
 
 if __name__ == "__main__":

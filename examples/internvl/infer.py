@@ -1,9 +1,8 @@
-"""InternVL: ask a question about a picture.
+"""InternVL: ask a question about an image.
 
     python examples/internvl/infer.py --model runs/internvl-covft --image cup.jpg --question "What is left of the cup?"
 
---model is what finetune.py wrote; if there is a `covft/` in it, the tower sees the picture in the light of the
-question.
+--model is the output folder of finetune.py. If it contains `covft/`, the tower is conditioned on the question.
 """
 
 from __future__ import annotations
@@ -15,35 +14,33 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
 
-import covft
-from covft.data import tile_image
-from covft.integrations import image_text_of
+from covft.integrations import attach, image_text_of, tile_image
 
 
 @dataclass
 class Arguments:
-    """What the command line takes."""
+    """Command-line options."""
 
-    model: str = field(metadata={"help": "The folder that finetune.py wrote."})
-    image: str = field(metadata={"help": "A picture."})
-    question: str = field(metadata={"help": "What to ask about it."})
-    max_tiles: int = field(default=12, metadata={"help": "Most tiles of the picture, without the thumbnail."})
-    beams: int = field(default=1, metadata={"help": "Beams of the search; 1 takes the likeliest token each time."})
+    model: str = field(metadata={"help": "Output folder of finetune.py."})
+    image: str = field(metadata={"help": "Image file."})
+    question: str = field(metadata={"help": "Question about the image."})
+    max_tiles: int = field(default=12, metadata={"help": "Most tiles of the image, without the thumbnail."})
+    beams: int = field(default=1, metadata={"help": "Beams; 1 is greedy search."})
     max_new_tokens: int = field(default=512, metadata={"help": "Longest answer, in tokens."})
     dtype: str = field(default="float32", metadata={"help": "bfloat16 halves the memory."})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to run."})
-    text_encoder: str | None = field(default=None, metadata={"help": "If it is not where it was in training."})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device."})
+    text_encoder: str | None = field(default=None, metadata={"help": "Id or folder, if it has moved since training."})
 
 
 def main() -> str:
-    """Print the answer, and return it."""
+    """Print and return the answer."""
     [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     dtype = getattr(torch, args.dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     image_processor = AutoImageProcessor.from_pretrained(args.model)
     model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
     if (Path(args.model) / "covft").is_dir():
-        covft.attach(model, args.text_encoder, tokenizer=tokenizer, pretrained=Path(args.model) / "covft")
+        attach(model, args.text_encoder, tokenizer=tokenizer, pretrained=Path(args.model) / "covft")
 
     size = model.config.vision_config.image_size[0]
     tiles = tile_image(Image.open(args.image).convert("RGB"), max_tiles=args.max_tiles, tile_size=size)

@@ -1,9 +1,8 @@
-"""LLaVA: ask a question about a picture.
+"""LLaVA: ask a question about an image.
 
     python examples/llava/infer.py --model runs/llava-covft --image cup.jpg --question "What is left of the cup?"
 
---model is what finetune.py wrote; if there is a `covft/` in it, the tower sees the picture in the light of the
-question.
+--model is the output folder of finetune.py. If it contains `covft/`, the tower is conditioned on the question.
 """
 
 from __future__ import annotations
@@ -15,38 +14,37 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
-import covft
-from covft.data import pad_to_square
+from covft.integrations import attach, pad_to_square
 
 
 @dataclass
 class Arguments:
-    """What the command line takes."""
+    """Command-line options."""
 
-    model: str = field(metadata={"help": "The folder that finetune.py wrote."})
-    image: str = field(metadata={"help": "A picture."})
-    question: str = field(metadata={"help": "What to ask about it."})
-    beams: int = field(default=1, metadata={"help": "Beams of the search; 1 takes the likeliest token each time."})
+    model: str = field(metadata={"help": "Output folder of finetune.py."})
+    image: str = field(metadata={"help": "Image file."})
+    question: str = field(metadata={"help": "Question about the image."})
+    beams: int = field(default=1, metadata={"help": "Beams; 1 is greedy search."})
     max_new_tokens: int = field(default=512, metadata={"help": "Longest answer, in tokens."})
     dtype: str = field(default="float32", metadata={"help": "bfloat16 halves the memory."})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to run."})
-    text_encoder: str | None = field(default=None, metadata={"help": "If it is not where it was in training."})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device."})
+    text_encoder: str | None = field(default=None, metadata={"help": "Id or folder, if it has moved since training."})
 
 
 def main() -> str:
-    """Print the answer, and return it."""
+    """Print and return the answer."""
     [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     dtype = getattr(torch, args.dtype)
     processor = AutoProcessor.from_pretrained(args.model)
     model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
     if (Path(args.model) / "covft").is_dir():
-        covft.attach(model, args.text_encoder, tokenizer=processor, pretrained=Path(args.model) / "covft")
+        attach(model, args.text_encoder, tokenizer=processor, pretrained=Path(args.model) / "covft")
 
     mean = processor.image_processor.image_mean
-    picture = pad_to_square(Image.open(args.image).convert("RGB"), tuple(int(255 * channel) for channel in mean))
+    image = pad_to_square(Image.open(args.image).convert("RGB"), tuple(int(255 * channel) for channel in mean))
     messages = [{"role": "user", "content": f"{processor.image_token}\n{args.question}"}]
     prompt = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = processor(images=picture, text=prompt, add_special_tokens=False, return_tensors="pt")
+    inputs = processor(images=image, text=prompt, add_special_tokens=False, return_tensors="pt")
     inputs = {name: inputs[name].to(args.device) for name in ("input_ids", "attention_mask", "pixel_values")}
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
 

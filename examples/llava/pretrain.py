@@ -1,10 +1,10 @@
-r"""LLaVA, stage 1: a new projector learns to caption; tower and language model stay as they are.
+r"""LLaVA, stage 1: train a new projector on captions; tower and language model are frozen.
 
     accelerate launch --config_file configs/accelerate/ddp_8xh100.yaml examples/llava/pretrain.py \
         --data blip_laion_cc_sbu_558k.json --images LLaVA-Pretrain/images --output_dir runs/llava-pretrain
 
-Writes `projector.safetensors` into the output folder, which finetune.py takes by --projector. The defaults are those of
-LLaVA-1.5-7B and of the CoVFT paper: 558K captions once, batches of 256, learning rate 1e-3.
+Writes `projector.safetensors` into the output folder; finetune.py takes the folder as --projector. The defaults are
+LLaVA-1.5-7B and, for the hyperparameters, RECIPES["llava-pretrain"]: those of the CoVFT paper.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
-from covft.data import CHAT_TEMPLATES, ConversationDataset, LlavaRows
 from covft.integrations import (
+    CHAT_TEMPLATES,
     RECIPES,
+    ConversationDataset,
+    LlavaRows,
     MLLMTrainer,
     MLLMTrainingArguments,
     build_llava,
@@ -29,26 +31,28 @@ from covft.integrations import (
 
 @dataclass
 class Arguments:
-    """What the command line takes."""
+    """Command-line options; those of MLLMTrainingArguments and of the recipe are added."""
 
     data: str = field(metadata={"help": "LLaVA's JSON list, or JSONL."})
-    images: str = field(metadata={"help": "The folder below which its images are."})
+    images: str = field(metadata={"help": "Root folder of its images."})
     vision: str = field(default="openai/clip-vit-large-patch14-336", metadata={"help": "Id or folder of the tower."})
     language: str = field(default="lmsys/vicuna-7b-v1.5", metadata={"help": "Id or folder of the language model."})
-    image_size: int | None = field(default=None, metadata={"help": "Pixels, if not those of the tower's config."})
+    image_size: int | None = field(default=None, metadata={"help": "Pixels, if not as in the tower's config."})
     feature_layer: int = field(default=-2, metadata={"help": "The hidden state that the projector reads."})
     max_length: int = field(default=2048, metadata={"help": "Longest sequence, in tokens."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Of what is frozen; the projector is float32."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Type of the frozen weights; the projector is float32."})
     attention: str = field(default="sdpa", metadata={"help": "sdpa or flash_attention_2."})
 
 
 def main() -> None:
-    """Train the projector and save it."""
+    """Train and save the projector."""
     recipe = RECIPES["llava-pretrain"]
     parser = HfArgumentParser((Arguments, MLLMTrainingArguments))
     parser.set_defaults(**recipe.arguments)
     args, training = parser.parse_args_into_dataclasses()
-    set_seed(training.seed)  # new weights are the same on every process
+    if training.process_index == 0:
+        print(recipe.describe(training))
+    set_seed(training.seed)  # the same new weights on every process
 
     tokenizer = AutoTokenizer.from_pretrained(args.language)
     model = build_llava(
@@ -60,11 +64,10 @@ def main() -> None:
         dtype=getattr(torch, args.dtype),
         attn_implementation=args.attention,
     )
-    model.model.multi_modal_projector.float()
-    train_only(model, recipe.parts)
+    train_only(model, recipe.parts, dtype=torch.float32)
 
-    # Image, caption, line break: the language model sees the images alone of what the user says. As in LLaVA-1.5,
-    # pictures are cropped here by the image processor, and padded to squares in stage 2 only.
+    # Samples are image, caption, line break, without the user's words. As in LLaVA-1.5, the image processor crops the
+    # images here; only stage 2 pads them to squares.
     dataset = ConversationDataset(
         LlavaRows(args.data, args.images),
         tokenizer,
@@ -77,7 +80,7 @@ def main() -> None:
     )
     trainer = MLLMTrainer(model, training, train_dataset=dataset, processing_class=tokenizer)
     trainer.train()
-    saved = save_projector(trainer.model, training.output_dir)  # on every process: it gathers what is shared out
+    saved = save_projector(trainer.model, training.output_dir)  # on every process: sharded weights are gathered
     if trainer.is_world_process_zero():
         print(f"Saved {saved}")
 

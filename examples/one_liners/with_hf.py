@@ -1,9 +1,9 @@
-r"""A multimodal LLM of Hugging Face whose tower reads the question before it looks.
+r"""Makes the tower of a Hugging Face multimodal LLM context-aware.
 
     python examples/one_liners/with_hf.py --model llava-hf/llava-1.5-7b-hf --text_encoder bert-base-uncased \
         --image cup.jpg --question "What is left of the cup?"
 
-The answer is that of the model as it was, until the tower is trained.
+Until the tower is trained, the answer is that of the original model.
 """
 
 import argparse

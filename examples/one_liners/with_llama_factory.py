@@ -1,8 +1,8 @@
-"""LLaMA-Factory on a multimodal LLM whose tower becomes context-aware.
+"""Trains a multimodal LLM with a context-aware tower in LLaMA-Factory.
 
     python examples/one_liners/with_llama_factory.py llava1_5_lora_sft.yaml
 
-The YAML file is LLaMA-Factory's own, with `freeze_vision_tower: true`: the callback trains what it adds.
+The YAML file is an ordinary one of LLaMA-Factory, with `freeze_vision_tower: true`: the callback trains the experts.
 """
 
 from llamafactory.train.tuner import run_exp

@@ -1,4 +1,4 @@
-"""An image tower of open_clip, with the text tower of the same model to read the question.
+"""Makes an image tower of open_clip context-aware; the text tower of the same model encodes the question.
 
 python examples/one_liners/with_open_clip.py --model ViT-L-14-336 --pretrained openai
 """
@@ -12,7 +12,7 @@ import covft
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="ViT-B-32")
-parser.add_argument("--pretrained", default=None, help="a tag of open_clip; without one the weights are random")
+parser.add_argument("--pretrained", default=None, help="a tag of open_clip; random weights by default")
 args = parser.parse_args()
 
 clip = open_clip.create_model(args.model, pretrained=args.pretrained)

@@ -1,9 +1,9 @@
-r"""Any ViT of timm, with the question in mind.
+r"""Makes any ViT of timm context-aware.
 
     python examples/one_liners/with_timm.py --vit vit_base_patch16_clip_224.openai --pretrained \
         --text_encoder bert-base-uncased
 
-The defaults are small and random, and need no network.
+The defaults are small, random and offline.
 """
 
 import argparse
@@ -16,9 +16,7 @@ import covft
 parser = argparse.ArgumentParser()
 parser.add_argument("--vit", default="test_vit")
 parser.add_argument("--pretrained", action="store_true")
-parser.add_argument(
-    "--text_encoder", default="hash:64", help="an id or a folder; hash:64 is a fake that needs no files"
-)
+parser.add_argument("--text_encoder", default="hash:64", help="id or folder; hash:64 is a fake that needs no files")
 args = parser.parse_args()
 
 vit = timm.create_model(args.vit, pretrained=args.pretrained, num_classes=0)

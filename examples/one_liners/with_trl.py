@@ -1,10 +1,10 @@
-r"""TRL's SFTTrainer on a multimodal LLM whose tower becomes context-aware.
+r"""Trains a multimodal LLM with a context-aware tower in TRL's SFTTrainer.
 
     accelerate launch --config_file configs/accelerate/fsdp2.yaml examples/one_liners/with_trl.py \
         --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name HuggingFaceH4/llava-instruct-mix-vsft \
         --text_encoder bert-base-uncased --output_dir runs/trl
 
-The chat template is the model's own; the callback adds `covft/` to every checkpoint and to what is saved.
+The model's own chat template is used; the callback adds `covft/` to every checkpoint and to the saved model.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from covft import CoVFTCallback
 
 @dataclass
 class CoVFTArguments:
-    """What CoVFT needs to know."""
+    """Options of CoVFT."""
 
     text_encoder: str = "bert-base-uncased"
 

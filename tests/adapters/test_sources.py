@@ -164,7 +164,66 @@ def test_the_tower_of_a_whole_mllm_is_not_loaded_from_nothing(tmp_path):
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=3)
     transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
     # Either with its weights, or not at all: never a random tower under a pretrained name.
-    with pytest.raises(UnsupportedViTError, match="not laid out"):
+    with pytest.raises(UnsupportedViTError, match="not those of a CLIPVisionModel"):
+        load_vit(f"hf:{tmp_path}")
+
+
+def without(tensors, folder, lost):
+    """Rewrite the weights in a folder without those whose name has a match."""
+    from safetensors.torch import load_file, save_file
+
+    kept = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if lost not in name}
+    assert len(kept) == len(load_file(folder / "model.safetensors")) - tensors
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(("name", "lost", "tensors"), [("CLIP", "layers.1.", 16), ("Siglip2", "layers.0.mlp.", 4)])
+def test_a_folder_that_lacks_a_layer_is_refused_and_the_tensors_named(name, lost, tensors, tmp_path):
+    import transformers
+
+    pair(transformers, name).save_pretrained(tmp_path)
+    without(2 * tensors, tmp_path, lost)  # of the text model too
+    with pytest.raises(UnsupportedViTError, match=rf"not those of a {name}VisionModel[\s\S]*without .*{lost}"):
+        load_vit(f"hf:{tmp_path}")
+
+
+def test_a_pooling_head_and_a_mask_token_may_be_missing(tmp_path):
+    import transformers
+
+    pair(transformers, "Siglip").save_pretrained(tmp_path / "siglip")
+    without(11, tmp_path / "siglip", "vision_model.head.")
+    assert type(load_vit(f"hf:{tmp_path / 'siglip'}")).__name__ == "SiglipVisionModel"
+    transformers.Dinov2Model(transformers.Dinov2Config(**TOWER, **PATCHES)).save_pretrained(tmp_path / "dinov2")
+    without(1, tmp_path / "dinov2", "mask_token")
+    assert type(load_vit(f"hf:{tmp_path / 'dinov2'}")).__name__ == "Dinov2Model"
+
+
+def test_a_projection_that_was_asked_for_may_not_be_missing(tmp_path):
+    import transformers
+
+    pair(transformers, "CLIP").save_pretrained(tmp_path)
+    without(1, tmp_path, "visual_projection")
+    with pytest.raises(UnsupportedViTError, match=r"without visual_projection\.weight"):
+        load_vit(f"hf:{tmp_path}", class_name="CLIPVisionModelWithProjection")
+    assert load_vit(f"hf:{tmp_path}").config.name_or_path == str(tmp_path)
+
+
+def test_dtype_and_attention_are_options(tmp_path):
+    import transformers
+
+    pair(transformers, "CLIP").to(torch.float16).save_pretrained(tmp_path)
+    assert load_vit(f"hf:{tmp_path}").dtype == torch.float16
+    vit = load_vit(f"hf:{tmp_path}?dtype=bfloat16&attn_implementation=eager")
+    assert (vit.dtype, vit.config._attn_implementation) == (torch.bfloat16, "eager")
+    assert load_vit(f"hf:{tmp_path}", dtype=torch.float32, attn_implementation=None).dtype == torch.float32
+
+
+def test_a_language_model_is_not_a_vision_model(tmp_path):
+    import transformers
+
+    config = transformers.LlamaConfig(**TOWER, vocab_size=20, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UnknownViTError, match="no vision model"):
         load_vit(f"hf:{tmp_path}")
 
 

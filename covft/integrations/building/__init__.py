@@ -1,1 +1,1 @@
-"""Multimodal LLMs from pretrained parts."""
+"""Builds multimodal LLMs from pretrained parts, and saves what was trained."""

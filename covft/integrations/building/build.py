@@ -1,19 +1,22 @@
-"""A multimodal LLM from a pretrained tower and a pretrained language model, with a new projector between them."""
+"""Builds a multimodal LLM from a pretrained tower and a pretrained language model, with a new projector."""
 
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import torch
 from torch import nn
 
+from covft.adapters.huggingface import class_of
 from covft.adapters.registry import describe
+from covft.adapters.sources import load_vit
 from covft.data.placeholders import ImageText
 from covft.errors import ConfigError, UnsupportedViTError
-from covft.integrations.building.loading import class_of, load_language_model, load_tower, whole_weights
+from covft.integrations.building.loading import load_language_model, whole_weights
 
-# Towers that take pictures of any size by themselves; all others only those of their config.
+# Towers that take images of any size; all others take only that of their config.
 _ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers", "dinov3_vit"})
 _INTERNVL_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
 
@@ -30,31 +33,31 @@ def build_llava(
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
 ) -> Any:
-    """LLaVA from its parts: tower, two new linear layers, language model.
+    """Build a LLaVA from its parts: tower, two new linear layers, language model.
 
-    The tokenizer learns the image token and gets a padding token if it has none; the embeddings grow with it, new rows
-    being the mean of the others. Of a tower with a class token the class token is dropped, as in LLaVA
-    (`vision_feature_select_strategy="default"`); a tower without one, such as SigLIP, keeps all its tokens (`"full"`).
-    DINOv3 has registers behind its class token; LLaVA drops the first token alone, so the language model reads the
-    registers as four more tokens.
+    The tokenizer gets the image token, and a padding token if it has none; new rows of the embeddings are the mean of
+    the others. The class token of the tower is dropped, as in LLaVA (`vision_feature_select_strategy="default"`); a
+    tower without one, such as SigLIP, keeps all its tokens (`"full"`). DINOv3 has four registers after its class token;
+    LLaVA drops only the first token, so the language model reads the registers too.
 
     Args:
         vision: Id or folder of a tower (CLIP, SigLIP, DINOv2, DINOv3, InternViT, ...), or the loaded tower.
         language: Id or folder of a language model (Llama and Vicuna, Phi-3, Qwen2, SmolLM2, ...), or the loaded model.
         tokenizer: The tokenizer of the language model; changed in place.
-        feature_layer: Which of the tower's hidden states the language model sees.
-        image_size: Height and width of the pictures, in pixels; None takes that of the tower's config. Only DINOv2 and
-            DINOv3 can do with another.
-        image_token: What stands for an image in the text.
+        feature_layer: Index of the hidden state of the tower that the projector reads.
+        image_size: Height and width of the images, in pixels; None takes that of the tower's config. Only DINOv2 and
+            DINOv3 support another.
+        image_token: The placeholder of an image in the text.
         dtype: Of all weights; None takes that of the language model.
-        attn_implementation: For parts that are loaded here: `"sdpa"`, `"flash_attention_2"`, ...
+        attn_implementation: Of the parts that are loaded here: `"sdpa"`, `"flash_attention_2"`, ...
 
     Returns:
-        A `LlavaForConditionalGeneration` in eval mode. Saved by `save_pretrained`, it loads like any other.
+        A `LlavaForConditionalGeneration` in eval mode, which `save_pretrained` and `from_pretrained` treat like any
+        other.
 
     Raises:
-        UnknownViTError: If the tower cannot be had.
-        UnsupportedViTError: If it is no tower for LLaVA.
+        UnknownViTError: If the tower cannot be loaded.
+        UnsupportedViTError: If LLaVA cannot use it, or one of its weights is missing.
         ConfigError: If the language model or a setting cannot work.
 
     Example:
@@ -93,26 +96,27 @@ def build_internvl(
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
 ) -> Any:
-    """InternVL from its parts: InternViT, pixel shuffle and a new projector, language model.
+    """Build an InternVL from its parts: InternViT, pixel shuffle and a new projector, language model.
 
-    The tokenizer learns `<img>`, `<IMG_CONTEXT>` and `</img>`; otherwise as `build_llava`.
+    The tokenizer gets `<img>`, `<IMG_CONTEXT>` and `</img>`; otherwise like `build_llava`.
 
     Args:
         vision: Id or folder of an InternViT, in transformers' layout or in OpenGVLab's own (such as
             `OpenGVLab/InternViT-300M-448px`), or the loaded tower.
         language: Id or folder of a language model, or the loaded model.
         tokenizer: The tokenizer of the language model; changed in place.
-        feature_layer: Which of the tower's hidden states the language model sees.
-        downsample_ratio: By which each side of the grid of tokens shrinks; 0.5 makes 256 of 1024.
+        feature_layer: Index of the hidden state of the tower that the projector reads.
+        downsample_ratio: Scale of each side of the token grid; 0.5 turns 1024 tokens into 256.
         dtype: Of all weights; None takes that of the language model.
-        attn_implementation: For parts that are loaded here: `"sdpa"`, `"flash_attention_2"`, ...
+        attn_implementation: Of the parts that are loaded here: `"sdpa"`, `"flash_attention_2"`, ...
 
     Returns:
         An `InternVLForConditionalGeneration` in eval mode.
 
     Raises:
-        UnknownViTError: If the tower cannot be had.
-        UnsupportedViTError: If it is no InternViT.
+        UnknownViTError: If the tower cannot be loaded.
+        UnsupportedViTError: If it is not an InternViT.
+        CheckpointError: If its weights are not those of its config.
         ConfigError: If the language model or a setting cannot work.
 
     Example:
@@ -127,7 +131,7 @@ def build_internvl(
     tower, llm = _load(vision, language, dtype, attn_implementation)
     if not isinstance(tower, InternVLVisionModel):
         raise UnsupportedViTError(
-            "InternVL in transformers is made for InternViT alone.",
+            "InternVL in transformers supports only InternViT.",
             expected="InternVLVisionModel",
             got=type(tower).__name__,
             fix="build_llava(vision, language, tokenizer)",
@@ -156,39 +160,11 @@ def build_internvl(
     return _join(InternVLForConditionalGeneration, config, tower, InternVLMultiModalProjector(config), llm, tokenizer)
 
 
-def freeze_unread(model: Any) -> list[str]:
-    """Freeze what of the tower no loss depends on: all behind the hidden state that is read, and mask tokens.
-
-    DDP waits for the gradient of everything that is trained; with LLaVA's penultimate layer, one that trains the whole
-    tower would wait for the last block's for ever.
-
-    Args:
-        model: A LLaVA or InternVL.
-
-    Returns:
-        The names of these parameters, in the tower.
-    """
-    tower, layers = model.model.vision_tower, model.config.vision_feature_layer
-    blocks = describe(tower).blocks
-    read = max(
-        layer if layer >= 0 else len(blocks) + 1 + layer for layer in ([layers] if isinstance(layers, int) else layers)
-    )
-    first = f"{blocks[read].path}." if read < len(blocks) else None
-    names, behind = [], False
-    for name, parameter in tower.named_parameters():
-        # Towers register their modules in the order in which they run.
-        behind = behind or (first is not None and name.startswith(first))
-        if behind or name.endswith("mask_token"):
-            parameter.requires_grad_(False)
-            names.append(name)
-    return names
-
-
 def image_text_of(model: Any, tokenizer: Any) -> ImageText:
-    """What stands for an image in the text of a LLaVA or InternVL; for `covft.data.ConversationDataset`.
+    """Return the placeholders of an image in the text of a LLaVA or InternVL; for `covft.data.ConversationDataset`.
 
     Args:
-        model: The model, or one like it that was loaded.
+        model: The model, built here or loaded.
         tokenizer: Its tokenizer.
     """
     config = model.config
@@ -198,11 +174,11 @@ def image_text_of(model: Any, tokenizer: Any) -> ImageText:
 
 
 def llava_processor(model: Any, tokenizer: Any, image_processor: Any) -> Any:
-    """The processor of a LLaVA, which puts as many placeholders into a prompt as the model makes tokens of an image.
+    """Build the processor of a LLaVA, which expands the placeholder of an image to one per image token.
 
     Args:
-        model: What `build_llava` returned.
-        tokenizer: Its tokenizer; the chat template comes from it.
+        model: A model from `build_llava`.
+        tokenizer: Its tokenizer, with the chat template.
         image_processor: `load_image_processor(vision, image_size)`.
     """
     from transformers import LlavaProcessor
@@ -223,9 +199,10 @@ def llava_processor(model: Any, tokenizer: Any, image_processor: Any) -> Any:
 
 
 def _load(vision: Any, language: Any, dtype: torch.dtype | None, attn_implementation: str | None) -> tuple[Any, Any]:
-    """Both parts, whole, of the classes that the config of the whole will ask for."""
-    tower = load_tower(vision, dtype=dtype, attn_implementation=attn_implementation)
-    llm = load_language_model(language, dtype=dtype, attn_implementation=attn_implementation)
+    """Load both parts, and check that a saved model would load with their classes."""
+    options: Any = {"dtype": dtype, "attn_implementation": attn_implementation}
+    tower = vision if isinstance(vision, nn.Module) else load_vit(f"hf:{os.fspath(vision)}", **options)
+    llm = load_language_model(language, **options)
     for name, part, inner in (("vision", tower, tower), ("language", llm, llm.base_model)):
         wanted = class_of(part.config)
         if type(inner) is not wanted:
@@ -237,7 +214,7 @@ def _load(vision: Any, language: Any, dtype: torch.dtype | None, attn_implementa
         if any(p.is_meta or hasattr(p, "ds_id") for p in part.parameters()):
             raise ConfigError(
                 f"The weights of {name} are not all on this process.",
-                expected="whole weights; they are shared out where training begins",
+                expected="complete weights; they are sharded when training starts",
                 got=f"a {type(part).__name__} on the meta device or partitioned by ZeRO-3",
                 fix=f"{name}=its id or folder, or load it in `with whole_weights():`",
             )
@@ -248,7 +225,7 @@ def _check_layer(tower: nn.Module, feature_layer: int) -> None:
     depth = describe(tower).depth
     if not -depth - 1 <= feature_layer <= depth:
         raise ConfigError(
-            f"feature_layer={feature_layer} is no hidden state of this tower.",
+            f"feature_layer={feature_layer} is not a hidden state of this tower.",
             expected=f"an index in [{-depth - 1}, {depth}]",
             got=feature_layer,
             fix="feature_layer=-2",
@@ -256,7 +233,7 @@ def _check_layer(tower: nn.Module, feature_layer: int) -> None:
 
 
 def _count_tokens(tower: nn.Module, image_size: int | None) -> tuple[int, int]:
-    """Tokens before the patches, and patches of a picture."""
+    """Return the number of tokens before the patches, and of patches of an image."""
     config: Any = tower.config
     kind, own, patch = getattr(config, "model_type", None), getattr(config, "image_size", None), config.patch_size
     own, patch = _first(own), _first(patch)
@@ -264,13 +241,13 @@ def _count_tokens(tower: nn.Module, image_size: int | None) -> tuple[int, int]:
     prefix = describe(tower).input.prefix_tokens
     if prefix is None or own is None:
         raise UnsupportedViTError(
-            f"How many tokens a {type(tower).__name__} makes of an image is not known.",
+            f"The number of tokens per image of a {type(tower).__name__} is unknown.",
             expected="CLIP, SigLIP, DINOv2, DINOv3, ViT or InternViT",
             got=type(tower).__name__,
         )
     if size != own and (kind not in _ANY_SIZE or size % patch):
         raise ConfigError(
-            f"This {type(tower).__name__} takes no pictures of {size} x {size} pixels.",
+            f"This {type(tower).__name__} does not take images of {size} x {size} pixels.",
             expected=f"a multiple of {patch}" if kind in _ANY_SIZE else f"{own}, by its config",
             got=size,
             fix=f"image_size={max(size // patch, 1) * patch if kind in _ANY_SIZE else own}",
@@ -279,7 +256,7 @@ def _count_tokens(tower: nn.Module, image_size: int | None) -> tuple[int, int]:
 
 
 def _prepare_tokens(tokenizer: Any, llm: Any, tokens: tuple[str, ...]) -> None:
-    """Teach the tokenizer, and grow the embeddings by as many rows as it has more than they."""
+    """Add tokens to the tokenizer, and rows for them to the embeddings."""
     known = tokenizer.get_vocab()
     tokenizer.add_tokens([token for token in tokens if token not in known], special_tokens=True)
     if tokenizer.pad_token_id is None:
@@ -289,7 +266,7 @@ def _prepare_tokens(tokenizer: Any, llm: Any, tokens: tuple[str, ...]) -> None:
     rows = llm.get_input_embeddings().weight.shape[0]
     if len(tokenizer) <= rows:
         return
-    # A multiple of 64, as the matrix units of GPUs like it.
+    # A multiple of 64 suits the matrix units of GPUs.
     llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
     with torch.no_grad():
         for table in {
@@ -299,7 +276,7 @@ def _prepare_tokens(tokenizer: Any, llm: Any, tokens: tuple[str, ...]) -> None:
 
 
 def _join(kind: Any, config: Any, tower: Any, projector: nn.Module, llm: Any, tokenizer: Any) -> Any:
-    """The model of a config, made without weights, around parts that have theirs."""
+    """Build the model of a config around parts that have their weights."""
     with torch.device("meta"):
         model = kind(config)
     model.model.vision_tower = tower

@@ -1,4 +1,4 @@
-"""The projector alone: what stage 1 trains, and stage 2 starts from."""
+"""Saves and loads the projector alone, which stage 1 trains and stage 2 starts from."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PROJECTOR_NAME = "projector.safetensors"
 
 
 def save_projector(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write the projector of a multimodal LLM.
+    """Save the projector of a multimodal LLM.
 
-    Call it on every process: weights that are shared out (FSDP2, ZeRO-3) are gathered, and the first process writes.
-    The file is written aside and renamed, so one whose writing was cut short never stands in its place.
+    Call it on every process: sharded weights (FSDP2, ZeRO-3) are gathered, and the first process writes. The file is
+    written under another name and renamed, so an interrupted save leaves no incomplete file.
 
     Args:
-        model: A LLaVA or InternVL, also in the wrapper of a trainer.
-        folder: Where `projector.safetensors` goes; made if it does not exist.
+        model: A LLaVA or InternVL, also wrapped by a trainer.
+        folder: Where `projector.safetensors` goes; created if missing.
 
     Returns:
         The file.
@@ -39,19 +39,19 @@ def save_projector(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     if is_main_process():
         write_tensors(path, state)
     if is_distributed():
-        torch.distributed.barrier()  # whoever goes on finds the file
+        torch.distributed.barrier()  # no process continues before the file exists
     return path
 
 
 def load_projector(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Put a saved projector in the place of the model's own, in its device and dtype.
+    """Load a saved projector into a model, keeping the model's device and dtype.
 
     Args:
-        model: A LLaVA or InternVL, before it is given to a trainer.
-        folder: What was given to `save_projector`, or the file.
+        model: A LLaVA or InternVL, before a trainer gets it.
+        folder: The folder of `save_projector`, or the file.
 
     Raises:
-        CheckpointError: If the file is missing, cut short, or of another projector; nothing is changed then.
+        CheckpointError: If the file is missing, truncated, or of another projector; the model is unchanged then.
         UnsupportedViTError: If the model has no projector.
     """
     projector = find_projector(model)
@@ -65,7 +65,7 @@ def load_projector(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         state = load_file(path)
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path} is cut short or damaged.", got=str(error), fix="copy it again, or train stage 1 again"
+            f"{path} is truncated or damaged.", got=str(error), fix="copy it again, or rerun stage 1"
         ) from error
     wanted = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -80,7 +80,7 @@ def load_projector(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def find_projector(model: nn.Module) -> nn.Module:
-    """The module between tower and language model.
+    """Return the module between tower and language model.
 
     Args:
         model: A LLaVA or InternVL, also wrapped by peft, DDP or a trainer.

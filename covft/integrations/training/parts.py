@@ -1,12 +1,14 @@
-"""Names the parts of a multimodal LLM, to train, freeze and give learning rates to."""
+"""Names the parts of a multimodal LLM, which are trained, frozen and given learning rates separately."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
+from covft.adapters.registry import describe
 from covft.checkpoints.pretrained import prefix_of
 from covft.errors import ConfigError
 from covft.integrations.mllm.attachment import attachment_of, without_peft
@@ -15,7 +17,7 @@ from covft.utils import parameters
 
 PARTS = ("experts", "router", "norms", "vision", "projector", "llm")
 COVFT = ("experts", "router", "norms")
-# Modules between tower and language model, of any model.
+# Names of the modules between tower and language model.
 _PROJECTORS = frozenset(
     ("multi_modal_projector", "connector", "merger", "deepstack_merger_list", "image_newline", "mm_projector")
 )
@@ -23,14 +25,14 @@ _ADDED_BY_PEFT = ("lora_", "modules_to_save")
 
 
 def parts_of(model: nn.Module) -> dict[str, str]:
-    """Return the part of each parameter.
+    """Return the part that each parameter belongs to.
 
     Args:
         model: A multimodal LLM, attached or not, also inside a PeftModel.
 
     Returns:
-        By the names of `model.named_parameters()`: `"experts"`, `"router"` (with the context), `"norms"` (those of
-        the tower that covft trains), `"vision"` (the rest of the tower), `"projector"` or `"llm"`.
+        Part by name in `model.named_parameters()`: `"experts"`, `"router"` (with the context), `"norms"` (of the tower,
+        where covft trains them), `"vision"` (the rest of the tower), `"projector"` or `"llm"`.
 
     Raises:
         UnsupportedViTError: If the model has no tower.
@@ -50,21 +52,22 @@ def parts_of(model: nn.Module) -> dict[str, str]:
     return parts
 
 
-def train_only(model: nn.Module, parts: Iterable[str]) -> dict[str, int]:
-    """Train some parts of a multimodal LLM, and freeze the others.
+def train_only(model: nn.Module, parts: Iterable[str], *, dtype: torch.dtype | None = None) -> dict[str, int]:
+    """Train these parts of a multimodal LLM, and freeze everything else.
 
-    Inside a PeftModel the part `"llm"` consists of the weights that peft added; those that it adapts stay frozen.
+    In a PeftModel, `"llm"` means the weights that peft added to it; the adapted weights stay frozen.
 
     Args:
         model: A multimodal LLM, attached or not.
-        parts: Of `"projector"`, `"llm"`, `"vision"` (the tower's own weights), `"experts"`, `"router"`, `"norms"`,
-            and `"covft"` for these three together.
+        parts: Of `"projector"`, `"llm"`, `"vision"` (the tower's own weights, without those that `freeze_unread`
+            freezes), `"experts"`, `"router"`, `"norms"`, and `"covft"` for these three together.
+        dtype: Type to cast the trained parameters to: in bfloat16, small steps are rounded away. None casts nothing.
 
     Returns:
-        The number of trained parameters of each part.
+        Number of trained parameters of each part.
 
     Raises:
-        ConfigError: If the model does not have a part.
+        ConfigError: If a part is unknown, or the model does not have it.
     """
     asked = {part for name in parts for part in (COVFT if name == "covft" else (name,))}
     owner = parts_of(model)
@@ -79,32 +82,68 @@ def train_only(model: nn.Module, parts: Iterable[str]) -> dict[str, int]:
             fix="covft.attach(model, text_encoder, tokenizer=tokenizer) first" if absent & set(COVFT) else None,
         )
     adapted = hasattr(model, "peft_config")
+    for name, parameter in model.named_parameters():
+        trained = owner[name] in asked and parameter.is_floating_point()
+        if adapted and owner[name] == "llm":
+            trained = trained and any(mark in name for mark in _ADDED_BY_PEFT)
+        parameter.requires_grad_(trained and "original_module" not in name.split("."))  # peft's copy does not run
+    if "vision" in asked:
+        freeze_unread(model)
     counts = dict.fromkeys(sorted(asked, key=PARTS.index), 0)
     for name, parameter in model.named_parameters():
-        part = owner[name]
-        trained = part in asked and parameter.is_floating_point()
-        if adapted and part == "llm":
-            trained = trained and any(mark in name for mark in _ADDED_BY_PEFT)
-        parameter.requires_grad_(trained)
-        if trained:
-            counts[part] += parameters.count([parameter])
+        if parameter.requires_grad:
+            counts[owner[name]] += parameters.count([parameter])
+            if dtype is not None:
+                parameter.data = parameter.data.to(dtype)
     return counts
+
+
+def freeze_unread(model: nn.Module) -> list[str]:
+    """Freeze the parameters of the tower that no loss depends on.
+
+    These are mask tokens and everything after the hidden state that the model reads (`vision_feature_layer` of its
+    config). DDP waits for the gradient of every trained parameter: with LLaVA's penultimate layer, training the entire
+    tower would hang at the last block.
+
+    Args:
+        model: A multimodal LLM, attached or not.
+
+    Returns:
+        Names of these parameters, in the tower.
+    """
+    target, attachment = without_peft(model), attachment_of(model)
+    tower = attachment.encoder.vit if attachment else find_tower(target)[0]
+    layers = getattr(target.config, "vision_feature_layer", None)
+    first_unread = None
+    if layers is not None:
+        blocks = (attachment.encoder.spec if attachment else describe(tower)).blocks
+        states = (layers,) if isinstance(layers, int) else layers
+        read = max(state if state >= 0 else len(blocks) + 1 + state for state in states)
+        first_unread = f"{blocks[read].path}." if read < len(blocks) else None
+    names, after = [], False
+    for name, parameter in tower.named_parameters():
+        # Towers register their modules in the order in which they run.
+        after = after or (first_unread is not None and name.startswith(first_unread))
+        if after or name.endswith("mask_token"):
+            parameter.requires_grad_(False)
+            names.append(name)
+    return names
 
 
 def param_groups(
     model: nn.Module, rates: Mapping[str, float | None], lr: float, weight_decay: float, decayed: Iterable[str]
 ) -> list[dict[str, Any]]:
-    """Group the trained parameters of a model for an optimizer, by part and weight decay.
+    """Group the trained parameters of a model for an optimizer: one group per part, with and without decay.
 
     Args:
         model: A multimodal LLM.
         rates: Learning rate of each part; None or missing takes `lr`.
-        lr: Learning rate of parts without their own.
+        lr: Learning rate of every part without its own.
         weight_decay: Weight decay of the matrices.
-        decayed: Names of parameters that may be decayed; vectors and scalars are never decayed.
+        decayed: Names of parameters that may be decayed; the vectors and scalars among them are not.
 
     Returns:
-        Dicts with `params`, `lr`, `weight_decay` and `name`; each trained parameter is in exactly one.
+        Dicts with `params`, `lr`, `weight_decay` and `name`; every trained parameter is in exactly one.
     """
     return parameters.param_groups(
         model.named_parameters(),

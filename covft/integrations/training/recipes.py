@@ -1,4 +1,4 @@
-"""Published training recipes: trained parts, learning rates and batch sizes."""
+"""The published training recipes: trained parts, learning rates, batch sizes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,28 @@ class Recipe:
 
     Attributes:
         name: Such as `llava-finetune`.
-        parts: The trained parts, for `train_only`.
+        parts: Trained parts, for `train_only`.
         arguments: Fields of `MLLMTrainingArguments`.
-        source: The publication of the figures.
+        source: Where the values come from.
     """
 
     name: str
     parts: tuple[str, ...]
     arguments: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+
+    def describe(self, training: Any = None) -> str:
+        """List the hyperparameters, one per line.
+
+        Args:
+            training: The `MLLMTrainingArguments` of a run, whose values are shown next to those that they override.
+        """
+        lines = [f"{self.name}: {self.source}"]
+        for name, value in self.arguments.items():
+            used = getattr(training, name, value)
+            used = getattr(used, "value", used)  # of an enumeration
+            lines.append(f"  {name:<26} {used}{'' if used == value else f'  (recipe: {value})'}")
+        return "\n".join(lines)
 
 
 _COSINE: dict[str, Any] = {
@@ -39,7 +52,7 @@ RECIPES: dict[str, Recipe] = {
             "llava-pretrain",
             ("projector",),
             {**_COSINE, "learning_rate": 1e-3, "global_batch_size": 256, "weight_decay": 0.0},
-            "CoVFT paper, section 4.1, and LLaVA-1.5: 558K captions, the projector alone",
+            "CoVFT paper, section 4.1, and LLaVA-1.5: 558K captions, projector only",
         ),
         Recipe(
             "llava-finetune",
@@ -71,7 +84,7 @@ RECIPES: dict[str, Recipe] = {
                 "group_by_modality_length": True,
                 "activation_checkpointing": True,
             },
-            "the fine-tuning scripts that InternVL publishes",
+            "InternVL's published fine-tuning scripts",
         ),
     )
 }

@@ -1,0 +1,31 @@
+"""Saves a trained model as a folder that `from_pretrained` loads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from covft.utils.sharding import full, gathered, is_sharded
+
+
+def save_trained(trainer: Any, *processors: Any) -> None:
+    """Save the model of a trainer to its output folder, LoRA merged into the weights.
+
+    Call it on every process, as the last step: sharded weights are gathered, and merging changes the model.
+
+    Args:
+        trainer: An `MLLMTrainer`, after training.
+        *processors: Tokenizer, image processor or processor, to save next to the model.
+    """
+    folder, writes = trainer.args.output_dir, trainer.is_world_process_zero()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "peft_config"):
+        with gathered(list(model.parameters()), changed=True):
+            model = model.merge_and_unload()
+        state = model.state_dict(keep_vars=True)
+        sharded = any(is_sharded(tensor) for tensor in state.values())
+        options = {"state_dict": {name: full(tensor).cpu() for name, tensor in state.items()}} if sharded else {}
+        model.save_pretrained(folder, is_main_process=writes, **options)
+    else:
+        trainer.save_model()
+    for processor in processors if writes else ():
+        processor.save_pretrained(folder)
