@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from covft.data.broken import DataError
+from covft.data.chat_template import ChatTemplate, any_of
 from covft.data.rows import IMAGE_TAG, Row, parse_row, parse_turns
 from covft.data.spans import AnswersNotFoundError, Span, answer_spans
 from covft.errors import ConfigError
@@ -110,10 +111,10 @@ def encode_conversation(
     try:
         text, spans = answer_spans(tokenizer, messages, chat_template=chat_template, end_of_turn=end_of_turn)
     except AnswersNotFoundError:
-        template = chat_template or getattr(tokenizer, "chat_template", None)
-        if end_of_turn is not None or not isinstance(template, str) or not _GENERATION.search(template):
+        template = ChatTemplate(tokenizer, chat_template)
+        if end_of_turn is not None or not _GENERATION.search(template.template):
             raise
-        return _by_marks(tokenizer, messages, chat_template)
+        return _by_marks(template, messages)
     return label_spans(tokenizer, text, spans)
 
 
@@ -149,8 +150,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def _without(text: str, placeholders: Sequence[str]) -> str:
     if not any(mark in text for mark in placeholders):
         return text.strip()
-    names = "|".join(re.escape(mark) for mark in sorted(placeholders, key=len, reverse=True))
-    return re.sub(" {2,}", " ", re.sub(rf"(?:{names})\n?", "", text)).strip()
+    return re.sub(" {2,}", " ", re.sub(rf"(?:{any_of(placeholders)})\n?", "", text)).strip()
 
 
 def _offsets(tokenizer: Any, text: str) -> tuple[list[int], list[Span]] | None:
@@ -190,14 +190,8 @@ def _count(tokenizer: Any, text: str, boundary: int, ids: list[int]) -> int:
     )
 
 
-def _by_marks(tokenizer: Any, messages: Sequence[dict[str, str]], chat_template: str | None) -> Encoded:
-    encoded = tokenizer.apply_chat_template(
-        list(messages),
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        chat_template=chat_template,
-    )
+def _by_marks(template: ChatTemplate, messages: Sequence[dict[str, str]]) -> Encoded:
+    encoded = template.apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     input_ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
     learned = torch.tensor(encoded["assistant_masks"], dtype=torch.bool)
     runs = int(learned[:1].sum() + (learned[1:] & ~learned[:-1]).sum())

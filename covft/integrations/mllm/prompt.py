@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from covft.data.chat_template import any_of, round_trip
 from covft.data.conversation import TURNS
 from covft.errors import ConfigError, MissingContextError
-from covft.integrations.mllm.chat_template import TurnMarks, learn_marks, round_trip, special_strings
+from covft.integrations.mllm.turn_marks import TurnMarks, learn_marks, special_strings
 
 _TIMESTAMP = r"<\d+(?:\.\d+)? seconds>"  # which Qwen3-VL's processor writes before each frame of a video
 _IGNORED = -100  # in labels: a token that is not learned, so part of the prompt
@@ -69,8 +70,7 @@ class PromptReader:
         if system is not None:
             self.system = round_trip(tokenizer, system).strip()
         shown = {tokenizer.convert_ids_to_tokens(i) for i in self.image_ids if 0 <= i < len(tokenizer)}
-        dropped = sorted({*special_strings(tokenizer), *shown} - {None, ""}, key=len, reverse=True)
-        body = "|".join([*map(re.escape, dropped), _TIMESTAMP])
+        body = f"{any_of({*special_strings(tokenizer), *shown})}|{_TIMESTAMP}"
         self._dropped = re.compile(rf"[ \t]*(?:{body})(?:[ \t]*(?:{body}))*[ \t]*")
 
     def read(

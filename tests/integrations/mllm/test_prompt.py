@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from covft.errors import ConfigError, MissingContextError
-from covft.integrations.mllm.chat_template import learn_marks
 from covft.integrations.mllm.prompt import PromptReader
+from covft.integrations.mllm.turn_marks import learn_marks
 from tests.helpers.prompts import IMAGE, KINDS, TEMPLATES, render, tokenizer_of
 
 SYSTEM = "You are a helpful assistant."
@@ -189,6 +189,8 @@ def plain_copy(template, jinja):
         ("{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}", "does not mark the turns"),
         ("{{ raise_exception('never') }}", "cannot be probed"),
         ("{{ nothing( }}", "cannot be probed"),
+        ("{{ 1 + messages }}", "cannot be probed"),
+        ({"default": ""}, "no chat template"),
     ],
 )
 def test_tokenizers_without_marks__are_an_error_only_when_a_prompt_is_read(jinja, problem):
