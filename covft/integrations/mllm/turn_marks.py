@@ -1,4 +1,4 @@
-"""Learns from a chat template how the turns of users are marked in decoded prompts.
+"""Learns how a chat template marks user turns in decoded prompts.
 
 The template renders conversations of known words, which then pass through the tokenizer and back. The text between the
 words holds the marks. They are kept as chunks without white space, because tokenizers add and drop it around special
@@ -38,7 +38,7 @@ class TurnMarks:
     system: tuple[Chunks, Chunks] | None = None
 
     def turns(self) -> re.Pattern[str]:
-        """Build the pattern of users' turns; group 1 is the text with its placeholders."""
+        """Build the pattern of user turns; group 1 is the text with its placeholders."""
         ends = "|".join(map(pattern, self.ends))
         return re.compile(rf"{pattern(self.start)}(.*?)(?={ends}|\Z)", re.DOTALL)
 
@@ -68,20 +68,20 @@ def learn_marks(tokenizer: Any, template: str | Mapping[str, str] | None = None)
         template: As in `covft.data.chat_template.ChatTemplate`.
 
     Raises:
-        ConfigError: If there is no template, or it does not mark the turns of users.
+        ConfigError: If there is no template, or it does not mark user turns.
     """
     return _Probe(ChatTemplate(tokenizer, template)).marks()
 
 
 def special_strings(tokenizer: Any) -> set[str]:
-    """Special tokens as they look in decoded text, and the marks of images and their tiles."""
+    """Collect the special tokens as they look in decoded text, and the marks of images and tiles."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     marks = (token.content for token in added if token.special or _IMAGE_MARK.fullmatch(token.content))
     return {*tokenizer.all_special_tokens, *marks}
 
 
 class _Probe:
-    """Renders conversations of known words, and splits what is written between them into chunks."""
+    """Renders conversations of known words and splits the text between them into chunks."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self.template, self.tokenizer = template, template.tokenizer
@@ -111,7 +111,7 @@ class _Probe:
         unknown = getattr(self.tokenizer, "unk_token", None)
         if not start or len(ends) < 2 or unknown in (*start, *ends[0]):
             raise ConfigError(
-                "The chat template does not mark the turns of users, or the tokenizer cannot spell the marks.",
+                "The chat template does not mark user turns, or the tokenizer cannot spell the marks.",
                 expected="marks before and after a user's text",
                 got=f"before: {' '.join(start) or 'nothing'}; after: {' '.join(question_to_answer) or 'nothing'}",
             )
@@ -128,7 +128,7 @@ class _Probe:
         return (before[ends[-1] :], between) if ends else None
 
     def between(self, turns: str, *, prompt: bool = False) -> list[Chunks] | None:
-        """Chunks before, between and after the words of a conversation; None if it cannot be rendered."""
+        """Find the chunks before, between and after the words of a conversation; None if it cannot be rendered."""
         roles = {"u": "user", "v": "user", "a": "assistant", "s": "system"}
         try:
             said = [(roles[turn.lower()], self.words[turn]) for turn in turns]
@@ -148,7 +148,7 @@ class _Probe:
 
 
 def _words(tokenizer: Any, template: str) -> list[str]:
-    """Words that survive the tokenizer, and occur neither in the template nor in one another."""
+    """Choose words that survive the tokenizer and occur neither in the template nor in one another."""
     taken: list[str] = []
     vocabulary = (token for token in sorted(tokenizer.get_vocab()) if token.isalpha() and len(token) > 2)
     for word in itertools.chain(_WORDS, vocabulary):
