@@ -1,8 +1,7 @@
-"""Training data as LLaVA and InternVL publish it: rows, images, labels, batches.
+"""Training data in the formats of LLaVA and InternVL: rows, images, labels, batches.
 
-A source reads rows (`LlavaRows`, `InternVLRows`, `DatasetsRows`), `ConversationDataset` makes samples of them,
-`Collator` batches, and `ModalityGroupedSampler` the order. Rows that cannot be used are reported with file and row,
-within a limit.
+A source (`LlavaRows`, `InternVLRows`, `DatasetsRows`) reads rows, `ConversationDataset` turns them into samples,
+`Collator` batches these, and `ModalityGroupedSampler` orders them. Unusable rows are reported with file and row.
 """
 
 from covft.data.augment import JpegAugment

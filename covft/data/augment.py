@@ -1,4 +1,4 @@
-"""What `data_augment` of InternVL's meta file asks for: the loss of a random JPEG compression."""
+"""The augmentation of `data_augment` in InternVL's meta file: JPEG compression of random quality."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JpegAugment:
-    """Compress an image as JPEG of a random quality and read it again.
+    """Compresses images as JPEG with a random quality.
 
     Attributes:
         low: Lowest quality, 1 to 100.
@@ -24,7 +24,7 @@ class JpegAugment:
     high: int = 100
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        """Degrade the image by a quality drawn from `rng`."""
+        """Compress the image with a quality drawn from `rng`."""
         from PIL import Image as PILImage
 
         buffer = io.BytesIO()

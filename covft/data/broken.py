@@ -1,4 +1,4 @@
-"""Rows that cannot be used: how they are named, counted and, past a limit, refused."""
+"""Reports unusable rows, counts them, and raises an error past a limit."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from covft.errors import ConfigError, CoVFTError
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands.
+    """The place of a row in a file.
 
     Attributes:
         file: The annotation file.
-        row: Number of the row in its file, from 0.
-        line: Number of the line, from 1, where the file has a row per line.
+        row: Index of the row in its file, from 0.
+        line: Number of the line, from 1, if the file has one row per line.
     """
 
     file: str
@@ -34,11 +34,11 @@ class Place:
 
 
 class DataError(CoVFTError, ValueError):
-    """A file or a row of training data that cannot be used.
+    """An unusable file or row of training data.
 
     Args:
-        problem: What is wrong with it.
-        place: Where it stands; it comes first in the message.
+        problem: The reason.
+        place: The place of the row, which starts the message.
         **rows: `expected`, `got`, `known` and `fix` of `CoVFTError`.
     """
 
@@ -48,7 +48,7 @@ class DataError(CoVFTError, ValueError):
         super().__init__(f"{place}: {problem}" if place else problem, **rows)
 
     def at(self, place: Place) -> DataError:
-        """The same error with its place; one that has a place keeps it."""
+        """Copy the error with a place; an error that has one keeps it."""
         if self.place is not None:
             return self
         rows = {"expected": self.expected, "got": self.got, "known": self.known, "fix": self.fix}
@@ -57,13 +57,13 @@ class DataError(CoVFTError, ValueError):
 
 @dataclass(frozen=True)
 class BrokenRow:
-    """A row that was left out.
+    """A skipped row.
 
     Attributes:
         file: The annotation file.
-        row: Number of the row in its file, from 0.
-        line: Number of the line, from 1, or None where rows are not lines.
-        reason: What is wrong with it.
+        row: Index of the row in its file, from 0.
+        line: Number of the line, from 1, or None if rows are not lines.
+        reason: The reason.
     """
 
     file: str
@@ -76,24 +76,24 @@ class BrokenRow:
 
 
 class BrokenLog:
-    """The broken rows of a data set, over all processes that read it.
+    """Logs the broken rows of a data set across processes.
 
-    The workers of a DataLoader are processes with copies of the data set. They share this log through a small file
-    in the temporary folder, which appears with the first broken row and goes with the log that made it.
+    The workers of a DataLoader are processes with copies of the data set. They share this log through a small temporary
+    file, which is created with the first broken row and deleted with the log that created it.
 
     Args:
         rows: Number of rows in the data set.
-        max_broken: How many may be broken: a number of rows, or a fraction of all rows, rounded down.
+        max_broken: Limit of broken rows: a number, or a fraction of all rows, rounded down.
 
     Raises:
-        ConfigError: If `max_broken` is negative, a fraction above 1, or no number.
+        ConfigError: If `max_broken` is negative, a fraction above 1, or not a number.
     """
 
     def __init__(self, rows: int, max_broken: int | float) -> None:
         is_number = isinstance(max_broken, (int, float)) and not isinstance(max_broken, bool)
         if not is_number or not 0 <= max_broken or (isinstance(max_broken, float) and max_broken > 1):
             raise ConfigError(
-                f"max_broken={max_broken!r} cannot be used.",
+                f"max_broken={max_broken!r} is not a limit of broken rows.",
                 expected="a number of rows (an int >= 0) or a fraction of them (a float in [0, 1])",
                 got=repr(max_broken),
                 fix="max_broken=0.01",
@@ -105,7 +105,7 @@ class BrokenLog:
         weakref.finalize(self, _remove, self._path, os.getpid())
 
     def entries(self) -> tuple[BrokenRow, ...]:
-        """The broken rows met so far by all processes, each once, in the order of their first meeting."""
+        """List the broken rows that any process has met so far, each once, in order."""
         try:
             lines = self._path.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
@@ -117,25 +117,25 @@ class BrokenLog:
         return tuple(found.values())
 
     def add(self, error: DataError) -> None:
-        """Report a broken row: once as a warning, and as an error when there are too many.
+        """Report a broken row with a warning, once.
 
         Args:
-            error: What is wrong with the row; it must have its place.
+            error: Its error, with the place.
 
         Raises:
-            DataError: If more rows are broken than the limit allows; the first of them are named.
+            DataError: If more rows are broken than the limit allows; the message names the first of them.
         """
         assert error.place is not None
         entry = BrokenRow(error.place.file, error.place.row, error.place.line, error.reason)
         before = self.entries()
         if all((entry.file, entry.row) != (known.file, known.row) for known in before):
-            # One write to a file opened for appending: workers do not cut into each other's lines.
+            # A single write in append mode: lines of several workers do not mix.
             handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
                 os.write(handle, (json.dumps(asdict(entry)) + "\n").encode())
             finally:
                 os.close(handle)
-            warnings.warn(f"Another row stands in for one that is broken. {entry}", UserWarning, stacklevel=3)
+            warnings.warn(f"Skipped a broken row and took the next usable one. {entry}", UserWarning, stacklevel=3)
         broken = self.entries()
         if len(broken) > self.limit:
             raise self._too_many(broken) from error
@@ -152,6 +152,6 @@ class BrokenLog:
 
 
 def _remove(path: Path, owner: int) -> None:
-    # A forked worker that drops its copy must not take the file from the others.
+    # A forked worker that drops its copy must not delete the file.
     if os.getpid() == owner:
         path.unlink(missing_ok=True)

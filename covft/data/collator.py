@@ -1,4 +1,4 @@
-"""Samples as a batch: padded tokens, images with the row that each belongs to, instructions."""
+"""Batches samples: padded tokens, images with the index of their row, instructions."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from covft.errors import ConfigError, ShapeError
 
 @dataclass(frozen=True)
 class Collator:
-    """Make a batch of samples of `ConversationDataset`.
+    """Batches samples of a `ConversationDataset`.
 
-    A row without images carries a dummy (zeros), so that every rank runs the vision tower on every batch and all ranks
-    build the same graph; `drop_dummies` takes its features out again.
+    A row without images gets a dummy image of zeros, so that every rank runs the vision tower on every batch and all
+    ranks build the same graph; `drop_dummies` removes its features.
 
     Attributes:
-        pad_token_id: What `input_ids` are padded with.
-        image_shape: Channels, height and width of a dummy, `dataset.image_shape`. None takes those of the batch's own
-            images, and is an error for a batch that has none.
-        dummies: `"row"` gives every row without images a dummy, `"batch"` only the first row of a batch without any
-            image, `"none"` none: then such a batch has no `pixel_values`.
+        pad_token_id: Padding of `input_ids`.
+        image_shape: Channels, height and width of a dummy, `dataset.image_shape`. None takes the shape of the batch's
+            images; a batch without images is then an error.
+        dummies: `"row"` adds a dummy to every row without images, `"batch"` one to a batch without images, `"none"`
+            none: a batch without images then has no `pixel_values`.
         padding_side: `"right"` for training, `"left"` for generation.
         pad_to_multiple_of: The padded length is a multiple of this.
 
     Raises:
-        ConfigError: If a setting cannot work.
+        ConfigError: If a setting is invalid.
     """
 
     pad_token_id: int
@@ -41,29 +41,32 @@ class Collator:
     def __post_init__(self) -> None:
         if not isinstance(self.pad_token_id, int):
             raise ConfigError(
-                "The collator needs a padding token.",
-                expected="an id",
+                "The collator needs the id of a padding token.",
+                expected="an int",
                 got=repr(self.pad_token_id),
                 fix="tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token",
             )
         for name, known in (("dummies", ("row", "batch", "none")), ("padding_side", ("right", "left"))):
             if getattr(self, name) not in known:
                 raise ConfigError(
-                    f"{name} is not known.", expected=" | ".join(known), got=repr(getattr(self, name)), fix=known[0]
+                    f"{name}={getattr(self, name)!r} is unknown.",
+                    expected=" | ".join(known),
+                    got=repr(getattr(self, name)),
+                    fix=known[0],
                 )
         if self.pad_to_multiple_of < 1:
             raise ConfigError("pad_to_multiple_of must be at least 1.", got=self.pad_to_multiple_of)
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Pad and stack.
+        """Pad and stack the samples.
 
         Returns:
-            `input_ids`, `labels`, `attention_mask` (B, L); `pixel_values` (T, 3, H, W) over all tiles of all rows;
+            `input_ids`, `labels`, `attention_mask` (B, L); `pixel_values` (T, 3, H, W), the tiles of all rows;
             `context_index` (T,), the row of each tile (the `index` of a `ContextEncoder`); `image_flags` (T,), 1 for an
             image and 0 for a dummy; `num_tiles`, a list per row; `context_text`, B strings.
 
         Raises:
-            ShapeError: If images differ in size, or a batch without images meets no `image_shape`.
+            ShapeError: If images differ in size, or there are neither images nor `image_shape`.
         """
         longest = max(len(sample["input_ids"]) for sample in samples)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -118,22 +121,22 @@ class Collator:
             return shapes.pop()
         if self.image_shape is None:
             raise ShapeError(
-                "No row of the batch has an image, and the size of a dummy is not known.",
+                "The batch has no images, so the size of a dummy image is unknown.",
                 fix="Collator(pad_token_id, image_shape=dataset.image_shape)",
             )
         return self.image_shape
 
 
 def drop_dummies(features: torch.Tensor, image_flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take the features of dummy images out, and keep them in the graph.
+    """Remove the features of dummy images, but keep them in the graph.
 
     Args:
-        features: Of all tiles, shape `(T, ...)`.
+        features: Features of all tiles, shape `(T, ...)`.
         image_flags: 1 for an image, 0 for a dummy, shape `(T,)`.
 
     Returns:
-        The features of the real tiles, and a zero that depends on those of the dummies. Added to the loss or to any
-        embedding, it changes nothing and gives every rank a backward pass through the vision tower.
+        The features of the real tiles, and a zero computed from those of the dummies. Added to the loss or to any
+        embedding, it changes no value and gives every rank a backward pass through the vision tower.
 
     Raises:
         ShapeError: If there is not one flag per tile.

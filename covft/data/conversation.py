@@ -1,4 +1,4 @@
-"""From a conversation to token ids and labels, and to the instruction that the text encoder reads."""
+"""Encodes conversations as token ids and labels, and extracts the instruction for the text encoder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from covft.data.broken import DataError
+from covft.data.chat_template import ChatTemplate, any_of
 from covft.data.rows import IMAGE_TAG, Row, parse_row, parse_turns
 from covft.data.spans import AnswersNotFoundError, Span, answer_spans
 from covft.errors import ConfigError
@@ -18,11 +19,11 @@ TURNS = ("all", "first", "last")
 
 
 class Encoded(NamedTuple):
-    """A conversation in tokens.
+    """A tokenized conversation.
 
     Attributes:
         input_ids: Shape `(L,)`, int64.
-        labels: `input_ids` where a token belongs to an answer or ends it, -100 elsewhere; shape `(L,)`, int64.
+        labels: `input_ids` for the tokens of answers and their ends, -100 elsewhere; shape `(L,)`, int64.
     """
 
     input_ids: torch.Tensor
@@ -30,13 +31,13 @@ class Encoded(NamedTuple):
 
 
 def to_messages(row: Row | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """A row as chat messages `{"role": "system" | "user" | "assistant", "content": ...}`.
+    """Convert a row to chat messages `{"role": "system" | "user" | "assistant", "content": ...}`.
 
     Args:
-        row: A `Row`, a record in LLaVA's format, or its list of turns (also as chat messages).
+        row: A `Row`, a record in LLaVA's format, or its list of turns (chat messages, too).
 
     Raises:
-        DataError: If it is malformed; see `covft.data.parse_row`.
+        DataError: If the row is malformed; see `covft.data.parse_row`.
     """
     if isinstance(row, Row):
         return [dict(message) for message in row.messages]
@@ -51,16 +52,15 @@ def instruction_text(
     *,
     placeholders: Sequence[str] = (IMAGE_TAG,),
 ) -> str:
-    r"""What the text encoder reads: the user's turns, without image placeholders.
+    r"""Extract the text for the text encoder: the user's turns, without image placeholders.
 
     Args:
         row: As in `to_messages`.
-        turns: `"all"` joins all turns of the user by a space (what the paper's authors do), `"first"` and `"last"`
-            take one of them.
-        placeholders: What stands for an image; it is removed, with the line break behind it.
+        turns: `"all"` joins the user's turns with spaces, as the paper's authors do; `"first"` and `"last"` take one.
+        placeholders: Image placeholders to remove, with the line break after them.
 
     Returns:
-        The text; empty if the user says nothing besides the images.
+        The text; empty if the user's turns hold only images.
 
     Raises:
         ConfigError: If `turns` is not known.
@@ -87,20 +87,20 @@ def encode_conversation(
     chat_template: str | None = None,
     end_of_turn: str | None = None,
 ) -> Encoded:
-    """Token ids of a conversation, and labels by which only the answers and their ends are learned.
+    """Encode a conversation, with labels for the answers and the tokens that end them.
 
-    The template is probed (`covft.data.answer_spans`). Where it writes something else depending on an answer, its own
-    `{% generation %}` marks decide, if it has any.
+    Probing the template finds the answers (`covft.data.answer_spans`). Where that fails because the template rewrites
+    them, its `{% generation %}` marks decide, if it has any.
 
     Args:
         tokenizer: A tokenizer of transformers.
-        messages: Chat messages with at least one answer, image placeholders as the model wants them.
-        chat_template: A template instead of the tokenizer's own.
-        end_of_turn: What ends an answer. None looks for a special token right after it.
+        messages: Chat messages with at least one answer; image placeholders are already expanded.
+        chat_template: A template instead of the tokenizer's own, or the name of one of several.
+        end_of_turn: Text that ends an answer. None looks for a special token right after it.
 
     Raises:
         ConfigError: If the answers cannot be found in this template.
-        DataError: If the template refuses the conversation, or a token would be half question and half answer.
+        DataError: If the template refuses the conversation, or a token spans the boundary of an answer.
 
     Example:
         >>> ids, labels = encode_conversation(tokenizer, to_messages(row))
@@ -110,24 +110,25 @@ def encode_conversation(
     try:
         text, spans = answer_spans(tokenizer, messages, chat_template=chat_template, end_of_turn=end_of_turn)
     except AnswersNotFoundError:
-        template = chat_template or getattr(tokenizer, "chat_template", None)
-        if end_of_turn is not None or not isinstance(template, str) or not _GENERATION.search(template):
+        template = ChatTemplate(tokenizer, chat_template)
+        if end_of_turn is not None or not _GENERATION.search(template.template):
             raise
-        return _by_marks(tokenizer, messages, chat_template)
+        return _by_marks(template, messages)
     return label_spans(tokenizer, text, spans)
 
 
 def label_spans(tokenizer: Any, text: str, spans: Sequence[Span]) -> Encoded:
-    """Tokens of a text, of which those in the spans are learned.
+    """Tokenize a text and label the tokens inside the spans.
+
+    Slow tokenizers do not report offsets, so the tokens before each boundary are counted.
 
     Args:
-        tokenizer: A tokenizer of transformers; with a slow one, which does not say where a token stands, the tokens
-            before each boundary are counted.
-        text: The whole text, with all special tokens in it.
+        tokenizer: A tokenizer of transformers.
+        text: The complete text, special tokens included.
         spans: (start, end) in characters, in order.
 
     Raises:
-        DataError: If a token reaches over the boundary of a span by more than blanks.
+        DataError: If a token crosses the boundary of a span, white space aside.
     """
     offsets = _offsets(tokenizer, text)
     if offsets is not None:
@@ -149,8 +150,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def _without(text: str, placeholders: Sequence[str]) -> str:
     if not any(mark in text for mark in placeholders):
         return text.strip()
-    names = "|".join(re.escape(mark) for mark in sorted(placeholders, key=len, reverse=True))
-    return re.sub(" {2,}", " ", re.sub(rf"(?:{names})\n?", "", text)).strip()
+    return re.sub(" {2,}", " ", re.sub(rf"(?:{any_of(placeholders)})\n?", "", text)).strip()
 
 
 def _offsets(tokenizer: Any, text: str) -> tuple[list[int], list[Span]] | None:
@@ -161,51 +161,45 @@ def _offsets(tokenizer: Any, text: str) -> tuple[list[int], list[Span]] | None:
 
 
 def _inside(text: str, place: Span, spans: Sequence[Span]) -> bool:
-    """Whether a token belongs to a span; blanks before an answer may be part of its first token."""
+    """Whether a token lies in a span; blanks before an answer may be part of its first token."""
     left, right = place
     for start, end in spans:
         if left == right:
-            if start <= left < end:  # a blank that the tokenizer invents belongs to what follows
+            if start <= left < end:  # a blank that the tokenizer adds belongs to the next token
                 return True
         elif left < end and start < right:
             if text[left:start].strip() or text[end:right].strip():
                 raise DataError(
-                    f"The token {text[left:right]!r} is half outside an answer, so it cannot be learned or left out.",
-                    expected="a chat template that puts a blank or a special token around answers",
+                    f"The token {text[left:right]!r} lies partly inside and partly outside an answer.",
+                    expected="a chat template with a blank or a special token before and after answers",
                 )
             return True
     return False
 
 
 def _count(tokenizer: Any, text: str, boundary: int, ids: list[int]) -> int:
-    """How many tokens stand before a boundary; blanks at it may belong to the token behind it."""
+    """Count the tokens before a boundary; blanks at it may belong to the next token."""
     bare = len(text[:boundary].rstrip())
     for at in dict.fromkeys((boundary, bare)):
         before = tokenizer(text[:at], add_special_tokens=False)["input_ids"]
         if ids[: len(before)] == before:
             return len(before)
     raise DataError(
-        f"The tokens before {text[boundary : boundary + 20]!r} change with what follows them.",
-        expected="a tokenizer that says where its tokens stand (a fast one), or a template with special tokens",
+        f"The tokens before {text[boundary : boundary + 20]!r} depend on the text after them.",
+        expected="a fast tokenizer, which reports offsets, or a template with special tokens around answers",
     )
 
 
-def _by_marks(tokenizer: Any, messages: Sequence[dict[str, str]], chat_template: str | None) -> Encoded:
-    encoded = tokenizer.apply_chat_template(
-        list(messages),
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        chat_template=chat_template,
-    )
+def _by_marks(template: ChatTemplate, messages: Sequence[dict[str, str]]) -> Encoded:
+    encoded = template.apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     input_ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
     learned = torch.tensor(encoded["assistant_masks"], dtype=torch.bool)
     runs = int(learned[:1].sum() + (learned[1:] & ~learned[:-1]).sum())
     answers = sum(message["role"] == "assistant" for message in messages)
     if runs != answers:
         raise ConfigError(
-            "The {% generation %} marks of the chat template do not stand around the answers.",
-            expected=f"{answers} stretches of tokens, one per answer",
+            "The {% generation %} marks of the chat template do not enclose the answers.",
+            expected=f"{answers} runs of tokens, one per answer",
             got=runs,
         )
     return Encoded(input_ids, input_ids.masked_fill(~learned, IGNORE_INDEX))

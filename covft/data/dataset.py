@@ -1,7 +1,8 @@
-"""Rows of any source as samples for training: tokens, labels, images and the instruction."""
+"""Turns rows of any source into training samples: tokens, labels, images and the instruction."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -22,37 +23,37 @@ if TYPE_CHECKING:
 
 
 class ConversationDataset(Dataset[dict[str, Any]]):
-    """Conversations about images, ready for a `Collator`.
+    """Encodes conversations about images, ready for a `Collator`.
 
-    A row that cannot be used is never left out in silence: it is reported with file and row by a warning, kept in
-    `broken`, and the next usable row stands in for it (always the same one); past `max_broken` it is an error.
+    Unusable rows are never skipped silently: a warning names file and row, `broken` lists them, and the next usable row
+    (always the same one) replaces them. Past `max_broken` they are an error.
 
     Args:
-        source: `LlavaRows`, `InternVLRows`, or anything like them.
+        source: `LlavaRows`, `InternVLRows`, or another `RowSource`.
         tokenizer: A tokenizer of transformers.
-        image_processor: An image processor of transformers, or any function from an RGB picture to a tensor (3, H, W).
-            It may be left out if no row has an image.
-        image_text: What stands for an image in the text.
-        tiling: How a picture becomes the pictures that the tower sees: `NoTiling()`, `PadToSquare()` or
-            `DynamicTiling()`. Several images of a row share the limit of tiles.
-        max_length: Longest sequence, in tokens. What follows is cut off; a row of which no answer or not every image
-            would be left is broken.
+        image_processor: An image processor of transformers, or a function from an RGB image to a tensor (3, H, W).
+            Optional if no row has an image.
+        image_text: The text that replaces an `<image>` tag.
+        tiling: Splits an image into those that the tower sees: `NoTiling()`, `PadToSquare()` or `DynamicTiling()`.
+            The images of a row share the limit of tiles.
+        max_length: Longest sequence, in tokens; longer ones are truncated. A row that would lose an image or all of its
+            answers is broken.
         turns: User turns that make the instruction: `"all"`, joined by a space, the `"first"` or the `"last"`.
-        empty_instruction: What it reads where the user says nothing besides the images; None makes such a row broken.
-        chat_template: A template instead of the tokenizer's own.
-        end_of_turn: What ends an answer; None looks for the special token after it.
-        system: System message for rows that have none.
-        images_only: Whether the language model sees the images alone of the user's turns, as in LLaVA's stage 1.
-        augment: What is done to images of data sets that ask for augmentation. It is drawn by row and `seed`, the same
-            in every epoch and process, so that a resumed run sees what an uninterrupted one would have seen.
-        max_broken: How many rows may be broken: a number, or a fraction of all rows.
-        seed: Of the augmentation.
+        empty_instruction: Instruction of rows whose user turns hold only images; None makes such a row broken.
+        chat_template: A template instead of the tokenizer's own, or the name of one of several.
+        end_of_turn: Text that ends an answer; None looks for the special token after it.
+        system: System message of rows that have none.
+        images_only: Whether to keep only the images of the user's turns, as in LLaVA's stage 1.
+        augment: Augmentation for the data sets that ask for it. It depends on row and `seed` only, so that a resumed
+            run sees the same images as an uninterrupted one.
+        max_broken: Limit of broken rows: a number, or a fraction of all rows.
+        seed: Seed of the augmentation.
 
     Attributes:
-        broken: The rows found to be broken so far, by this process and by the workers of its DataLoaders.
+        broken: The broken rows met so far, by this process and by the workers of its DataLoaders.
 
     Raises:
-        ConfigError: If a setting cannot work.
+        ConfigError: If a setting is invalid.
     """
 
     def __init__(
@@ -74,9 +75,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         max_broken: int | float = 0.01,
         seed: int = 0,
     ) -> None:
-        instruction_text(
-            [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}], turns
-        )  # are these turns known?
+        instruction_text([{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}], turns)  # checks `turns`
         self.source = source
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -91,7 +90,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.images_only = images_only
         self.augment = JpegAugment() if augment is None else augment
         self.seed = seed
-        # Without a processor only rows without images are usable, and those need no placeholder.
+        # Without a processor only rows without images are usable; these need no placeholder.
         self._image_id = self.image_text.token_id(tokenizer) if image_processor is not None else None
         self._log = BrokenLog(len(source), max_broken)
 
@@ -99,11 +98,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A sample.
+        """Read a sample, or the next usable one.
 
         Returns:
-            `input_ids` and `labels` (L,), `pixel_values` (tiles, 3, H, W) or None, `num_tiles` (one number per image),
-            `context_text` (what the text encoder reads) and `row` (the number of the row that was taken).
+            `input_ids` and `labels` (L,), `pixel_values` (tiles, 3, H, W) or None, `num_tiles` (per image),
+            `context_text` (the instruction) and `row` (index of the row that was read).
 
         Raises:
             DataError: If more rows are broken than `max_broken` allows.
@@ -117,25 +116,25 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 return self._sample(row)
             except DataError as error:
                 self._log.add(error.at(self.source.place(row)))
-        raise DataError(f"None of the {rows} rows can be used.", got=str(self.broken[0]))
+        raise DataError(f"None of the {rows} rows is usable.", got=str(self.broken[0]))
 
     @property
     def broken(self) -> tuple[BrokenRow, ...]:
-        """The rows found to be broken so far, in the order in which they were met."""
+        """The broken rows met so far, in order."""
         return self._log.entries()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of what the image processor makes, for the `Collator`."""
+        """Channels, height and width of a preprocessed image, for the `Collator`."""
         from PIL import Image as PILImage
 
         _, *shape = self._pixels(self.tiling(PILImage.new("RGB", (64, 64)))).shape
         return shape[0], shape[1], shape[2]
 
     def modality_lengths(self) -> list[int]:
-        """Length of each row in words, negative where it has no image; for `ModalityGroupedSampler`.
+        """Count the words of each row, negative for rows without images, for `ModalityGroupedSampler`.
 
-        It reads the annotations once, and no image. A row that cannot be read counts as one word about an image.
+        Reads the annotations once, and no images. An unreadable row counts as one word with an image.
         """
         lengths = [1] * len(self)
         scan = getattr(self.source, "scan", None)
@@ -156,10 +155,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return lengths
 
     def check(self, rows: Iterable[int] | None = None) -> list[BrokenRow]:
-        """Read rows, images included, and say which are broken; nothing stands in for them and no limit holds.
+        """Read rows with their images and list the broken ones, without replacement or limit.
 
         Args:
-            rows: Their numbers; None reads all.
+            rows: Indices of the rows; None reads all.
         """
         found = []
         for row in range(len(self)) if rows is None else rows:
@@ -174,15 +173,15 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         row = self.source[index]
         text = instruction_text(row, self.turns) or self.empty_instruction
         if not text:
-            raise DataError("The user says nothing besides the images, so there is no instruction to condition on.")
-        pictures = [self._cut(index, row, name) for name in row.images]
-        tiles = [len(cut) for cut in pictures]
-        encoded = self._encode(row, tiles)
+            raise DataError("The user's turns hold only images, so there is no instruction to condition on.")
+        images = [self._cut(index, row, name) for name in row.images]
+        counts = [len(tiles) for tiles in images]
+        encoded = self._encode(row, counts)
         return {
             "input_ids": encoded.input_ids,
             "labels": encoded.labels,
-            "pixel_values": self._pixels([tile for cut in pictures for tile in cut]) if pictures else None,
-            "num_tiles": tiles,
+            "pixel_values": self._pixels(list(itertools.chain(*images))) if images else None,
+            "num_tiles": counts,
             "context_text": text,
             "row": index,
         }
@@ -208,35 +207,37 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             chat_template=self.chat_template,
             end_of_turn=self.end_of_turn,
         )
-        whole = len(input_ids)
+        length = len(input_ids)
         input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
         expected = self.image_text.per_tile * sum(tiles)
         if self._image_id is not None and int((input_ids == self._image_id).sum()) != expected:
             got = int((input_ids == self._image_id).sum())
-            why = f"max_length={self.max_length} cuts off images" if got < expected else "the text itself holds some"
-            raise DataError(f"The row has {got} image tokens where its images take {expected}: {why}.")
+            why = (
+                f"max_length={self.max_length} truncates images" if got < expected else "the text itself contains some"
+            )
+            raise DataError(f"The row has {got} image tokens, but its images need {expected}: {why}.")
         if not bool((labels[1:] != IGNORE_INDEX).any()):
-            raise DataError(f"max_length={self.max_length} leaves no answer of {whole} tokens.")
+            raise DataError(f"max_length={self.max_length} leaves no answer in a row of {length} tokens.")
         return Encoded(input_ids, labels)
 
-    def _pixels(self, pictures: list[Image.Image]) -> torch.Tensor:
+    def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
         if self.image_processor is None:
-            raise ConfigError("There are rows with images, and no image_processor was given.")
+            raise ConfigError("The data set has rows with images, but no image_processor.")
         processor = getattr(self.image_processor, "image_processor", self.image_processor)
         try:
             if hasattr(processor, "preprocess"):
-                pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+                pixels = processor(images=images, return_tensors="pt")["pixel_values"]
             else:
-                tensors = [processor(picture) for picture in pictures]
+                tensors = [processor(image) for image in images]
                 same = all(tensor.shape == tensors[0].shape for tensor in tensors)
                 pixels = torch.stack(tensors) if same else torch.empty(0)
-        except ValueError as error:  # what image processors say to pictures one pixel wide and the like
+        except ValueError as error:  # image processors refuse images one pixel wide, for example
             raise DataError(f"The image processor refuses an image: {error}") from error
-        if pixels.ndim != 4 or len(pixels) != len(pictures):
+        if pixels.ndim != 4 or len(pixels) != len(images):
             raise ShapeError(
-                "The image processor does not give one tensor per picture.",
-                expected=f"({len(pictures)}, 3, H, W)",
-                got=tuple(pixels.shape) if pixels.numel() else "several sizes",
-                fix="an image processor that does not cut pictures itself; tiling=DynamicTiling() does",
+                "The image processor does not return one tensor per image.",
+                expected=f"({len(images)}, 3, H, W)",
+                got=tuple(pixels.shape) if pixels.numel() else "tensors of several sizes",
+                fix="an image processor that does not tile images itself; use tiling=DynamicTiling()",
             )
         return pixels

@@ -1,4 +1,4 @@
-"""Batches of rows of one kind and like length, so that ranks neither wait for each other nor pad much."""
+"""Groups rows by modality and length, so that ranks neither wait for each other nor pad much."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from covft.errors import ConfigError
 
 
 class ModalityGroupedSampler(Sampler[int]):
-    """Order rows so that each global batch has rows with images or rows without, and its ranks equal work.
+    """Orders rows so that each global batch is all images or all text, with equal work per rank.
 
-    The order is made of global batches of `world_size * batch_size` rows, rank after rank: rank r takes every
-    `world_size`-th batch of `batch_size`, as accelerate hands them out. What remains of the two kinds stands, mixed, at
-    the end. Within a global batch the sums of lengths of any two ranks differ by no more than its longest and its
-    shortest row do.
+    The order consists of global batches of `world_size * batch_size` rows, rank after rank: rank r takes every
+    `world_size`-th batch of `batch_size`, as accelerate distributes them. The remaining rows follow at the end, mixed.
+    Within a global batch, the total lengths of two ranks differ by at most the difference between its longest and its
+    shortest row.
 
     Args:
-        lengths: Of the rows; negative where a row has no image (`dataset.modality_lengths()`).
+        lengths: Lengths of the rows, negative for rows without images (`dataset.modality_lengths()`).
         batch_size: Rows per rank and batch.
         world_size: Number of ranks.
-        seed: Of the order; every epoch has its own.
-        pool: Number of global batches whose rows are sorted by length together before they are cut into batches. 1
-            sorts within a global batch, as LLaVA does; more means less padding and less chance.
+        seed: Seed of the order; every epoch has another order.
+        pool: Number of global batches whose rows are sorted by length together. 1 sorts within a global batch, as LLaVA
+            does; a larger pool pads less and shuffles less.
 
     Raises:
         ConfigError: If a length is 0, or a setting is below 1.
@@ -35,11 +35,11 @@ class ModalityGroupedSampler(Sampler[int]):
     ) -> None:
         for name, value in (("batch_size", batch_size), ("world_size", world_size), ("pool", pool)):
             if value < 1:
-                raise ConfigError(f"{name}={value} cannot be used.", expected="a whole number >= 1", got=value)
+                raise ConfigError(f"{name}={value} is below 1.", expected="an integer >= 1", got=value)
         empty = [row for row, length in enumerate(lengths) if length == 0]
         if empty:
             raise ConfigError(
-                f"{len(empty)} rows have length 0, which says neither image nor text.",
+                f"{len(empty)} rows have length 0, so their modality is unknown.",
                 expected="a positive length for a row with images, a negative one for a row without",
                 got=f"rows {', '.join(map(str, empty[:5]))}",
             )
@@ -54,7 +54,7 @@ class ModalityGroupedSampler(Sampler[int]):
         return len(self.lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next; the trainer calls it."""
+        """Select the epoch of the next order; the trainer calls this."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -70,7 +70,7 @@ class ModalityGroupedSampler(Sampler[int]):
         yield from _shuffled(rest, generator)
 
     def _global_batches(self, rows: list[int]) -> tuple[list[list[int]], list[int]]:
-        """Global batches, sorted by length within themselves, and the rows that fill none."""
+        """Form global batches, each sorted by length; return them and the remaining rows."""
         size = self.batch_size * self.world_size
         count = len(rows) // size * size
         batches = []
@@ -81,7 +81,7 @@ class ModalityGroupedSampler(Sampler[int]):
         return batches, rows[count:]
 
     def _by_rank(self, batch: list[int]) -> list[int]:
-        """A sorted global batch as rank after rank: in every round the longest row goes to the rank with least work."""
+        """Distribute a sorted global batch: in every round the longest row goes to the rank with the least work."""
         shares: list[list[int]] = [[] for _ in range(self.world_size)]
         work = [0] * self.world_size
         for start in range(0, len(batch), self.world_size):

@@ -1,4 +1,4 @@
-"""Rows of the `datasets` library: a hub data set, Parquet files, or webdataset shards that it has loaded."""
+"""Reads rows from the `datasets` library: hub data sets, Parquet files, webdataset shards."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ if TYPE_CHECKING:
 
 
 class DatasetsRows:
-    """The rows of a `datasets.Dataset` whose conversations are in LLaVA's form.
+    """Reads the rows of a `datasets.Dataset` with conversations in LLaVA's format.
 
-    Images are decoded when they are asked for, and by covft, so that a damaged one is a broken row.
+    covft decodes the images on access, so that a damaged one makes a broken row.
 
     Args:
-        dataset: A data set with a length and numbered rows (not a stream).
-        conversations: Column of the turns (`from`/`value` or `role`/`content`), or of records that hold
-            `conversations`, as webdataset's `json` is.
-        images: Column of one image or of a list of them; None if no row has any. Rows in which it is empty are about
-            none.
+        dataset: A data set with random access (not a stream).
+        conversations: Column of the turns (`from`/`value` or `role`/`content`), or of records with a `conversations`
+            field, such as webdataset's `json`.
+        images: Column of images or of lists of images, empty for rows without; None if no row has any.
         image_first: As in `LlavaRows`.
 
     Raises:
-        ConfigError: If a column is missing, or the images are not of the `Image` feature.
+        ConfigError: If a column is missing, or `images` does not hold the `Image` feature.
 
     Example:
         >>> rows = DatasetsRows(datasets.load_dataset("parquet", data_files="train.parquet", split="train"))
@@ -73,11 +72,11 @@ class DatasetsRows:
         return replace(row, messages=tuple(map(put_image_first, row.messages))) if self.image_first else row
 
     def place(self, index: int) -> Place:
-        """Name of the data set, and the row."""
+        """Locate a row: the name of the data set and the index."""
         return Place(self.name, index)
 
     def image(self, index: int, name: str) -> Image.Image:
-        """An image of a row, by its number, as RGB.
+        """Read an image of a row, named by its index, as RGB.
 
         Raises:
             DataError: If it is missing or damaged.

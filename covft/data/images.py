@@ -1,4 +1,4 @@
-"""Where the pictures are: a folder, or tar shards."""
+"""Reads images from a folder or from tar shards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ImageStore(Protocol):
-    """Where images are found by the names that the annotations give them."""
+    """Opens images by their names in the annotations."""
 
     def open(self, name: str) -> Image.Image:
         """Read an image as RGB; raises DataError if it is missing or damaged."""
@@ -29,25 +29,25 @@ class ImageStore(Protocol):
 
 
 class ImageFolder:
-    """Images below a folder.
+    """Opens images in a folder.
 
     Args:
-        root: The folder; an absolute name in an annotation stands for itself.
+        root: The folder; absolute names in annotations ignore it.
 
     Raises:
-        DataError: If there is no such folder.
+        DataError: If the folder does not exist.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
-            raise DataError(f"There is no image folder {self.root}.", got=f"root={os.fspath(root)!r}")
+            raise DataError(f"The image folder {self.root} does not exist.", got=f"root={os.fspath(root)!r}")
 
     def open(self, name: str) -> Image.Image:
         """Read an image as RGB.
 
         Raises:
-            DataError: If it is missing, cut short or no image.
+            DataError: If it is missing, truncated or not an image.
         """
         path = self.root / name
         try:
@@ -58,16 +58,16 @@ class ImageFolder:
 
 
 class TarImages:
-    """Images in uncompressed tar shards.
+    """Opens images in uncompressed tar shards.
 
-    The headers are read once; an image is then one seek and one read. No file stays open.
+    The headers are read once; an image then takes one seek and one read. No file stays open.
 
     Args:
-        shards: A shard, a pattern such as `"shards/*.tar"` or `"shards/{000..099}.tar"`, or several of these. The
-            names inside the shards are those in the annotations (a leading `./` does not count).
+        shards: A shard, a pattern such as `"shards/*.tar"` or `"shards/{000..099}.tar"`, or several of these. Names
+            inside the shards match those in the annotations (a leading `./` is ignored).
 
     Raises:
-        DataError: If no shard is found, one is damaged or compressed, or two hold an image of the same name.
+        DataError: If no shard is found, one is damaged or compressed, or two contain an image of the same name.
     """
 
     def __init__(self, shards: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> None:
@@ -75,10 +75,10 @@ class TarImages:
         self.shards: list[str] = []
         for path in given:
             for pattern in _ranges(os.fspath(path)):
-                # Not Path.glob: a pattern may be absolute and may have wildcards in its folders.
+                # Not Path.glob: patterns may be absolute and have wildcards in their folders.
                 found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))  # noqa: PTH207
                 if not found:
-                    raise DataError(f"There is no tar shard {pattern!r}.")
+                    raise DataError(f"No tar shard matches {pattern!r}.")
                 self.shards += found
         self._members: dict[str, tuple[int, int, int]] = {}
         for number, shard in enumerate(self.shards):
@@ -94,12 +94,12 @@ class TarImages:
         """Read an image as RGB.
 
         Raises:
-            DataError: If it is in no shard, cut short or no image.
+            DataError: If it is in no shard, truncated or not an image.
         """
         try:
             number, offset, size = self._members[posixpath.normpath(name)]
         except KeyError:
-            raise DataError(f"The image {name} is in none of the {len(self.shards)} tar shards.") from None
+            raise DataError(f"None of the {len(self.shards)} tar shards contains the image {name}.") from None
         try:
             with Path(self.shards[number]).open("rb") as file:
                 file.seek(offset)
@@ -117,20 +117,20 @@ class TarImages:
                     name = posixpath.normpath(member.name)
                     if name in self._members:
                         raise DataError(
-                            f"Two images in the tar shards are called {name}.",
+                            f"Two images in the tar shards are named {name}.",
                             got=f"{self.shards[self._members[name][0]]} and {shard}",
                         )
                     self._members[name] = (number, member.offset_data, member.size)
         except (OSError, tarfile.TarError) as error:
             raise DataError(
                 f"{shard} cannot be read as a tar shard: {error}.",
-                expected="an uncompressed .tar, so that any image can be reached by one seek",
-                fix="decompress it; images gain nothing from a second compression",
+                expected="an uncompressed .tar, which allows random access",
+                fix="decompress it; images do not compress further",
             ) from error
 
 
 def _ranges(pattern: str) -> list[str]:
-    """A pattern with `{000..099}`, as webdataset writes ranges of shards, as the names it stands for."""
+    """Expand ranges such as `{000..099}`, webdataset's notation for shards."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if found is None:
         return [pattern]
@@ -140,14 +140,14 @@ def _ranges(pattern: str) -> list[str]:
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode a picture to RGB; one with a palette or transparency loses its transparency.
+    """Decode an image to RGB; transparency is dropped.
 
     Args:
-        data: The file's content.
-        name: What the error calls it.
+        data: The content of the file.
+        name: Name of the image in errors.
 
     Raises:
-        DataError: If it is damaged, cut short or no image.
+        DataError: If it is damaged, truncated or not an image.
     """
     from PIL import Image as PILImage
 
@@ -156,8 +156,8 @@ def decode_image(data: bytes, name: str) -> Image.Image:
             image.load()
             if image.mode == "P" and "transparency" in image.info:
                 return image.convert("RGBA").convert("RGB")
-            if image.mode.startswith("I;16"):  # PIL would cut it off at 255
+            if image.mode.startswith("I;16"):  # PIL would clip it at 255
                 return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
-    except Exception as error:  # decoders of damaged files raise whatever their format leads them to
+    except Exception as error:  # decoders raise all kinds of errors for damaged files
         raise DataError(f"The image {name} cannot be decoded: {type(error).__name__}: {error}.") from error

@@ -1,4 +1,4 @@
-"""The instructions of a whole data set, for text features that are computed beforehand."""
+"""Extracts the instructions of a data set, for precomputed text features."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from covft.data.rows import RowSource
 
 
 def open_rows(path: str | Path) -> RowSource:
-    """The rows of an annotation file, LLaVA's JSON or JSONL, or of InternVL's meta file.
+    """Open LLaVA's JSON or JSONL, or InternVL's meta file.
 
     Args:
-        path: The file; it is a meta file if it holds a JSON object whose values have an `annotation`.
+        path: The file; a meta file is a JSON object whose values have an `annotation`.
 
     Raises:
-        DataError: If it cannot be read.
+        DataError: If the file cannot be read.
     """
     try:
         with Path(path).open(encoding="utf-8") as file:
@@ -33,15 +33,15 @@ def open_rows(path: str | Path) -> RowSource:
 def instructions_of(
     source: RowSource, turns: str = "all", *, empty_instruction: str | None = None
 ) -> Iterator[str | None]:
-    """What the text encoder reads of each row; no image is opened.
+    """Extract the instruction of each row, without opening images.
 
     Args:
         source: The rows.
         turns: User turns that make the instruction: `"all"`, joined by a space, the `"first"` or the `"last"`.
-        empty_instruction: Instruction of rows whose user says nothing.
+        empty_instruction: Instruction of rows whose user turns hold no text.
 
     Yields:
-        The instruction; None for a row that cannot be used.
+        The instruction; None for an unusable row.
     """
     for number in range(len(source)):
         try:

@@ -1,4 +1,4 @@
-"""InternVL's meta file: a mixture of data sets, each with its images, its JSONL and how often it is seen."""
+"""Reads InternVL's meta file: a mixture of data sets, each with images, JSONL and a repeat factor."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class MetaEntry:
     """One data set of a mixture; the fields are the keys of the meta file.
 
     Attributes:
-        name: Its name in the meta file.
-        root: Folder of its images; empty for text only.
-        annotation: Its JSONL file.
-        data_augment: Whether its images are augmented in training.
-        repeat_time: How often its rows are seen per epoch: below 1 its first rows only, `int(rows * repeat_time)`;
-            above 1 so many whole copies, and of a fraction beyond them again the first rows.
-        length: Number of rows in the annotation, as the meta file has it, or None.
-        max_dynamic_patch: Most tiles of an image, or None for the data set's setting.
+        name: Name in the meta file.
+        root: Folder of images; empty for text only.
+        annotation: JSONL file.
+        data_augment: Whether to augment the images in training.
+        repeat_time: Repeats per epoch. Below 1: the first `int(rows * repeat_time)` rows; above 1: that many complete
+            copies, and the first rows again for the fraction.
+        length: Number of rows according to the meta file, or None.
+        max_dynamic_patch: Maximum of tiles per image, or None for the setting of the `ConversationDataset`.
 
     Raises:
-        ConfigError: If a value cannot work.
+        ConfigError: If a value is invalid.
     """
 
     name: str
@@ -55,19 +55,19 @@ class MetaEntry:
             or self.repeat_time <= 0
         ):
             raise ConfigError(
-                f"repeat_time of {self.name!r} cannot be used.",
+                f"repeat_time of {self.name!r} is invalid.",
                 expected="a number > 0",
                 got=repr(self.repeat_time),
-                fix="take the data set out of the meta file, if it is not to be seen",
+                fix="remove the data set from the meta file to skip it",
             )
         tiles = self.max_dynamic_patch
         if tiles is not None and (isinstance(tiles, bool) or not isinstance(tiles, int) or tiles < 1):
             raise ConfigError(
-                f"max_dynamic_patch of {self.name!r} cannot be used.", expected="a whole number >= 1", got=repr(tiles)
+                f"max_dynamic_patch of {self.name!r} is invalid.", expected="an integer >= 1", got=repr(tiles)
             )
 
     def count(self, rows: int) -> int:
-        """How many rows per epoch a data set of so many rows gives."""
+        """Count the rows per epoch of a data set with this many rows."""
         whole = int(self.repeat_time)
         return whole * rows + int(rows * (self.repeat_time - whole))
 
@@ -76,14 +76,14 @@ def read_meta(path: str | os.PathLike[str]) -> list[MetaEntry]:
     """Read a meta file: `{name: {root, annotation, data_augment, repeat_time, length, max_dynamic_patch}}`.
 
     Args:
-        path: The JSON file. Paths in it that are relative start from the working directory, as in InternVL.
+        path: The JSON file. Relative paths in it start from the working directory, as in InternVL.
 
     Returns:
-        The data sets, in the order of the file. Keys that are not known here are left alone.
+        The data sets, in the order of the file. Unknown keys are ignored.
 
     Raises:
-        DataError: If the file is missing or no such JSON.
-        ConfigError: If a value cannot work.
+        DataError: If the file is missing or not such JSON.
+        ConfigError: If a value is invalid.
     """
     try:
         meta = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -91,7 +91,7 @@ def read_meta(path: str | os.PathLike[str]) -> list[MetaEntry]:
         raise DataError(f"The meta file {os.fspath(path)} cannot be read.", got=str(error)) from error
     if not isinstance(meta, Mapping) or not meta:
         raise DataError(
-            f"{os.fspath(path)} is no meta file.",
+            f"{os.fspath(path)} is not a meta file.",
             expected='{"name": {"root": ..., "annotation": "....jsonl", "repeat_time": 1}, ...}',
             got=f"{type(meta).__name__} of {len(meta)}" if isinstance(meta, (Mapping, list)) else type(meta).__name__,
         )
@@ -105,15 +105,15 @@ def read_meta(path: str | os.PathLike[str]) -> list[MetaEntry]:
 
 
 class InternVLRows:
-    """The rows of a mixture, data set after data set, each as often as its `repeat_time` says.
+    """Reads the rows of a mixture, data set after data set, each repeated by its `repeat_time`.
 
     Args:
         meta: A meta file, or its entries.
-        images: Stores such as `TarImages` by name of data set, for those whose images are not in their `root`.
+        images: Stores such as `TarImages` by name of data set, for data sets whose images are not in their `root`.
 
     Raises:
         DataError: If a file or a folder cannot be read.
-        ConfigError: If a value cannot work, or a store is given for a data set that does not exist.
+        ConfigError: If a value is invalid, or a store names an unknown data set.
 
     Example:
         >>> rows = InternVLRows("meta.json")
@@ -141,7 +141,7 @@ class InternVLRows:
             self._stores.append(stores.get(entry.name) or (ImageFolder(entry.root) if entry.root else None))
             if entry.length is not None and entry.length != len(records):
                 warnings.warn(
-                    f"The meta file gives {entry.name!r} {entry.length} rows; {entry.annotation} has {len(records)}.",
+                    f"{entry.name!r} has {entry.length} rows in the meta file, but {len(records)} in {entry.annotation}.",
                     UserWarning,
                     stacklevel=2,
                 )
@@ -149,7 +149,7 @@ class InternVLRows:
         empty = [entry.name for entry, count in zip(self.entries, counts, strict=True) if not count]
         if empty:
             raise ConfigError(
-                "repeat_time leaves no row of a data set.", expected="at least one row of each", got=", ".join(empty)
+                "repeat_time leaves a data set without rows.", expected="at least one row of each", got=", ".join(empty)
             )
         self._ends = list(itertools.accumulate(counts))
 
@@ -166,12 +166,12 @@ class InternVLRows:
         return replace(parsed, dataset=entry.name, max_tiles=entry.max_dynamic_patch, augment=bool(entry.data_augment))
 
     def place(self, index: int) -> Place:
-        """File, row and line of a row; the copies of a repeated row stand in one place."""
+        """Locate a row by file, index and line; copies of a repeated row share one place."""
         number, row = self._locate(index)
         return self.records[number].place(row)
 
     def image(self, index: int, name: str) -> Image.Image:
-        """An image of a row, as RGB.
+        """Read an image of a row as RGB.
 
         Raises:
             DataError: If it is missing or damaged.
@@ -181,13 +181,13 @@ class InternVLRows:
         store = self._stores[number]
         if store is None:
             raise ConfigError(
-                f"{self.place(index)} has the image {name}, and {self.entries[number].name!r} has no root.",
+                f"{self.place(index)} has the image {name}, but {self.entries[number].name!r} has no root.",
                 fix='"root": "folder" in the meta file',
             )
         return store.open(name)
 
     def scan(self) -> Iterator[tuple[int, Any]]:
-        """Numbers and raw records, in order, repeated ones every time; what is not JSON is left out."""
+        """Iterate over indices and raw records, repeats included; lines that are not JSON are skipped."""
         start = 0
         for records, end in zip(self.records, self._ends, strict=True):
             rows = len(records)

@@ -1,4 +1,4 @@
-"""LLaVA's JSON: a list of conversations, each about an image, about several, or about none."""
+"""Reads LLaVA's JSON: conversations about one image, several or none."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ if TYPE_CHECKING:
 
 
 class LlavaRows:
-    """The rows of a LLaVA annotation file, read when they are asked for.
+    """Reads the rows of a LLaVA annotation file on access.
 
     Args:
         annotation: A JSON list as published, or JSONL with one row per line.
-        images: The folder below which the images are, or a store such as `TarImages`. It may be left out if no row
-            has an image.
-        image_first: Whether the tag of a question about one image is moved before the question, as LLaVA does in
-            training: half of the published rows have it at the end.
+        images: The root folder of the images, or a store such as `TarImages`. Optional if no row has an image.
+        image_first: Whether to move the tag of a single image before the question, as LLaVA does in training: half of
+            the published rows have it at the end.
 
     Raises:
         DataError: If the file or the folder cannot be read.
@@ -59,30 +58,30 @@ class LlavaRows:
         return replace(row, messages=tuple(map(image_first, row.messages))) if self.image_first else row
 
     def place(self, index: int) -> Place:
-        """File, row and line of a row."""
+        """Locate a row by file, index and line."""
         return self.records.place(index)
 
     def image(self, index: int, name: str) -> Image.Image:
-        """An image of a row, as RGB.
+        """Read an image of a row as RGB.
 
         Raises:
             DataError: If it is missing or damaged.
-            ConfigError: If no place for images was given.
+            ConfigError: If there is no folder of images.
         """
         if self.images is None:
             raise ConfigError(
-                f"{self.place(index)} has the image {name}, and no folder of images was given.",
+                f"{self.place(index)} has the image {name}, but no folder of images was given.",
                 fix='LlavaRows(annotation, images="folder")',
             )
         return self.images.open(name)
 
     def scan(self) -> Iterator[tuple[int, Any]]:
-        """Numbers and raw records, in order; what is not JSON is left out."""
+        """Iterate over indices and raw records; lines that are not JSON are skipped."""
         return self.records.scan()
 
 
 def image_first(message: dict[str, str]) -> dict[str, str]:
-    """The message, with the tag of its one image before the text; other messages as they are."""
+    """Move the tag of a single image before the user's text; other messages stay as they are."""
     text = message["content"]
     if message["role"] != "user" or text.count(IMAGE_TAG) != 1:
         return message

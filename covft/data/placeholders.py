@@ -1,4 +1,4 @@
-"""What stands for an image in the text that the language model reads."""
+"""Image placeholders in the text that the language model reads."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from covft.errors import ConfigError
 
 @dataclass(frozen=True)
 class ImageText:
-    """The text that takes the place of an `<image>` tag.
+    """The text that replaces an `<image>` tag.
 
     Attributes:
         token: The token that the model replaces by image features.
-        per_tile: How many of them a tile (or an image that is not cut) takes.
-        before: What stands before them.
-        after: What stands behind them.
+        per_tile: Number of tokens per tile, or per image without tiling.
+        before: Text before the tokens of an image.
+        after: Text after the tokens of an image.
 
     Example:
         >>> ImageText("<image>", per_tile=576)  # LLaVA-1.5 with CLIP-L/14 at 336 px
@@ -33,22 +33,22 @@ class ImageText:
 
     def __post_init__(self) -> None:
         if self.per_tile < 1:
-            raise ConfigError(f"per_tile={self.per_tile} cannot be used.", expected="at least 1 token per tile")
+            raise ConfigError(f"per_tile={self.per_tile} is too small.", expected="at least 1 token per tile")
 
     def __call__(self, tiles: int) -> str:
-        """The text for an image of so many tiles."""
+        """Write the text for an image of this many tiles."""
         return f"{self.before}{self.token * (self.per_tile * tiles)}{self.after}"
 
     def token_id(self, tokenizer: Any) -> int:
-        """The id of the token.
+        """Look up the id of the token.
 
         Raises:
-            ConfigError: If the tokenizer does not read it as one token.
+            ConfigError: If it is not a single token of the tokenizer.
         """
         ids = tokenizer(self.token, add_special_tokens=False)["input_ids"]
         if len(ids) != 1 or ids[0] == getattr(tokenizer, "unk_token_id", None):
             raise ConfigError(
-                f"The tokenizer does not know {self.token!r}.",
+                f"{self.token!r} is not a token of the tokenizer.",
                 expected="a single token",
                 got=f"ids {ids}",
                 fix=f'tokenizer.add_special_tokens({{"additional_special_tokens": [{self.token!r}]}})',
@@ -56,10 +56,10 @@ class ImageText:
         return ids[0]
 
     def expand(self, messages: Sequence[dict[str, str]], tiles: Sequence[int]) -> list[dict[str, str]]:
-        """Put the text for each image where its tag is.
+        """Replace the tag of each image by its text.
 
         Args:
-            messages: Chat messages with an `<image>` tag in the user's text per image.
+            messages: Chat messages with one `<image>` tag per image in the user's text.
             tiles: Number of tiles of each image, in the order of the tags.
 
         Raises:

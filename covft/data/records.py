@@ -1,4 +1,4 @@
-"""JSON lists and JSONL files whose records are read one at a time, however large the file is."""
+"""Reads single records of JSON lists and JSONL files of any size."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class JsonRecords:
-    """The records of a JSON list or of a JSONL file, by number.
+    """Reads the records of a JSON list or a JSONL file by index.
 
-    Only the place of each record in the file is kept (16 bytes a record; JSONL 24), so that the workers of a DataLoader
-    hold next to nothing; a record is read from the file when it is asked for. No file stays open. A JSON list is parsed
-    once, in order to find where its records are.
+    Only the offsets of the records stay in memory (16 bytes per record; JSONL 24), so that the workers of a DataLoader
+    stay small. No file stays open. A JSON list is parsed once to locate its records.
 
     Args:
-        path: The file. What it holds is seen from its first character, not from its name.
+        path: The file. Its first character, not its name, tells the format.
 
     Raises:
-        DataError: If the file is missing, empty, or no JSON list and no JSONL.
+        DataError: If the file is missing, empty, or neither a JSON list nor JSONL.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -46,13 +45,13 @@ class JsonRecords:
         else:
             if head[:1] != b"{" or re.match(rb"\{[ \t]*\r?\n", head):
                 raise DataError(
-                    f"{self.path} is no file of rows.",
+                    f"{self.path} is not a file of rows.",
                     expected="a JSON list of objects, or JSONL: one object per line",
-                    got="an empty file" if not head else f"a file that begins with {head[:20]!r}",
+                    got="an empty file" if not head else f"a file that starts with {head[:20]!r}",
                 )
             self._starts, self._ends, self._lines = _index_lines(self.path)
         if not len(self):
-            raise DataError(f"{self.path} holds no rows.", got="an empty list")
+            raise DataError(f"{self.path} has no rows.", got="an empty list")
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -62,13 +61,13 @@ class JsonRecords:
 
         Raises:
             DataError: If it is not JSON.
-            ConfigError: If the file is no longer the one whose records were located.
+            ConfigError: If the size of the file has changed.
         """
         with self._open() as file:
             return self._read(file, row)
 
     def scan(self) -> Iterator[tuple[int, Any]]:
-        """All records in order with their numbers; a record that is not JSON is left out."""
+        """Iterate over indices and records; records that are not JSON are skipped."""
         with self._open() as file:
             for row in range(len(self)):
                 try:
@@ -77,7 +76,7 @@ class JsonRecords:
                     continue
 
     def place(self, row: int) -> Place:
-        """Where a record stands."""
+        """Locate a record by file, index and line."""
         return Place(str(self.path), row, None if self._lines is None else int(self._lines[row]))
 
     def _open(self) -> BinaryIO:
@@ -85,10 +84,10 @@ class JsonRecords:
         if os.fstat(file.fileno()).st_size != self._size:
             file.close()
             raise ConfigError(
-                f"{self.path} has changed since its rows were located.",
+                f"{self.path} has changed since its records were located.",
                 expected=f"{self._size:,} bytes",
                 got=f"{self.path.stat().st_size:,} bytes",
-                fix="build the data set anew",
+                fix="rebuild the data set",
             )
         return file
 
@@ -123,7 +122,7 @@ def _index_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
     del data
     starts, ends = [], []
     decoder = json.JSONDecoder()
-    # `at` counts characters and `offset` bytes; between records stand only characters of one byte.
+    # `at` counts characters and `offset` bytes; all characters between records have one byte.
     at = _skip(text, 0)
     offset += at + 1
     at += 1  # the opening bracket
@@ -151,13 +150,13 @@ def _index_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path} is not a JSON list: {error}.",
-            got=f"{len(starts)} whole records before it",
-            fix="if the file ends there, fetch it again",
+            got=f"{len(starts)} complete records before it",
+            fix="if the file is truncated, download it again",
         ) from error
     return np.array(starts, np.int64), np.array(ends, np.int64)
 
 
 def _skip(text: str, at: int) -> int:
     found = _SPACE.match(text, at)
-    assert found is not None  # it matches the empty string, too
+    assert found is not None  # it also matches the empty string
     return found.end()

@@ -1,4 +1,4 @@
-"""One row of training data, whatever file it came from."""
+"""Parses a row of training data into one form for all sources."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Row:
     """A conversation about some images, or about none.
 
     Attributes:
-        messages: `{"role": ..., "content": ...}` of a system turn (where there is one), then of user and assistant in
-            turns; an `<image>` in the user's text for each image, in the order of `images`.
-        images: Names of the images, as the annotation gives them.
-        id: What the annotation calls the row; empty if it does not.
+        messages: `{"role": ..., "content": ...}`: an optional system turn, then user and assistant in turns. The user's
+            text has one `<image>` per image, in the order of `images`.
+        images: Names of the images in the annotation.
+        id: Id of the row in the annotation; empty if it has none.
         dataset: Name of the data set within a mixture; empty outside one.
-        max_tiles: Most tiles of one image, where the mixture sets it.
-        augment: Whether the mixture asks for augmented images.
+        max_tiles: Maximum of tiles per image, if the mixture sets it.
+        augment: Whether the mixture asks for augmentation.
     """
 
     messages: tuple[dict[str, str], ...]
@@ -38,43 +38,42 @@ class Row:
 
 
 class RowSource(Protocol):
-    """What a data set reads its rows from."""
+    """Provides the rows of a data set."""
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Count the rows."""
         ...
 
     def __getitem__(self, index: int) -> Row:
-        """A row; raises DataError if it cannot be used."""
+        """Read a row; raises DataError if it is unusable."""
         ...
 
     def place(self, index: int) -> Place:
-        """Where the row stands."""
+        """Locate a row."""
         ...
 
     def image(self, index: int, name: str) -> Image.Image:
-        """An image of the row as RGB; raises DataError if it cannot be read."""
+        """Read an image of a row as RGB; raises DataError if it is unreadable."""
         ...
 
 
 def parse_row(record: Any, *, add_missing_tag: bool = False) -> Row:
-    """Check a record in LLaVA's format and bring it into one shape.
+    """Check and parse a record in LLaVA's format.
 
-    An answer before the first question and a question after the last answer are dropped: nothing asks for the first
-    and nothing can be learned from the second.
+    An answer before the first question and a question after the last answer are dropped.
 
     Args:
         record: `{"id": ..., "image": name or list of names, "conversations": [{"from": "human", "value": ...}, ...]}`;
-            a row about no image has no `image`.
-        add_missing_tag: Whether the one image of a row without any `<image>` is put before its first question.
+            a row without images has no `image`.
+        add_missing_tag: Whether to add a missing `<image>` before the first question of a row with one image.
 
     Raises:
-        DataError: If something is missing, of a wrong type, out of order, or if images and `<image>` tags do not match.
+        DataError: If a field is missing, malformed or out of order, or images and `<image>` tags do not match.
     """
     if not isinstance(record, Mapping):
-        raise DataError(f"The row is no JSON object but {type(record).__name__}.")
+        raise DataError(f"The row is not a JSON object but {type(record).__name__}.")
     if record.get("video"):
-        raise DataError("The row is about a video; only images are read.")
+        raise DataError("The row has a video; only images are supported.")
     messages = parse_turns(record.get("conversations"))
     images = _image_names(record)
     tags = sum(message["content"].count(IMAGE_TAG) for message in messages if message["role"] == "user")
@@ -86,18 +85,18 @@ def parse_row(record: Any, *, add_missing_tag: bool = False) -> Row:
         few = "few" if tags < len(images) else "many"
         raise DataError(f"Too {few} {IMAGE_TAG} tags in the questions: {tags} for {len(images)} images.")
     if any(IMAGE_TAG in message["content"] for message in messages if message["role"] != "user"):
-        raise DataError(f"There is an {IMAGE_TAG} tag outside the questions.")
+        raise DataError(f"An {IMAGE_TAG} tag stands outside the questions.")
     return Row(messages=tuple(messages), images=images, id=str(record.get("id", "")))
 
 
 def parse_turns(turns: Any) -> list[dict[str, str]]:
-    """The turns of a conversation as chat messages; see `parse_row`.
+    """Convert the turns of a conversation to chat messages; see `parse_row`.
 
     Raises:
-        DataError: If they are not a list of turns of human and gpt in alternation with at least one answer.
+        DataError: If they are not a list of alternating turns of human and gpt with at least one answer.
     """
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise DataError("The row has no list of conversations.")
+        raise DataError("The row has no list of conversation turns.")
     messages = []
     for number, turn in enumerate(turns):
         role = turn.get("from", turn.get("role")) if isinstance(turn, Mapping) else None
@@ -116,7 +115,7 @@ def parse_turns(turns: Any) -> list[dict[str, str]]:
         raise DataError("The conversation has no question with an answer.")
     for number, message in enumerate(messages):
         if message["role"] != ("user", "assistant")[number % 2]:
-            raise DataError(f"Questions and answers do not alternate: message {number} is by the {message['role']}.")
+            raise DataError(f"Questions and answers do not alternate: message {number} is from the {message['role']}.")
         if message["role"] == "assistant" and not message["content"].strip():
             raise DataError(f"The answer in message {number} is empty.")
     return system + messages

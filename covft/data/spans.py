@@ -1,4 +1,4 @@
-"""Where the answers are in a rendered conversation, for any chat template that can be probed."""
+"""Finds the answers in a rendered conversation by probing the chat template."""
 
 from __future__ import annotations
 
@@ -6,45 +6,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from covft.data.broken import DataError
+from covft.data.chat_template import ChatTemplate, any_of
 from covft.errors import ConfigError
 
 Span = tuple[int, int]
 
 
 class AnswersNotFoundError(ConfigError):
-    """A chat template that writes something else depending on what the answers say."""
-
-
-def render(
-    tokenizer: Any, messages: Sequence[dict[str, str]], *, chat_template: str | None = None, prompt: bool = False
-) -> str:
-    """A conversation as text, by the tokenizer's chat template.
-
-    Args:
-        tokenizer: A tokenizer of transformers.
-        messages: Chat messages.
-        chat_template: A template instead of the tokenizer's own.
-        prompt: Whether the text ends where the next answer begins.
-
-    Raises:
-        ConfigError: If there is no template.
-        DataError: If the template refuses the conversation.
-    """
-    if chat_template is None and not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            f"{type(tokenizer).__name__} has no chat template.",
-            expected="tokenizer.chat_template, or chat_template=",
-            fix='chat_template=covft.data.CHAT_TEMPLATES["vicuna_v1"]',
-        )
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=prompt, chat_template=chat_template
-        )
-    except TemplateError as error:
-        raise DataError(f"The chat template refuses the conversation: {error}.") from error
+    """The chat template does not write the answers as they are, or the text around them depends on them."""
 
 
 def answer_spans(
@@ -54,104 +23,82 @@ def answer_spans(
     chat_template: str | None = None,
     end_of_turn: str | None = None,
 ) -> tuple[str, list[Span]]:
-    """Render a conversation and find what the assistant has to write in it.
+    """Render a conversation and find the text that the assistant has to write.
 
-    The template is probed: rendered once more with a marker in place of every answer, it shows what it writes around
-    them, and the real text must be exactly these pieces with the answers between. An answer begins where the
-    prompt for it (the messages before it, rendered for generation) ends, and ends behind its end-of-turn token.
+    A second rendering, with a marker in place of every answer, shows the text around the answers; the conversation must
+    consist of exactly this text and the answers. An answer begins where the prompt for it (the messages before it,
+    rendered for generation) ends, and ends after its end-of-turn token.
 
     Args:
         tokenizer: A tokenizer of transformers.
         messages: Chat messages with at least one answer.
-        chat_template: A template instead of the tokenizer's own.
-        end_of_turn: What ends an answer. None looks for a special token right after it.
+        chat_template: A template instead of the tokenizer's own, or the name of one of several.
+        end_of_turn: Text that ends an answer. None looks for a special token right after it.
 
     Returns:
         The text, and (start, end) of each answer in it, in characters.
 
     Raises:
-        AnswersNotFoundError: If the answers cannot be found in what the template writes.
-        ConfigError: If the template ends them by no special token, or not all alike.
+        AnswersNotFoundError: If the answers cannot be found in the rendered text.
+        ConfigError: If no special token ends an answer, or they do not all end alike.
         DataError: If the template refuses the conversation.
     """
-    text = render(tokenizer, messages, chat_template=chat_template)
-    contents = [message["content"] for message in messages if message["role"] == "assistant"]
-    pieces = _pieces(tokenizer, messages, contents, chat_template)
-    spans = _place(text, pieces, contents) if pieces else None
+    template = ChatTemplate(tokenizer, chat_template)
+    text = template.render(messages)
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    # Letters and digits only, so that no template trims or escapes them.
+    marks = {number: f"Qz{number}answer{number}zQ" for number in answers}
+    probe = [{**message, "content": marks.get(number, message["content"])} for number, message in enumerate(messages)]
+    pieces = template.pieces(probe, marks.values())
+    spans = _place(text, pieces, [messages[number]["content"] for number in answers]) if pieces else None
     if not spans or not pieces:
         raise AnswersNotFoundError(
-            "The answers cannot be found in what the chat template makes of the conversation.",
-            expected="a template that writes each answer once, in full, and the same text around it whatever it says",
-            got=f"{len(contents)} answers in {_short(text)}",
-            fix="a template with {% generation %} marks around what is learned, or one of covft.data.CHAT_TEMPLATES",
+            "The answers cannot be found in the conversation as the chat template renders it.",
+            expected="a template that writes each answer once, in full, and the same text around any answer",
+            got=f"{len(answers)} answers in {_short(text)}",
+            fix="a template with {% generation %} marks around the answers, or one of covft.data.CHAT_TEMPLATES",
         )
-    end = find_end_of_turn(tokenizer, pieces[1:]) if end_of_turn is None else end_of_turn
-    behind = [piece for piece in pieces[1:] if not piece.startswith(end)]
-    if behind:
+    end = find_end_of_turn(tokenizer, pieces[-1]) if end_of_turn is None else end_of_turn
+    endings = [piece for piece in pieces[1:] if not piece.startswith(end)]
+    if endings:
         raise ConfigError(
             f"Not every answer ends with {end!r} in this chat template.",
-            got=", ".join(repr(piece[:40]) for piece in behind),
+            got=", ".join(repr(piece[:40]) for piece in endings),
             fix="end_of_turn=...",
         )
-    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     found, earliest = [], 0
     for number, (start, stop) in zip(answers, spans, strict=True):
-        prompt = render(tokenizer, messages[:number], chat_template=chat_template, prompt=True)
+        prompt = template.render(messages[:number], prompt=True)
         if earliest <= len(prompt) < start and text.startswith(prompt):
-            # A template that knows no prompts for answers would have the model write the name of its role.
-            knows = prompt != render(tokenizer, messages[:number], chat_template=chat_template)
-            if knows or not text[len(prompt) : start].strip():
+            # Without a generation prompt in the template, the prompt ends before the name of the assistant's role.
+            has_generation_prompt = prompt != template.render(messages[:number])
+            if has_generation_prompt or not text[len(prompt) : start].strip():
                 start = len(prompt)
         earliest = stop + len(end)
         found.append((start, earliest))
     return text, found
 
 
-def find_end_of_turn(tokenizer: Any, pieces: Sequence[str]) -> str:
-    """What ends an answer: the special token after the last one, with the blanks before it.
-
-    Args:
-        tokenizer: A tokenizer of transformers.
-        pieces: What the template writes after each answer.
+def find_end_of_turn(tokenizer: Any, after: str) -> str:
+    """Find the special token that ends an answer, with the blanks before it, in the text after the last answer.
 
     Raises:
-        ConfigError: If no special token follows the last answer: a model would not learn to stop.
+        ConfigError: If no special token follows the answer: a model would not learn to stop.
     """
-    special = {str(token) for token in tokenizer.all_special_tokens}
-    special |= {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
-    names = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True) if token)
-    found = re.match(rf"\s*(?:{names})", pieces[-1]) if names else None
+    special = [*tokenizer.all_special_tokens, *getattr(tokenizer, "added_tokens_decoder", {}).values()]
+    found = re.match(rf"\s*(?:{any_of(map(str, special))})", after)
     if found is None:
         raise ConfigError(
-            "The chat template ends an answer by no special token, so a model trained with it would never stop.",
-            expected=f"one of {', '.join(sorted(special))} after the last answer",
-            got=repr(pieces[-1]),
+            "No special token follows an answer in this chat template, so a model trained with it would never stop.",
+            expected=f"{getattr(tokenizer, 'eos_token', None)!r} or another special token after the last answer",
+            got=repr(after),
             fix='chat_template=covft.data.CHAT_TEMPLATES["vicuna_v1"], or end_of_turn="..." (or "") if you know',
         )
     return found[0]
 
 
-def _pieces(
-    tokenizer: Any, messages: Sequence[dict[str, str]], contents: Sequence[str], chat_template: str | None
-) -> list[str] | None:
-    # Letters and digits only, so that no template trims or escapes them.
-    marks = [f"Qz{number}answer{number}zQ" for number in range(len(contents))]
-    remaining = iter(marks)
-    probe = [
-        {**message, "content": next(remaining)} if message["role"] == "assistant" else message for message in messages
-    ]
-    text = render(tokenizer, probe, chat_template=chat_template)
-    pieces = []
-    for mark in marks:
-        before, found, text = text.partition(mark)
-        if not found:
-            return None
-        pieces.append(before)
-    return [*pieces, text]
-
-
 def _place(text: str, pieces: Sequence[str], contents: Sequence[str]) -> list[Span] | None:
-    """Spans of the contents, if the text is the pieces with the contents, blanks trimmed or not, between them."""
+    """Spans of the contents, if the text is the pieces with the contents, trimmed or not, between them."""
     if not text.startswith(pieces[0]):
         return None
     at, spans = len(pieces[0]), []

@@ -1,4 +1,4 @@
-"""Chat templates for models whose tokenizer has none, or one that is not made for training."""
+"""Chat templates for models whose tokenizer has none, or has one for inference only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _VICUNA_V1 = (
     "{% endfor %}"
 )
 
-# What precedes the answer is the images alone; see ConversationDataset(images_only=True).
+# Only the images precede the answer; see ConversationDataset(images_only=True).
 _PLAIN = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ '\\n' }}{% endif %}{% endfor %}"
@@ -46,5 +46,5 @@ CHAT_TEMPLATES = {
     "plain": _PLAIN,
     "vicuna_v1": _VICUNA_V1,
 }
-"""Jinja chat templates by name: `vicuna_v1` (LLaVA-1.5), `plain` (its stage 1; it ends answers by a line break, so it
+"""Jinja chat templates by name: `vicuna_v1` (LLaVA-1.5), `plain` (its stage 1; answers end with a line break, so it
 needs `end_of_turn="\\n"`), `chatml` (Qwen and others), `internlm2` (ChatML after a BOS token) and `phi_3`."""

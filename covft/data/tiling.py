@@ -1,4 +1,4 @@
-"""Pictures cut to the shapes that a vision tower takes: square by padding, or in tiles."""
+"""Fits images to the input of a vision tower: padded to a square, or cut into tiles."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 def tile_grid(
     width: int, height: int, *, min_tiles: int = 1, max_tiles: int = 12, tile_size: int = 448
 ) -> tuple[int, int]:
-    """The grid whose aspect ratio is nearest to the picture's (InternVL's dynamic tiling).
+    """Find the grid with the aspect ratio closest to the image's (InternVL's dynamic tiling).
 
-    Among grids that are equally near, such as 1 x 1, 2 x 2 and 3 x 3 for a square, the picture takes the largest of
-    which it fills more than half; the smallest if it fills half of none.
+    Among equally close grids, such as 1 x 1, 2 x 2 and 3 x 3 for a square, it is the largest of which the image fills
+    more than half, else the smallest.
 
     Args:
-        width: Of the picture, in pixels.
-        height: Of the picture, in pixels.
-        min_tiles: Fewest tiles.
-        max_tiles: Most tiles, without the thumbnail.
+        width: Width of the image, in pixels.
+        height: Height of the image, in pixels.
+        min_tiles: Minimum of tiles.
+        max_tiles: Maximum of tiles, without the thumbnail.
         tile_size: Side of a tile, in pixels.
 
     Returns:
@@ -38,7 +38,7 @@ def tile_grid(
     """
     if not 1 <= min_tiles <= max_tiles:
         raise ConfigError(
-            f"min_tiles={min_tiles}, max_tiles={max_tiles} cannot be used.", expected="1 <= min_tiles <= max_tiles"
+            f"min_tiles={min_tiles}, max_tiles={max_tiles} allow no grid.", expected="1 <= min_tiles <= max_tiles"
         )
     ratio = width / height
     grids = [
@@ -57,36 +57,36 @@ def tile_grid(
 def tile_image(
     image: Image.Image, *, min_tiles: int = 1, max_tiles: int = 12, tile_size: int = 448, thumbnail: bool = True
 ) -> list[Image.Image]:
-    """Cut a picture into square tiles, row by row, after resizing it to its grid.
+    """Resize an image to its grid and cut it into square tiles, row by row.
 
     Args:
-        image: The picture.
-        min_tiles: Fewest tiles.
-        max_tiles: Most tiles, without the thumbnail.
+        image: The image.
+        min_tiles: Minimum of tiles.
+        max_tiles: Maximum of tiles, without the thumbnail.
         tile_size: Side of a tile, in pixels.
-        thumbnail: Whether the whole picture follows as a last tile, where there are several.
+        thumbnail: Whether to append the resized image as a last tile, if there are several.
 
     Returns:
-        Pictures of `tile_size` x `tile_size`.
+        Images of `tile_size` x `tile_size`.
     """
     columns, rows = tile_grid(*image.size, min_tiles=min_tiles, max_tiles=max_tiles, tile_size=tile_size)
-    whole = image.resize((columns * tile_size, rows * tile_size))
+    resized = image.resize((columns * tile_size, rows * tile_size))
     tiles = []
     for row in range(rows):
         for column in range(columns):
             left, top = column * tile_size, row * tile_size
-            tiles.append(whole.crop((left, top, left + tile_size, top + tile_size)))
+            tiles.append(resized.crop((left, top, left + tile_size, top + tile_size)))
     if thumbnail and len(tiles) > 1:
         tiles.append(image.resize((tile_size, tile_size)))
     return tiles
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
-    """Centre a picture on a square of one colour (LLaVA-1.5's `image_aspect_ratio pad`).
+    """Centre an image on a square of one colour (LLaVA-1.5's `image_aspect_ratio pad`).
 
     Args:
-        image: The picture.
-        color: RGB of the border, 0 to 255; LLaVA takes the mean that the image processor subtracts.
+        image: The image.
+        color: RGB of the border, 0 to 255; LLaVA takes the mean of its image processor.
     """
     from PIL import Image as PILImage
 
@@ -99,10 +99,10 @@ def pad_to_square(image: Image.Image, color: tuple[int, int, int] = (0, 0, 0)) -
 
 
 class Tiling(Protocol):
-    """How a picture becomes the pictures that the vision tower sees."""
+    """Splits an image into those that the vision tower sees."""
 
     def __call__(self, image: Image.Image, max_tiles: int | None = None) -> list[Image.Image]:
-        """Cut the picture; `max_tiles` narrows the cut's own limit."""
+        """Split the image into at most `max_tiles`, if given, instead of the tiling's own limit."""
         ...
 
 
@@ -116,7 +116,7 @@ class DynamicTiling:
     thumbnail: bool = True
 
     def __call__(self, image: Image.Image, max_tiles: int | None = None) -> list[Image.Image]:
-        """Cut the picture into tiles, at most `max_tiles` where that is given."""
+        """Cut the image into at most `max_tiles`, if given."""
         most = self.max_tiles if max_tiles is None else max_tiles
         return tile_image(
             image,
@@ -129,19 +129,19 @@ class DynamicTiling:
 
 @dataclass(frozen=True)
 class PadToSquare:
-    """LLaVA-1.5's padding of a picture to a square; one picture stays one."""
+    """LLaVA-1.5's padding to a square."""
 
     color: tuple[int, int, int] = (122, 116, 104)  # CLIP's mean (0.481, 0.458, 0.408) in 255ths, rounded down
 
     def __call__(self, image: Image.Image, max_tiles: int | None = None) -> list[Image.Image]:
-        """Pad the picture."""
+        """Pad the image."""
         return [pad_to_square(image, self.color)]
 
 
 @dataclass(frozen=True)
 class NoTiling:
-    """Leaves a picture to the image processor as it is."""
+    """Passes images to the image processor unchanged."""
 
     def __call__(self, image: Image.Image, max_tiles: int | None = None) -> list[Image.Image]:
-        """The picture itself."""
+        """Return the image."""
         return [image]

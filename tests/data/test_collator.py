@@ -81,7 +81,7 @@ def test_batches_that_cannot_be_made():
     with pytest.raises(ShapeError, match="differ in size") as error:
         Collator(0)([sample(3, 1, size=4), sample(3, 1, size=5)])
     assert "(3, 4, 4) and (3, 5, 5)" in str(error.value)
-    with pytest.raises(ShapeError, match="size of a dummy is not known"):
+    with pytest.raises(ShapeError, match="size of a dummy image is unknown"):
         Collator(0)([sample(3)])
 
 

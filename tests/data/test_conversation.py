@@ -141,9 +141,9 @@ def test_tokens_without_width_belong_to_what_follows():
 
 def test_a_token_over_the_boundary_is_refused(qwen):
     text = "ab"
-    with pytest.raises(DataError, match="half outside an answer"):
+    with pytest.raises(DataError, match="partly outside an answer"):
         label_spans(_Merging(), text, [(1, 2)])
-    with pytest.raises(DataError, match="change with what follows"):
+    with pytest.raises(DataError, match="depend on the text after them"):
         label_spans(_Merging(is_fast=False), text, [(1, 2)])
 
 
@@ -214,7 +214,7 @@ def test_generation_marks_decide_where_probing_cannot(qwen):
 
 def test_marks_in_the_wrong_place_are_an_error(qwen):
     around_nothing = THINKING.replace("MARK", "{% generation %}{% endgeneration %}").replace("END", "")
-    with pytest.raises(ConfigError, match="do not stand around"):
+    with pytest.raises(ConfigError, match="do not enclose"):
         encode_conversation(qwen, chat(["Why?"], ["<think>hm</think>So."]), chat_template=around_nothing)
 
 
@@ -340,9 +340,9 @@ def test_to_messages():
 @pytest.mark.parametrize(
     ("turns", "why"),
     [
-        (None, "no list of conversations"),
-        ("Why?", "no list of conversations"),
-        ([], "no list of conversations"),
+        (None, "no list of conversation turns"),
+        ("Why?", "no list of conversation turns"),
+        ([], "no list of conversation turns"),
         (["Why?"], "Turn 0"),
         ([{"from": "human"}], "Turn 0"),
         ([{"from": "robot", "value": "x"}], "Turn 0"),

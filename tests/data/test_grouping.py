@@ -96,7 +96,7 @@ def test_a_pool_pads_less():
     "options", [{"batch_size": 0}, {"batch_size": 1, "world_size": 0}, {"batch_size": 1, "pool": 0}]
 )
 def test_sizes_that_cannot_work(options):
-    with pytest.raises(ConfigError, match="cannot be used"):
+    with pytest.raises(ConfigError, match="is below 1"):
         ModalityGroupedSampler([1, 2], **options)
 
 

@@ -53,7 +53,7 @@ def test_grids_known_by_hand(size, grid):
 
 @pytest.mark.parametrize(("low", "high"), [(0, 3), (4, 3)])
 def test_limits_that_cannot_work(low, high):
-    with pytest.raises(ConfigError, match="cannot be used"):
+    with pytest.raises(ConfigError, match="allow no grid"):
         tile_grid(10, 10, min_tiles=low, max_tiles=high)
 
 

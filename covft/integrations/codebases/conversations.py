@@ -1,7 +1,7 @@
-"""Reads instructions out of prompts that a codebase's own conversation object has written.
+"""Reads instructions from prompts written by a codebase's own conversation object.
 
-LLaVA and InternVL write prompts with objects that have `roles`, `append_message` and `get_prompt`. Where the turns of
-users are is learned from such an object as it is from a chat template: by letting it write known words.
+LLaVA and InternVL write prompts with objects that have `roles`, `append_message` and `get_prompt`. Such an object is
+probed for its user turns like a chat template.
 """
 
 from __future__ import annotations
@@ -16,35 +16,34 @@ from covft.integrations.mllm.prompt import PromptReader
 
 
 def prompt_reader(tokenizer: Any, conversation: Any, image_ids: Iterable[int] = (), **reading: Any) -> PromptReader:
-    """A reader for the prompts of a codebase.
+    """Build a reader for the prompts of a codebase.
 
     Args:
         tokenizer: The model's tokenizer.
-        conversation: What writes the prompts: a conversation object of LLaVA or InternVL, a name in
-            `covft.data.CHAT_TEMPLATES`, a Jinja chat template, or None for the tokenizer's own.
-        image_ids: Ids of image placeholders; negative ones need not be named.
+        conversation: A conversation object of LLaVA or InternVL, a name in `covft.data.CHAT_TEMPLATES`, a Jinja chat
+            template, or None for the tokenizer's own.
+        image_ids: Ids of image placeholders; negative ones are not needed.
         **reading: As for `PromptReader`: `turns`, `system`, `empty_instruction`.
 
     Raises:
-        ConfigError: If there is no such template, or `turns` is not known.
+        ConfigError: If there is no such template, or `turns` is unknown.
     """
     if hasattr(conversation, "get_prompt"):
         source: Any = _ConversationTokenizer(tokenizer, conversation)
     elif conversation is None:
         source = tokenizer
     else:
-        source = SimpleNamespace(tokenizer=tokenizer, chat_template=template_of(conversation))  # as processors look
+        source = SimpleNamespace(
+            tokenizer=tokenizer, chat_template=template_of(conversation)
+        )  # shaped like a processor
     return PromptReader(source, image_ids, **reading)
 
 
 def template_of(name: Any) -> str:
-    """A Jinja chat template by its name in `covft.data.CHAT_TEMPLATES`, or as it is.
-
-    Args:
-        name: A name or a template.
+    """Look up a Jinja chat template in `covft.data.CHAT_TEMPLATES`; a template itself is returned as it is.
 
     Raises:
-        ConfigError: If there is none of that name.
+        ConfigError: If the name is unknown.
     """
     if isinstance(name, str) and ("{{" in name or "{%" in name):
         return name
@@ -58,12 +57,7 @@ def template_of(name: Any) -> str:
 
 
 class _ConversationTokenizer:
-    """A tokenizer whose chat template is a conversation object.
-
-    Args:
-        tokenizer: Answers for everything else.
-        conversation: Copied for every rendering, never changed.
-    """
+    """Gives a tokenizer a conversation object for a chat template; the object is copied before each rendering."""
 
     def __init__(self, tokenizer: Any, conversation: Any) -> None:
         self._inner, self._conversation = tokenizer, conversation

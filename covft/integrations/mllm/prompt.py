@@ -1,4 +1,4 @@
-"""Reads the instruction out of a prompt: what users said, and nothing else."""
+"""Reads the user's instruction from a prompt."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from typing import Any
 
 from torch import Tensor
 
+from covft.data.chat_template import any_of, round_trip
 from covft.data.conversation import TURNS
 from covft.errors import ConfigError, MissingContextError
-from covft.integrations.mllm.chat_template import TurnMarks, learn_marks, round_trip, special_strings
+from covft.integrations.mllm.turn_marks import TurnMarks, learn_marks, special_strings
 
-_TIMESTAMP = r"<\d+(?:\.\d+)? seconds>"  # which Qwen3-VL's processor writes before each frame of a video
-_IGNORED = -100  # in labels: a token that is not learned, so part of the prompt
+_TIMESTAMP = r"<\d+(?:\.\d+)? seconds>"  # Qwen3-VL's processor writes one before each frame of a video
+_IGNORED = -100  # label of tokens that belong to the prompt
 _FIX = "model(..., context_text=['the question of row 0', ...]), and the same for generate(...)"
 
 
 class PromptReader:
-    """Finds what users said in token ids, by the marks of the tokenizer's chat template.
+    """Finds the user's turns in token ids by the marks of the tokenizer's chat template.
 
-    Image placeholders and special tokens are dropped. System prompts and answers are left out.
+    It drops image placeholders, special tokens, system prompts and answers.
 
     Args:
         tokenizer: A tokenizer or a processor of transformers; None reads nothing.
         image_ids: Ids of image placeholders.
         turns: User turns that make the instruction: `"all"`, joined by a space, the `"first"` or the `"last"`.
-        system: The system prompt, needed only where the template puts it into the user's turn unmarked.
-        empty_instruction: Instruction of rows without one; None makes such a row an error.
+        system: The system prompt; needed only if the template puts it into the user's turn unmarked.
+        empty_instruction: Instruction of rows without one; None raises an error for such a row.
 
     Raises:
-        ConfigError: If `turns` is not known, or `tokenizer` is not one.
+        ConfigError: If `turns` is unknown, or `tokenizer` is neither a tokenizer nor a processor.
     """
 
     def __init__(
@@ -50,42 +51,41 @@ class PromptReader:
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
         if tokenizer is not None and not hasattr(tokenizer, "batch_decode"):
             raise ConfigError(
-                f"{type(tokenizer).__name__} is no tokenizer.",
-                expected="a tokenizer or processor of transformers, or None if you give context_text every time",
+                f"{type(tokenizer).__name__} is not a tokenizer.",
+                expected="a tokenizer or processor of transformers, or None if every call gets context_text",
                 got=type(tokenizer).__name__,
             )
         self.tokenizer: Any = tokenizer
         self.turns, self.system, self.empty_instruction = turns, system, empty_instruction
         self.image_ids = frozenset(image_ids)
         self.marks: TurnMarks | None = None
-        self.problem = "No tokenizer was given to attach()."
+        self.problem = "attach() was given no tokenizer."
         if tokenizer is None:
             return
         try:
             self.marks = learn_marks(tokenizer, template)
-        except ConfigError as error:  # context_text= may still be given, so it is an error only when used
+        except ConfigError as error:  # raised by read(): calls with context_text= need no marks
             self.problem = error.problem
             return
         if system is not None:
             self.system = round_trip(tokenizer, system).strip()
         shown = {tokenizer.convert_ids_to_tokens(i) for i in self.image_ids if 0 <= i < len(tokenizer)}
-        dropped = sorted({*special_strings(tokenizer), *shown} - {None, ""}, key=len, reverse=True)
-        body = "|".join([*map(re.escape, dropped), _TIMESTAMP])
+        body = f"{any_of({*special_strings(tokenizer), *shown})}|{_TIMESTAMP}"
         self._dropped = re.compile(rf"[ \t]*(?:{body})(?:[ \t]*(?:{body}))*[ \t]*")
 
     def read(
         self, input_ids: Tensor, rows: Iterable[int], *, attention_mask: Any = None, labels: Any = None
     ) -> list[str]:
-        """The instruction of each row.
+        """Read the instruction of each row.
 
         Args:
             input_ids: Shape `(R, L)`.
-            rows: Which rows to read.
-            attention_mask: Shape `(R, L)`, 0 where a row is padded; others are ignored.
-            labels: Shape `(R, L)`, -100 where a token belongs to the prompt.
+            rows: Indices of the rows to read.
+            attention_mask: Shape `(R, L)`, 0 for padding; masks of other shapes are ignored.
+            labels: Shape `(R, L)`, -100 for tokens of the prompt; labels of other shapes are ignored.
 
         Raises:
-            MissingContextError: If a row has no user's turn, or an empty one.
+            MissingContextError: If a row has no user turn, or only empty ones.
         """
         rows = list(rows)
         ids = input_ids[rows].tolist() if rows else []
@@ -99,7 +99,7 @@ class PromptReader:
                 return self.empty_instruction
             raise MissingContextError(
                 f"The instruction cannot be read from the prompt. {self.problem}",
-                expected="a tokenizer whose chat template marks the turns of users",
+                expected="a tokenizer whose chat template marks user turns",
                 got="none",
                 fix=_FIX,
             )
@@ -110,16 +110,16 @@ class PromptReader:
         found = self._users(ids)
         if labels is not None and any(label != _IGNORED for label in labels):
             prompt = [token for token, label in zip(ids, labels, strict=True) if label == _IGNORED]
-            # Only turns that are whole without the answers: other codes learn parts of prompts, too.
+            # Only turns that are complete without the answers: some codebases train on parts of prompts.
             found = [text for text in self._users(prompt) if text and text in found] or found
         said = [text for text in found if text]
         if not said and self.empty_instruction is not None:
             return self.empty_instruction
         if not said:
             raise MissingContextError(
-                f"Row {row} of the prompt has no text of a user."
+                f"The user turns in row {row} of the prompt are empty."
                 if found
-                else f"No user's turn was found in row {row} of the prompt.",
+                else f"Row {row} of the prompt has no user turn.",
                 expected=f"{' '.join(self.marks.start)} ... {' '.join(self.marks.ends[0])}",
                 got=repr(self._decode(ids)[:120]),
                 fix=_FIX,
@@ -133,7 +133,7 @@ class PromptReader:
     def _decode(self, ids: list[int]) -> str:
         kept: list[int] = []
         for token in ids:
-            # One placeholder stands for all of its image. Ids below 0 are placeholders of other codebases.
+            # One placeholder per image suffices. Negative ids are placeholders of other codebases.
             if token >= 0 and not (token in self.image_ids and kept and kept[-1] == token):
                 kept.append(token)
         return self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -149,7 +149,7 @@ class PromptReader:
         return text
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptReader:
-        return self  # nothing in it changes
+        return self  # immutable
 
 
 def _fits(values: Any, input_ids: Tensor) -> bool:

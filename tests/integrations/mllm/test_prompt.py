@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from covft.errors import ConfigError, MissingContextError
-from covft.integrations.mllm.chat_template import learn_marks
 from covft.integrations.mllm.prompt import PromptReader
+from covft.integrations.mllm.turn_marks import learn_marks
 from tests.helpers.prompts import IMAGE, KINDS, TEMPLATES, render, tokenizer_of
 
 SYSTEM = "You are a helpful assistant."
@@ -168,11 +168,11 @@ def test_a_default_system_prompt_is_no_part_of_the_marks():
 
 def test_prompts_that_are_not_by_the_template__say_what_to_do():
     reader = reader_of("vicuna")
-    with pytest.raises(MissingContextError, match="No user's turn was found in row 0") as caught:
+    with pytest.raises(MissingContextError, match="Row 0 of the prompt has no user turn") as caught:
         reader.read(spelled(reader.tokenizer, "what is it?"), [0])
     assert "USER: ... ASSISTANT:" in str(caught.value)
     assert "context_text=" in str(caught.value)
-    with pytest.raises(MissingContextError, match="has no text of a user"):
+    with pytest.raises(MissingContextError, match="user turns in row 0 of the prompt are empty"):
         reader.read(spelled(reader.tokenizer, f"USER: {IMAGE * 4} ASSISTANT:"), [0])
 
 
@@ -186,9 +186,11 @@ def plain_copy(template, jinja):
     ("jinja", "problem"),
     [
         (None, "no chat template"),
-        ("{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}", "does not mark the turns"),
+        ("{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}", "does not mark user turns"),
         ("{{ raise_exception('never') }}", "cannot be probed"),
         ("{{ nothing( }}", "cannot be probed"),
+        ("{{ 1 + messages }}", "cannot be probed"),
+        ({"default": ""}, "no chat template"),
     ],
 )
 def test_tokenizers_without_marks__are_an_error_only_when_a_prompt_is_read(jinja, problem):
