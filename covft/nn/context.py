@@ -1,7 +1,7 @@
 """What the router looks at: the context vector, one per image.
 
-Tokens come as `(B, N, D)`, or packed as `(T, D)` with the segments that say where each image begins. Tokens
-are refined as they come; only the attention, or the mean, over an image's tokens needs an axis for images.
+Tokens come as `(B, N, D)`, or packed as `(T, D)` with the segments that say where each image begins. They are refined
+as they come; only the attention, or the mean, over an image's tokens needs an axis for images.
 
 Shapes: B images, N tokens of an image (prefix tokens included), T tokens of all images of a packed batch,
 D embed_dim (width of the tokens), C text_dim (width of the text features), H heads, A = C / H (width of a head),
@@ -15,8 +15,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from covft.nn.functional import masked_mean, wide_softmax
+from covft.nn.functional import Place, masked_mean, wide_softmax
 from covft.nn.fused import can_mix, mix
 from covft.nn.plan import FFNPlan
 from covft.nn.segments import Segments
@@ -34,6 +35,12 @@ _ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 _PLAN = FFNPlan(first=("up",), last="down", activation="act", kind="plain", quick_gelu=QuickGELU)
 
 
+class RefinementOptions(Place, total=False):
+    """The keywords of `ResidualRefinement`."""
+
+    activation: str
+
+
 class ResidualRefinement(nn.Module):
     """LayerNorm of a residual two-layer block: $LN(r(v))$, $r(v) = v + W_{down} GELU(W_{up} v)$.
 
@@ -42,31 +49,23 @@ class ResidualRefinement(nn.Module):
     Args:
         dim: Width of the input and the output.
         activation: `"gelu"` or `"quick_gelu"`.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
+        **place: `device` and `dtype` of the parameters.
 
     Attributes:
-        recompute: What backward computes again of the two layers, as for `Experts`.
+        recompute: What backward recomputes of the two layers, as in `Experts`.
 
     Example:
         >>> ResidualRefinement(8)(torch.rand(2, 5, 8)).shape
         torch.Size([2, 5, 8])
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        activation: str = "gelu",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, dim: int, *, activation: str = "gelu", **place: Unpack[Place]) -> None:
         super().__init__()
         self.recompute = "none"
-        self.up = nn.Linear(dim, 2 * dim, device=device, dtype=dtype)
+        self.up = nn.Linear(dim, 2 * dim, **place)
         self.act = _ACTIVATIONS[activation]()
-        self.down = nn.Linear(2 * dim, dim, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.down = nn.Linear(2 * dim, dim, **place)
+        self.norm = nn.LayerNorm(dim, **place)
 
     def forward(self, v: Tensor) -> Tensor:
         """Refine and normalise; shape `(..., dim)` in and out."""
@@ -93,27 +92,17 @@ class SingleQueryAttention(nn.Module):
         embed_dim: Width D of the tokens.
         text_dim: Width C of the text features and of the result.
         num_heads: Heads H; must divide C.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
+        **place: `device` and `dtype` of the parameters.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        text_dim: int,
-        num_heads: int = 4,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, embed_dim: int, text_dim: int, num_heads: int = 4, **place: Unpack[Place]) -> None:
         super().__init__()
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.q_proj = nn.Linear(text_dim, text_dim, device=device, dtype=dtype)
-        self.k_proj_weight = nn.Parameter(torch.empty(text_dim, embed_dim, device=device, dtype=dtype))
-        self.v_proj_image_weight = nn.Parameter(torch.empty(text_dim, embed_dim, device=device, dtype=dtype))
-        self.v_proj_text = nn.Linear(text_dim, text_dim, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(text_dim, text_dim, device=device, dtype=dtype)
+        self.embed_dim, self.num_heads = embed_dim, num_heads
+        self.q_proj = nn.Linear(text_dim, text_dim, **place)
+        self.k_proj_weight = nn.Parameter(torch.empty(text_dim, embed_dim, **place))
+        self.v_proj_image_weight = nn.Parameter(torch.empty(text_dim, embed_dim, **place))
+        self.v_proj_text = nn.Linear(text_dim, text_dim, **place)
+        self.out_proj = nn.Linear(text_dim, text_dim, **place)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -154,13 +143,12 @@ class SingleQueryAttention(nn.Module):
 
     @torch.no_grad()
     def load_multihead_attention(self, state: dict[str, Tensor]) -> None:
-        """Take over the weights of an `nn.MultiheadAttention(C, H, kdim=D + C, vdim=D + C)`.
+        """Copy the weights of an `nn.MultiheadAttention(C, H, kdim=D + C, vdim=D + C)`.
 
         Args:
             state: Its state dict: `q_proj_weight` `(C, C)`, `k_proj_weight` and `v_proj_weight`
                 `(C, D + C)` with the image columns first, `in_proj_bias` `(3C,)`, `out_proj.weight`,
-                `out_proj.bias`. The text columns of the keys and the key bias, which cannot change
-                any output, are left out.
+                `out_proj.bias`. The text columns of the keys and the key bias change no output and are left out.
         """
         embed_dim = self.embed_dim
         q_bias, _, v_bias = state["in_proj_bias"].chunk(3)
@@ -187,7 +175,7 @@ class ContextExtractor(Protocol):
         mask_BN: Tensor | None = None,
         segments: Segments | None = None,
     ) -> Tensor:
-        """The context vectors, shape `(B, W)`, of tokens `(B, N, D)`, or `(T, D)` with segments."""
+        """Return the context vectors, shape `(B, W)`, of tokens `(B, N, D)`, or `(T, D)` with segments."""
         ...
 
 
@@ -199,8 +187,7 @@ class CrossAttentionContext(nn.Module):
         text_dim: Width C of the text features.
         num_heads: Attention heads; must divide C.
         activation: Of the refinement, `"gelu"` or `"quick_gelu"`.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
+        **place: `device` and `dtype` of the parameters.
 
     Example:
         >>> CrossAttentionContext(6, 8)(torch.rand(2, 5, 6), torch.rand(2, 8)).shape
@@ -210,25 +197,18 @@ class CrossAttentionContext(nn.Module):
     needs_text = True
 
     def __init__(
-        self,
-        embed_dim: int,
-        text_dim: int,
-        *,
-        num_heads: int = 4,
-        activation: str = "gelu",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, embed_dim: int, text_dim: int, *, num_heads: int = 4, activation: str = "gelu", **place: Unpack[Place]
     ) -> None:
         super().__init__()
         self.context_dim = text_dim
-        self.image = ResidualRefinement(embed_dim, activation=activation, device=device, dtype=dtype)
-        self.text = ResidualRefinement(text_dim, activation=activation, device=device, dtype=dtype)
-        self.attention = SingleQueryAttention(embed_dim, text_dim, num_heads, device=device, dtype=dtype)
+        self.image = ResidualRefinement(embed_dim, activation=activation, **place)
+        self.text = ResidualRefinement(text_dim, activation=activation, **place)
+        self.attention = SingleQueryAttention(embed_dim, text_dim, num_heads, **place)
 
     def forward(
         self, tokens: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None, segments: Segments | None = None
     ) -> Tensor:
-        """The context vectors, shape `(B, C)`."""
+        """Return the context vectors, shape `(B, C)`."""
         tokens_BND, mask_BN = _per_image(self.image(tokens), mask_BN, segments)
         return self.attention(tokens_BND, self.text(text_BC), mask_BN)
 
@@ -238,10 +218,10 @@ class ImageContext(nn.Module):
 
     needs_text = False
 
-    def __init__(self, embed_dim: int, **kwargs: object) -> None:
+    def __init__(self, embed_dim: int, **options: Unpack[RefinementOptions]) -> None:
         super().__init__()
         self.context_dim = embed_dim
-        self.image = ResidualRefinement(embed_dim, **kwargs)  # type: ignore[arg-type]
+        self.image = ResidualRefinement(embed_dim, **options)
 
     def forward(
         self,
@@ -250,7 +230,7 @@ class ImageContext(nn.Module):
         mask_BN: Tensor | None = None,
         segments: Segments | None = None,
     ) -> Tensor:
-        """The context vectors, shape `(B, D)`."""
+        """Return the context vectors, shape `(B, D)`."""
         return masked_mean(*_per_image(self.image(tokens), mask_BN, segments))
 
 
@@ -259,15 +239,15 @@ class TextContext(nn.Module):
 
     needs_text = True
 
-    def __init__(self, text_dim: int, **kwargs: object) -> None:
+    def __init__(self, text_dim: int, **options: Unpack[RefinementOptions]) -> None:
         super().__init__()
         self.context_dim = text_dim
-        self.text = ResidualRefinement(text_dim, **kwargs)  # type: ignore[arg-type]
+        self.text = ResidualRefinement(text_dim, **options)
 
     def forward(
         self, tokens: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None, segments: Segments | None = None
     ) -> Tensor:
-        """The context vectors, shape `(B, C)`."""
+        """Return the context vectors, shape `(B, C)`."""
         return self.text(text_BC)
 
 
@@ -276,16 +256,16 @@ class ConcatContext(nn.Module):
 
     needs_text = True
 
-    def __init__(self, embed_dim: int, text_dim: int, **kwargs: object) -> None:
+    def __init__(self, embed_dim: int, text_dim: int, **options: Unpack[RefinementOptions]) -> None:
         super().__init__()
         self.context_dim = embed_dim + text_dim
-        self.image = ResidualRefinement(embed_dim, **kwargs)  # type: ignore[arg-type]
-        self.text = ResidualRefinement(text_dim, **kwargs)  # type: ignore[arg-type]
+        self.image = ResidualRefinement(embed_dim, **options)
+        self.text = ResidualRefinement(text_dim, **options)
 
     def forward(
         self, tokens: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None, segments: Segments | None = None
     ) -> Tensor:
-        """The context vectors, shape `(B, D + C)`."""
+        """Return the context vectors, shape `(B, D + C)`."""
         image_BD = masked_mean(*_per_image(self.image(tokens), mask_BN, segments))
         return torch.cat([image_BD, self.text(text_BC)], dim=-1)
 
@@ -296,9 +276,7 @@ def make_context(
     text_dim: int | None,
     *,
     num_heads: int = 4,
-    activation: str = "gelu",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    **options: Unpack[RefinementOptions],
 ) -> nn.Module:
     """Build the context that a setting names.
 
@@ -307,23 +285,18 @@ def make_context(
         embed_dim: Width D of the tokens.
         text_dim: Width C of the text features; may be None for `"image"`.
         num_heads: Heads of `"cve"`.
-        activation: Of the refinements.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
+        **options: As for `ResidualRefinement`.
     """
-    shared = {"activation": activation, "device": device, "dtype": dtype}
     if kind == "image":
-        return ImageContext(embed_dim, **shared)
+        return ImageContext(embed_dim, **options)
     assert text_dim is not None, "checked by wrap()"
     if kind == "text":
-        return TextContext(text_dim, **shared)
+        return TextContext(text_dim, **options)
     if kind == "concat":
-        return ConcatContext(embed_dim, text_dim, **shared)
-    return CrossAttentionContext(
-        embed_dim, text_dim, num_heads=num_heads, activation=activation, device=device, dtype=dtype
-    )
+        return ConcatContext(embed_dim, text_dim, **options)
+    return CrossAttentionContext(embed_dim, text_dim, num_heads=num_heads, **options)
 
 
 def _per_image(tokens: Tensor, mask_BN: Tensor | None, segments: Segments | None) -> tuple[Tensor, Tensor | None]:
-    """Tokens with an axis for images, and which of them count."""
+    """Return the tokens with an axis for images, and which of them count."""
     return (tokens, mask_BN) if segments is None else (segments.per_image(tokens), segments.mask_BN)

@@ -1,7 +1,6 @@
 """What an adapted block costs: parameters and arithmetic, counted on paper.
 
-Shapes: N tokens of an image (prefix tokens included), D embed_dim, C text_dim, H heads, W width of the
-context vector, E experts, K experts that run per image.
+Shapes: N tokens of an image (prefix tokens included), D embed_dim, C text_dim, W context_dim, H heads, E experts.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ class BlockCost:
         experts: The FFNs.
         image_refinement: Residual refinement and norm of the tokens (eq. 7).
         text_refinement: Residual refinement and norm of the text features (eq. 7).
-        attention: The attention that makes the context vector (eq. 8).
+        attention: Attention of the text over the tokens (eq. 8).
         router: From the context vector to the routing weights (eq. 9).
     """
 
@@ -29,7 +28,7 @@ class BlockCost:
 
     @property
     def total(self) -> int:
-        """The sum."""
+        """The sum of all parts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
@@ -42,7 +41,7 @@ def count_parameters(
     routing: str = "dense",
     context: str = "cve",
 ) -> BlockCost:
-    """Parameters of one adapted block.
+    """Count the parameters of one adapted block.
 
     Args:
         embed_dim: Width D of the tokens.
@@ -80,7 +79,7 @@ def count_flops(
     context: str = "cve",
     num_heads: int = 4,
 ) -> BlockCost:
-    """Floating-point operations of one adapted block, forward, for one image with its own text.
+    """Count the floating-point operations of one adapted block, forward, for one image with its own text.
 
     Matrix products only, a multiply-add counted as 2; a backward pass costs about twice as much.
 
@@ -115,7 +114,7 @@ def count_flops(
 
 
 def _context(routing: str, context: str, embed_dim: int, text_dim: int) -> tuple[int, bool, bool]:
-    """Width W of the context vector, and whether it is made of image and of text."""
+    """Return the width W of the context vector, and whether it sees the image and the text."""
     if routing in ("uniform", "random"):
         return 0, False, False
     width = {"cve": text_dim, "image": embed_dim, "text": text_dim, "concat": embed_dim + text_dim}
@@ -123,5 +122,5 @@ def _context(routing: str, context: str, embed_dim: int, text_dim: int) -> tuple
 
 
 def _refinement(dim: int) -> int:
-    """Two biased linears of inner width 2 x dim, and a norm."""
+    """Count two biased linears of inner width 2 x dim, and a norm."""
     return 4 * dim**2 + 5 * dim

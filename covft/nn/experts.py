@@ -1,7 +1,7 @@
 """The experts: copies of a pretrained FFN, run on the images that chose them.
 
-Shapes: B images (or tokens of a packed batch, where weights are per token), N tokens, D embed_dim, E experts,
-K = top_k.
+Shapes: B images (T tokens in the place of B where they are packed), N tokens of an image, D embed_dim, E experts,
+K top_k.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from covft.nn.functional import per_image
 from covft.nn.fused import can_mix, mix
 from covft.nn.plan import FFNPlan
 from covft.nn.router import Routing
@@ -22,16 +23,15 @@ from covft.nn.router import Routing
 class Experts(nn.ModuleList):
     r"""FFNs whose outputs are mixed with one set of weights per image, $\sum_e g_e E_e(x)$.
 
-    Any FFN module can be an expert: it is called with the tokens, and with whatever else the block
-    passes to its FFN. Experts of the form linear, activation, linear (and gated ones) are run so that less is kept for
-    backward; where that is not possible, they are called one by one.
+    Any FFN module can be an expert: it is called with the tokens and whatever else the block passes to its FFN. Experts
+    of the form linear, activation, linear (or gated) keep less for backward; others are called one by one.
 
     Attributes:
-        recompute: What backward computes again: `"none"`; `"activation"`, all but the products of the first linear
-            layers, which are kept; `"all"`, where the tokens alone are kept.
+        recompute: What backward recomputes: `"none"`; `"activation"`, all but the products of the first linear layers,
+            which are kept; `"all"`, where only the tokens are kept.
         plan: How the experts compute, if it is known.
         unfused_reason: Why it is not known.
-        skip_below: In eval mode, experts with smaller weights are left out for an image; 0 leaves out none.
+        skip_below: In eval mode, experts with smaller weights are skipped for an image; 0 skips none.
     """
 
     recompute: str = "none"
@@ -44,9 +44,9 @@ class Experts(nn.ModuleList):
         """Make experts that are exact, trainable copies of a pretrained FFN.
 
         Args:
-            ffn: The FFN; it is copied, never changed.
+            ffn: The FFN; copied, never changed.
             num_experts: Number of copies E.
-            plans: What was found of FFNs of the same ViT, by their form; added to. To look takes a moment.
+            plans: Plans of FFNs of the same ViT by their form, a cache that is added to.
         """
         experts = cls(copy.deepcopy(ffn) for _ in range(num_experts))
         for parameter in experts.parameters():
@@ -60,12 +60,12 @@ class Experts(nn.ModuleList):
 
     @property
     def prototype(self) -> nn.Module:
-        """What foreign code sees in the place of the FFN: the first expert."""
+        """The first expert, which foreign code sees in the place of the FFN."""
         return self[0]
 
     @property
     def summary(self) -> str:
-        """What backward computes again, and why the experts are called one by one if they are."""
+        """What backward recomputes, and why the experts are called one by one if they are, for `print`."""
         return f"recompute={self.recompute!r}" + ("" if self.plan else f", one by one: {self.unfused_reason}")
 
     def forward(self, x: Tensor, routing: Routing, *args: Any, **kwargs: Any) -> Tensor:
@@ -74,11 +74,11 @@ class Experts(nn.ModuleList):
         Args:
             x: Tokens, shape `(B, ...)`, such as `(B, N, D)`.
             routing: One decision per image.
-            *args: Handed on to every expert.
-            **kwargs: Handed on to every expert.
+            *args: Passed to every expert.
+            **kwargs: Passed to every expert.
 
         Returns:
-            What the FFN would have returned, mixed; same shape and type.
+            The mixture, in the shape and type of the FFN's output.
         """
         weights_BE, chosen_BE = routing.weights_BE, None
         if routing.expert_ids_BK is not None:
@@ -89,33 +89,27 @@ class Experts(nn.ModuleList):
             weights_BE = weights_BE / weights_BE.sum(dim=-1, keepdim=True)
         if chosen_BE is None:
             return self._mix(x, weights_BE, list(self), *args, **kwargs)
-        mixed: Tensor | None = None
+        mixed: Any = None
         for index, expert in enumerate(self):
             rows = chosen_BE[:, index].nonzero().squeeze(-1)
-            # An expert that no image chose still runs, on zero rows: its parameters then have a
-            # gradient of zeros on every process, which gradient reduction across processes needs.
+            # An expert that no image chose still runs, on zero rows: its parameters then have a gradient of zeros on
+            # every process, which gradient reduction across processes needs.
             weights_B1 = weights_BE[rows, index : index + 1]
             output = self._mix(x.index_select(0, rows), weights_B1, [expert], *args, **kwargs)
             start = output.new_zeros(x.shape[0], *output.shape[1:]) if mixed is None else mixed
             mixed = start.index_add(0, rows, output)
-        assert mixed is not None
         return mixed
 
     def _mix(self, x: Tensor, weights_BE: Tensor, experts: Sequence[nn.Module], *args: Any, **kwargs: Any) -> Tensor:
         if self.recompute != "none" and not args and not kwargs and can_mix(self.plan, experts):
             assert self.plan is not None
             return mix(x, weights_BE, experts, self.plan, keep_pre_activations=self.recompute == "activation")
-        mixed: Tensor | None = None
+        mixed: Any = None
         for weight_B, expert in zip(weights_BE.unbind(-1), experts, strict=True):
             if self.recompute == "all" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 output = checkpoint(expert, x, *args, use_reentrant=False, **kwargs)
             else:
                 output = expert(x, *args, **kwargs)
-            weight = _per_image(weight_B, output)
+            weight = per_image(weight_B, output)
             mixed = output * weight if mixed is None else torch.addcmul(mixed, output, weight)
-        assert mixed is not None
         return mixed
-
-
-def _per_image(weight_B: Tensor, output: Tensor) -> Tensor:
-    return weight_B.to(output.dtype).view(-1, *[1] * (output.dim() - 1))

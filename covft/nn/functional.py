@@ -1,36 +1,39 @@
-"""Small pure functions that the modules share."""
+"""What the modules share: small pure functions, and the keywords of where parameters are."""
 
 from __future__ import annotations
+
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
+class Place(TypedDict, total=False):
+    """Device and type of new parameters, as torch's modules take them."""
+
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
 def wide_softmax(logits: Tensor) -> Tensor:
-    """Softmax over the last axis in float32 or wider, whatever the type of the logits.
+    """Take the softmax over the last axis in float32 or wider, whatever the type of the logits.
 
     Half-precision weights would not sum to 1 closely enough to leave a wrapped ViT's output unchanged.
 
-    Args:
-        logits: Any shape.
-
     Returns:
-        Probabilities in [0, 1], same shape, float32 or float64.
+        Probabilities in [0, 1], shape of `logits`, float32 or float64.
     """
     return F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
+def per_image(weight_B: Tensor, like: Tensor) -> Tensor:
+    """Shape one number per image to be multiplied with `like`, of shape `(B, ...)`, in its type."""
+    return weight_B.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
 def masked_mean(tokens_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
-    """Mean over the tokens that count.
-
-    Args:
-        tokens_BND: Tokens, shape `(B, N, D)`.
-        mask_BN: True where a token counts, shape `(B, N)`; None where all do.
-
-    Returns:
-        Shape `(B, D)`.
-    """
+    """Average the tokens where the mask is True, all of them without a mask; shape `(B, D)`."""
     if mask_BN is None:
         return tokens_BND.mean(dim=1)
     weights_BN1 = mask_BN.to(tokens_BND.dtype)[..., None]

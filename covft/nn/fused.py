@@ -1,8 +1,8 @@
-"""A mixture of experts that keeps for backward only what cannot be had again cheaply.
+"""A mixture of experts that keeps for backward only what is expensive to recompute.
 
-Autograd keeps, for every expert, what goes into each of its operations: pre-activations, activations, output. This
-mixture keeps the tokens once and the pre-activations, or the tokens alone, and makes the rest again in backward. Its
-results are those of the experts run one by one.
+Autograd keeps the inputs of every operation of every expert: pre-activations, activations, output. This mixture keeps
+the tokens once, with or without the pre-activations, and recomputes the rest in backward. Its results are those of the
+experts run one by one.
 
 Shapes: B images, T tokens of all images, D embed_dim, F ffn_dim, E experts.
 """
@@ -16,20 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from covft.nn.functional import per_image
 from covft.nn.plan import Between, FFNPlan, pairs, run_ffn
 
-# Rows that a CPU works on at once. What is made of them stays in its caches, and the memory is used again.
+# Rows per block on a CPU, so that intermediates stay in its caches and their memory is reused.
 _ROWS = 512
 
 
 def can_mix(plan: FFNPlan | None, experts: Sequence[nn.Module]) -> bool:
-    """Whether `mix` can run these experts now.
-
-    Args:
-        plan: Their plan, if there is one.
-        experts: The experts.
-    """
-    # The compiler decides by itself what to compute again; transforms of torch.func need plain operations.
+    """Return whether `mix` can run these experts now."""
+    # The compiler decides by itself what to recompute; transforms of torch.func need plain operations.
     if plan is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return all(plan.applies_to(expert) for expert in experts)
@@ -38,17 +34,9 @@ def can_mix(plan: FFNPlan | None, experts: Sequence[nn.Module]) -> bool:
 def mix(
     x: Tensor, weights_BE: Tensor, experts: Sequence[nn.Module], plan: FFNPlan, *, keep_pre_activations: bool
 ) -> Tensor:
-    """Run experts of one plan on the same tokens, and mix them.
+    """Run experts of one plan on tokens of shape `(B, ..., D)`, and mix their outputs, same shape.
 
-    Args:
-        x: Tokens, shape `(B, ..., D)`.
-        weights_BE: Weights of the experts, shape `(B, E)`.
-        experts: The experts.
-        plan: Their plan, which applies to all of them.
-        keep_pre_activations: Whether backward gets them from memory; else it computes them again.
-
-    Returns:
-        The mixture, shape `(B, ..., D)`, in the type that the experts return.
+    Backward recomputes the pre-activations unless they are kept.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     weights = [tensor for expert in experts for tensor in plan.weights(expert)]
@@ -67,7 +55,7 @@ class _Settings:
     autocast_dtype: torch.dtype | None
 
     def cast(self, tensor: Any) -> Any:
-        """A tensor as autocast would hand it to a linear layer."""
+        """Cast a tensor as autocast does for a linear layer."""
         if tensor is None or self.autocast_dtype is None or tensor.dtype == torch.float64:
             return tensor
         return tensor.to(self.autocast_dtype)
@@ -115,7 +103,8 @@ class _Mixture(torch.autograd.Function):
         grad_TD = grads[0].reshape(-1, grads[0].shape[-1])
         blocks, weights_TE = _blocks(tokens_TD), _per_token(weights_BE, tokens_TD)
         grad_x_TD = torch.zeros_like(tokens_TD) if needs_x else None
-        grad_routing_TE = torch.zeros_like(weights_TE, dtype=_wide(weights_TE)) if needs_routing else None
+        wide = torch.promote_types(weights_TE.dtype, torch.float32)
+        grad_routing_TE = torch.zeros_like(weights_TE, dtype=wide) if needs_routing else None
         grad_weights: list[Tensor | None] = []
         scratch = _Scratch(blocks)
         with torch.autocast(grad_TD.device.type, enabled=False):
@@ -136,7 +125,7 @@ class _Mixture(torch.autograd.Function):
                     if grad_routing_TE is not None:
                         products = torch.linalg.vecdot(grad_hidden, hidden.detach()).div_(between.scale)
                         grad_routing_TE[rows, e] = products if bias is None else products + grad_TD[rows] @ bias
-                    # `leaves` and `hidden` are both `scale` times as large: the derivative between them is as it was.
+                    # `leaves` and `hidden` are both scaled by `scale`, so the derivative between them is unchanged.
                     grad_pre = torch.autograd.grad(hidden, leaves, grad_hidden.mul_(weight_T1[rows]))
                     if last_needed:
                         scratch.keep("hidden", rows, hidden.detach())
@@ -154,33 +143,29 @@ class _Mixture(torch.autograd.Function):
                 grad_weights.append(weighed_TD.sum(0) * between.scale if bias_needed else None)
         return (
             None if grad_x_TD is None else grad_x_TD.to(ctx.dtype).view(ctx.shape),
-            None if grad_routing_TE is None else _per_image(grad_routing_TE, weights_BE),
+            None if grad_routing_TE is None else _sum_per_image(grad_routing_TE, weights_BE),
             None,
             *(None if g is None or w is None else g.to(w.dtype) for g, w in zip(grad_weights, weights, strict=True)),
         )
 
 
-class _Scratch:
-    """What backward makes block by block and multiplies as a whole; the memory serves one expert after the other."""
+class _Scratch(dict[Any, Tensor]):
+    """Tensors that backward fills block by block and multiplies at once; each expert reuses the memory."""
 
     def __init__(self, blocks: list[slice]) -> None:
         self.blocks = blocks
-        self.whole: dict[Any, Tensor] = {}
 
     def keep(self, key: Any, rows: slice, block: Tensor) -> None:
         if len(self.blocks) == 1:
-            self.whole[key] = block
+            self[key] = block
             return
-        if key not in self.whole:
-            self.whole[key] = block.new_empty(self.blocks[-1].stop, block.shape[-1])
-        self.whole[key][rows] = block
-
-    def __getitem__(self, key: Any) -> Tensor:
-        return self.whole[key]
+        if key not in self:
+            self[key] = block.new_empty(self.blocks[-1].stop, block.shape[-1])
+        self[key][rows] = block
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Backward for `create_graph=True`: the experts are run one by one again, and autograd does the rest."""
+    """Run backward for `create_graph=True`: the experts run one by one again, and autograd does the rest."""
     settings: _Settings = ctx.settings
     if settings.autocast_dtype is not None:
         raise NotImplementedError(
@@ -191,7 +176,7 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     mixed: Any = 0
     for e, own in enumerate(_per_expert(weights, settings)):
         output = run_ffn(x, own, settings.between[e])
-        mixed = mixed + output * weights_BE[:, e].to(output.dtype).view(-1, *[1] * (output.dim() - 1))
+        mixed = mixed + output * per_image(weights_BE[:, e], output)
     inputs = [x, weights_BE, None, *weights]
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
     found = torch.autograd.grad(mixed, [inputs[i] for i in wanted], grad, create_graph=True)
@@ -205,20 +190,15 @@ def _per_expert(weights: Sequence[Any], settings: _Settings) -> list[Sequence[An
 
 
 def _unpack(saved: Sequence[Tensor], present: Sequence[bool]) -> tuple[list[Tensor | None], list[Tensor]]:
-    """The weights, with None where a layer has no bias, and the pre-activations."""
+    """Return the weights, with None where a layer has no bias, and the pre-activations."""
     rest = iter(saved)
     return [next(rest) if there else None for there in present], list(rest)
 
 
 def _affine(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    product: float | None = None,
-    out: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, product: float | None = None, out: Any = None
 ) -> Tensor:
-    """A linear layer; its bias and its product times factors, which costs nothing."""
+    """Run a linear layer with its bias and its product scaled, which costs nothing."""
     product = scale if product is None else product
     if bias is None:
         return torch.mm(x, weight.t(), out=out).mul_(product)
@@ -226,22 +206,18 @@ def _affine(
 
 
 def _blocks(tokens_TD: Tensor) -> list[slice]:
-    """Rows that are worked on together: on a CPU as many as its caches hold, else all."""
+    """Split the rows into blocks: on a CPU as many rows as its caches hold, else all."""
     total = len(tokens_TD)
     size = _ROWS if tokens_TD.device.type == "cpu" else max(total, 1)
     return [slice(start, min(start + size, total)) for start in range(0, total, size)] or [slice(0, 0)]
 
 
 def _per_token(weights_BE: Tensor, tokens_TD: Tensor) -> Tensor:
-    """The weights of the image that a token belongs to, shape `(T, E)`."""
+    """Give each token the weights of its image, shape `(T, E)`."""
     return weights_BE.repeat_interleave(len(tokens_TD) // max(len(weights_BE), 1), dim=0)
 
 
-def _per_image(grad_TE: Tensor, weights_BE: Tensor) -> Tensor:
-    """Sums over the tokens of an image, shape `(B, E)`."""
+def _sum_per_image(grad_TE: Tensor, weights_BE: Tensor) -> Tensor:
+    """Sum over the tokens of each image, shape `(B, E)`."""
     images, experts = weights_BE.shape
     return grad_TE.view(images, len(grad_TE) // max(images, 1), experts).sum(1).to(weights_BE.dtype)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,6 +1,6 @@
 """Auxiliary losses of a router, as pure functions of its decisions.
 
-Shapes: B images, E experts, K = top_k.
+Shapes: B images, E experts, K top_k.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from covft.nn.functional import wide_softmax
 
 
 def load_balance_loss(logits_BE: Tensor, expert_ids_BK: Tensor) -> Tensor:
-    r"""How unevenly images are spread over experts: $E \sum_e f_e P_e$, 1 when even.
+    r"""Measure how unevenly images are spread over experts: $E \sum_e f_e P_e$, 1 when even.
 
     $f_e$ is the share of choices that fell on expert e, $P_e$ the mean softmax weight of e over the
     batch (Fedus et al., Switch Transformers, eqs. 4 to 6, with K choices per image).
@@ -37,7 +37,7 @@ def load_balance_loss(logits_BE: Tensor, expert_ids_BK: Tensor) -> Tensor:
 
 
 def router_z_loss(logits_BE: Tensor) -> Tensor:
-    """Mean squared log-partition of the router logits; keeps them small (Zoph et al., ST-MoE, eq. 5).
+    """Return the mean squared log-partition of the router logits; keeps them small (Zoph et al., ST-MoE, eq. 5).
 
     Args:
         logits_BE: Router logits, shape `(B, E)`.

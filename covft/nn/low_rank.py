@@ -1,10 +1,10 @@
 """Experts that share one FFN and differ from it by low-rank matrices.
 
 $W_e = W + B_e A_e$ for every linear layer of the FFN. The products with $W$ are computed once for all experts: the
-first layer's because its input is the same for all, the last layer's because it is linear in what is mixed. What an
-expert costs is its activation and two thin products per layer.
+first layer's because all experts have the same input, the last layer's because it is linear in what is mixed. An expert
+costs its activation and two thin products per layer.
 
-Shapes: B images, N tokens, D embed_dim, F ffn_dim, E experts, R rank.
+Shapes: B images, N tokens of an image, D embed_dim, E experts, Q rank.
 """
 
 from __future__ import annotations
@@ -12,28 +12,24 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from covft.errors import UnsupportedViTError
-from covft.nn.plan import FFNPlan
+from covft.nn.functional import per_image
+from covft.nn.plan import FFNPlan, pairs
 from covft.nn.router import Routing
 
 
 class LowRankDifference(nn.Module):
     """What experts add to one linear layer: `B_e A_e` to its weight, and a vector to its bias.
 
-    Args:
-        layer: The layer; gives sizes, device and type.
-        num_experts: Number of experts E.
-        rank: Rank R of each difference.
-
     Attributes:
-        down: The matrices A, shape `(E, R, in_features)`, random.
-        up: The matrices B, shape `(E, out_features, R)`, zeros, so that experts begin as the layer itself.
+        down: The matrices A, shape `(E, Q, in_features)`, random.
+        up: The matrices B, shape `(E, out_features, Q)`, zeros, so that experts start as the layer itself.
         bias: Shape `(E, out_features)`, zeros; None where the layer has no bias.
     """
 
@@ -48,7 +44,7 @@ class LowRankDifference(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw `down` as the weight of a linear layer is drawn, and set the rest to zero."""
+        """Draw `down` like the weight of a linear layer, and set the rest to zero."""
         if not self.down.is_meta:
             bound = 1 / math.sqrt(self.down.shape[-1])
             nn.init.uniform_(self.down, -bound, bound)
@@ -57,36 +53,29 @@ class LowRankDifference(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
-        """What one expert adds to the layer's output for tokens `x`, shape `(..., in_features)`."""
+        """Return what one expert adds to the layer's output for tokens `x`, shape `(..., in_features)`."""
         return linear(linear(x, self.down[expert]), self.up[expert], None if self.bias is None else self.bias[expert])
 
     @torch.no_grad()
     def approximate(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
-        """Take the best approximations of given differences, by singular values.
-
-        Args:
-            weights: The difference of each expert's weight, shape `(out_features, in_features)`.
-            biases: The difference of each expert's bias, which is kept exactly.
-        """
-        rank = self.down.shape[1]
-        for expert, difference in enumerate(weights):
-            up, down = _best_factors(difference, rank)
-            self.up[expert].zero_()
-            self.down[expert].zero_()
+        """Approximate each expert's difference of the weight, by singular values; that of the bias is kept exactly."""
+        self.up.zero_()
+        self.down.zero_()
+        for expert, (difference, bias) in enumerate(zip(weights, biases, strict=True)):
+            up, down = _best_factors(difference, self.down.shape[1])
             self.up[expert, :, : up.shape[1]] = up.to(self.up)
-            self.down[expert, : down.shape[0]] = down.to(self.down)
-            own = biases[expert]
-            if self.bias is not None and own is not None:
-                self.bias[expert] = own.to(self.bias)
+            self.down[expert, : len(down)] = down.to(self.down)
+            if self.bias is not None and bias is not None:
+                self.bias[expert] = bias.to(self.bias)
 
 
 class LowRankExperts(nn.Module):
-    r"""FFNs that share their weights but for low-rank differences, mixed with one set of weights per image.
+    r"""FFNs that share their weights except for low-rank differences, mixed with one set of weights per image.
 
     Args:
-        ffn: The FFN that is shared; it is copied, and the copy is frozen.
+        ffn: The shared FFN; it is copied, and the copy is frozen.
         num_experts: Number of experts E.
-        rank: Rank R of the differences.
+        rank: Rank Q of the differences.
 
     Raises:
         UnsupportedViTError: If the FFN is not of the form linear, activation, linear.
@@ -106,20 +95,16 @@ class LowRankExperts(nn.Module):
                 f"Experts of low rank cannot be made from {type(ffn).__name__}: {reason}.",
                 expected="an FFN of the form linear, activation, linear, or a gated one",
                 got=type(ffn).__name__,
-                fix="expert_rank=None, which copies the FFN whole",
+                fix="expert_rank=None, which copies the whole FFN",
             )
         self.plan, self.num_experts, self.rank = plan, num_experts, rank
         self.shared = copy.deepcopy(ffn).requires_grad_(False)
-        layers = [self.shared.get_submodule(name) for name in (*plan.first, plan.last)]
-        self.differences = nn.ModuleList(LowRankDifference(layer, num_experts, rank) for layer in layers)  # type: ignore[arg-type]
+        layers = plan.layers(self.shared)
+        self.differences = nn.ModuleList(LowRankDifference(layer, num_experts, rank) for layer in layers)
 
     @classmethod
     def of(cls, experts: Sequence[nn.Module], rank: int) -> LowRankExperts:
-        """Approximate whole experts: they share their mean, and differ by what is left at this rank.
-
-        Args:
-            experts: The experts, equal in form.
-            rank: Rank R of the differences.
+        """Approximate full experts of one form: they share their mean, and differ from it at this rank.
 
         Raises:
             UnsupportedViTError: If they are not of the form linear, activation, linear.
@@ -129,23 +114,17 @@ class LowRankExperts(nn.Module):
         if other is not None:
             raise UnsupportedViTError(
                 f"What expert {other} computes cannot be read off its weights.",
-                expected="linear layers as they are, whole and without hooks",
+                expected="plain linear layers, unsharded and without hooks",
                 got=type(experts[other]).__name__,
             )
+        differences: list[Any] = []
         with torch.no_grad():
-            theirs = [found.plan.weights(expert) for expert in experts]
-            for number, shared in enumerate(found.plan.weights(found.shared)):
-                if shared is not None:
-                    shared.copy_(torch.stack([own[number].float() for own in theirs]).mean(0))  # type: ignore[union-attr]
-            means = found.plan.weights(found.shared)
-        for layer, difference in enumerate(found.differences):
-            assert isinstance(difference, LowRankDifference)
-            weights = [own[2 * layer].float() - means[2 * layer].float() for own in theirs]  # type: ignore[union-attr]
-            biases = [
-                None if own[2 * layer + 1] is None else own[2 * layer + 1].float() - means[2 * layer + 1].float()  # type: ignore[union-attr]
-                for own in theirs
-            ]
-            difference.approximate(weights, biases)
+            for mean, *own in zip(*map(found.plan.weights, (found.shared, *experts)), strict=True):
+                if mean is not None:
+                    mean.copy_(torch.stack([tensor.float() for tensor in own]).mean(0))
+                differences.append([None if mean is None else tensor.float() - mean.float() for tensor in own])
+        for layer, (weights, biases) in zip(found.differences, pairs(differences), strict=True):
+            layer.approximate(weights, biases)  # type: ignore[operator]
         return found.train(experts[0].training)
 
     def __len__(self) -> int:
@@ -159,7 +138,7 @@ class LowRankExperts(nn.Module):
 
     @property
     def prototype(self) -> nn.Module:
-        """What foreign code sees in the place of the FFN: what all experts share."""
+        """The shared FFN, which foreign code sees in the place of the FFN."""
         return self.shared
 
     def forward(self, x: Tensor, routing: Routing, *args: Any, **kwargs: Any) -> Tensor:
@@ -167,50 +146,46 @@ class LowRankExperts(nn.Module):
 
         Args:
             x: Tokens, shape `(B, ..., D)`.
-            routing: One decision per image, weights that sum to 1; an expert that it leaves out has weight 0.
-            *args: Refused: what an FFN makes of more than tokens is not known.
+            routing: One decision per image, weights that sum to 1; experts that were not chosen have weight 0.
+            *args: Refused: the plan of the FFN covers tokens only.
             **kwargs: Refused.
 
         Returns:
             Tokens, same shape as `x`.
 
         Raises:
-            UnsupportedViTError: If the block gives its FFN more than tokens.
+            UnsupportedViTError: If the block passes more than tokens to its FFN.
         """
         if args or kwargs:
             raise UnsupportedViTError(
-                "Experts of low rank take tokens alone, but the block gives its FFN more.",
+                "Experts of low rank take only tokens, but the block passes more to its FFN.",
                 expected="one tensor",
                 got=f"{len(args)} further arguments" + (f" and {', '.join(kwargs)}" if kwargs else ""),
-                fix="expert_rank=None, which copies the FFN whole",
+                fix="expert_rank=None, which copies the whole FFN",
             )
-        between, names = self.plan.between(self.shared), (*self.plan.first, self.plan.last)
-        *first, last = (self.shared.get_submodule(name) for name in names)
-        *into, out = self.differences
+        between, (*first, last) = self.plan.between(self.shared), self.plan.layers(self.shared)
+        *into, out = cast(list[Any], self.differences)
         pre = [layer(x) for layer in first]
-        hidden: Tensor | None = None
-        added: Tensor | None = None
+        hidden: Any = None
+        added: Any = None
         for expert in range(self.num_experts):
             own = between(*(p + difference(x, expert) for p, difference in zip(pre, into, strict=True)))
-            weight = routing.weights_BE[:, expert].to(own.dtype).view(-1, *[1] * (own.dim() - 1))
+            weight = per_image(routing.weights_BE[:, expert], own)
             weighed = own * weight
-            hidden = weighed if hidden is None else hidden + weighed
-            # linear in what is weighed, but for the bias
-            thin = linear(linear(weighed, out.down[expert]), out.up[expert])  # type: ignore[index]
+            # linear in what is weighed, except for the bias
+            thin = linear(linear(weighed, out.down[expert]), out.up[expert])
             if out.bias is not None:
-                thin = thin + weight * out.bias[expert].to(thin.dtype)  # type: ignore[index]
-            added = thin if added is None else added + thin
-        assert hidden is not None
-        assert added is not None
+                thin = thin + weight * out.bias[expert].to(thin.dtype)
+            hidden, added = (weighed, thin) if hidden is None else (hidden + weighed, added + thin)
         # The weights sum to 1, so the shared bias counts once.
         return last(hidden) + added
 
 
 def _best_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Two matrices of about the same size whose product is nearest to a matrix, of shape `(out, R)` and `(R, in)`.
+    """Factor the best approximation of a matrix evenly into shapes `(out, Q)` and `(Q, in)`.
 
     The eigenvectors of the smaller Gram matrix are the singular vectors on that side, and take a quarter of the time.
-    To project on them is exact for a full rank, however small a direction is.
+    Projecting onto them is exact at full rank, however small a direction is.
     """
     if matrix.shape[0] < matrix.shape[1]:
         up, down = _best_factors(matrix.t(), rank)
@@ -218,6 +193,6 @@ def _best_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     squares, vectors = torch.linalg.eigh(matrix.t() @ matrix)
     kept = min(rank, len(squares))
     right = vectors[:, -kept:]
-    # What is smaller than rounding may come out negative; without a floor its direction would be lost.
+    # Values below rounding may come out negative; without a floor their direction would be lost.
     root = squares[-kept:].clamp_min(torch.finfo(squares.dtype).eps * squares[-1]).pow(0.25)
     return (matrix @ right) / root.where(root > 0, 1), root[:, None] * right.t()

@@ -1,7 +1,7 @@
 """The contextual mixture of experts that stands where a block's FFN stood.
 
-Shapes: B images, N tokens, T tokens of all images of a packed batch, D embed_dim, C text_dim, W context_dim,
-E experts.
+Shapes: B images, N tokens of an image, T tokens of all images of a packed batch, D embed_dim, C text_dim,
+W context_dim, E experts.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from covft.errors import ShapeError
-from covft.nn.context import ResidualRefinement, make_context
+from covft.nn.context import RefinementOptions, ResidualRefinement, make_context
 from covft.nn.experts import Experts
+from covft.nn.functional import Place
 from covft.nn.low_rank import LowRankExperts
 from covft.nn.router import Routing, make_router
 from covft.nn.segments import Segments
@@ -22,9 +23,8 @@ from covft.nn.segments import Segments
 class ContextualMoE(nn.Module):
     r"""Mix upcycled FFNs, one set of weights per image.
 
-    $y = \sum_e g_e(c)\, E_e(x)$, eq. 10 of the CoVFT paper; its CoMoE, with the context vector $c$
-    (its CVE) inside. All experts start equal to the pretrained FFN and the weights sum to 1, so at
-    the start the output is that of the FFN.
+    $y = \sum_e g_e(c)\, E_e(x)$, eq. 10 of the CoVFT paper; its CoMoE, with the context vector $c$ (its CVE) inside.
+    All experts start equal to the pretrained FFN and the weights sum to 1, so at the start the output is the FFN's.
 
     Args:
         ffn: The pretrained FFN to copy; not changed.
@@ -37,9 +37,8 @@ class ContextualMoE(nn.Module):
         activation: Of the refinements, `"gelu"` or `"quick_gelu"`.
         num_heads: Heads of the context attention.
         eval_seed: Seed of `"random"` in eval mode.
-        expert_rank: None for whole experts; a number for experts that share the FFN and differ at that rank.
-        recompute: What backward computes again of whole experts and of the context: `"none"`, `"activation"` or
-            `"all"`.
+        expert_rank: None copies the FFN for every expert; a number makes them share it and differ at that rank.
+        recompute: What backward recomputes of full experts and of the context: `"none"`, `"activation"` or `"all"`.
         plans: As for `Experts.upcycled`.
 
     Example:
@@ -68,21 +67,14 @@ class ContextualMoE(nn.Module):
     ) -> None:
         super().__init__()
         like = next((p for p in ffn.parameters() if p.is_floating_point()), None)
-        place = {} if like is None else {"device": like.device, "dtype": like.dtype}
+        place: Place = {} if like is None else {"device": like.device, "dtype": like.dtype}
         self.embed_dim = embed_dim
         self.context = None
         if routing in ("dense", "sparse"):
-            self.context = make_context(
-                context, embed_dim, text_dim, num_heads=num_heads, activation=activation, **place
-            )
-        self.router = make_router(
-            routing,
-            num_experts,
-            context_dim=None if self.context is None else self.context.context_dim,  # type: ignore[arg-type]
-            top_k=top_k,
-            eval_seed=eval_seed,
-            **place,
-        )
+            options: RefinementOptions = {"activation": activation, **place}
+            self.context = make_context(context, embed_dim, text_dim, num_heads=num_heads, **options)
+        width: Any = None if self.context is None else self.context.context_dim
+        self.router = make_router(routing, num_experts, context_dim=width, top_k=top_k, eval_seed=eval_seed, **place)
         self.experts: Experts | LowRankExperts
         if expert_rank is None:
             self.experts = Experts.upcycled(ffn, num_experts, plans=plans)
@@ -92,7 +84,7 @@ class ContextualMoE(nn.Module):
         self.train(ffn.training)
 
     def set_recompute(self, recompute: str) -> None:
-        """Choose what backward computes again instead of keeping it.
+        """Choose what backward recomputes instead of keeping it.
 
         Args:
             recompute: `"none"`, `"activation"` or `"all"`.
@@ -102,7 +94,7 @@ class ContextualMoE(nn.Module):
                 module.recompute = recompute
 
     def extra_repr(self) -> str:
-        """How the experts run, for `print`."""
+        """Say how the experts run, for `print`."""
         return self.experts.summary
 
     @property
@@ -119,7 +111,7 @@ class ContextualMoE(nn.Module):
         segments: Segments | None = None,
         seed: int | None = None,
     ) -> tuple[Routing, Tensor | None]:
-        """Decide how much of each expert each image gets.
+        """Decide the weight of each expert for each image.
 
         Args:
             x: Tokens, shape `(B, N, D)` or `(B, ..., D)`; `(T, D)` or `(..., T, D)` with segments.
@@ -129,7 +121,7 @@ class ContextualMoE(nn.Module):
             seed: Of random routing in training mode.
 
         Returns:
-            The routing, and the context vectors of shape `(B, W)`, or None where there are none.
+            The routing, and the context vectors, shape `(B, W)`; None where nothing is learned.
 
         Raises:
             ShapeError: If tokens, text features and segments do not fit together.
@@ -154,11 +146,11 @@ class ContextualMoE(nn.Module):
             x: Tokens, as for `route`.
             routing: One decision per image.
             segments: Which tokens belong to which image, where they are packed.
-            *args: Handed on to every expert.
-            **kwargs: Handed on to every expert.
+            *args: Passed to every expert.
+            **kwargs: Passed to every expert.
 
         Returns:
-            Tokens, same shape as `x`, in the type that the FFN returns.
+            Tokens, same shape as `x`, in the type of the FFN's output.
         """
         if segments is None:
             return self.experts(x, routing, *args, **kwargs)
@@ -185,7 +177,7 @@ class ContextualMoE(nn.Module):
             seed: Of random routing in training mode.
 
         Returns:
-            Tokens, same shape as `x`, in the type that the FFN returns.
+            Tokens, same shape as `x`, in the type of the FFN's output.
 
         Raises:
             ShapeError: If tokens, text features and segments do not fit together.
@@ -204,7 +196,7 @@ class ContextualMoE(nn.Module):
 
 
 def _packed(x: Tensor, segments: Segments) -> Tensor:
-    """Packed tokens without leading axes, shape `(T, D)`."""
+    """Drop the leading axes of packed tokens, shape `(T, D)`."""
     tokens_TD = x.flatten(0, -2)
     if len(tokens_TD) != segments.num_tokens:
         raise ShapeError(

@@ -1,8 +1,4 @@
-"""How an FFN computes, found by its form and tried on random tokens.
-
-An FFN is taken apart only where that was tried: `FFNPlan.of` finds its linear layers and its activation by their
-shapes, and then compares the plan with the FFN itself.
-"""
+"""How an FFN computes: `FFNPlan.of` guesses it from the shapes of its layers and checks it on random tokens."""
 
 from __future__ import annotations
 
@@ -25,15 +21,15 @@ _OTHER_FORM = "another form than linear, activation, linear"
 
 @dataclass(frozen=True)
 class FFNPlan:
-    """How an FFN computes: linear layers that see the tokens, something without weights, one more linear layer.
+    """The form of an FFN: one or two linear layers on the tokens, something without weights, one more linear layer.
 
     Attributes:
-        first: Names of the linear layers that see the tokens, one or two.
-        last: Name of the linear layer that makes the output.
+        first: Names of the linear layers on the tokens, one or two.
+        last: Name of the last linear layer.
         activation: Name of the activation.
-        kind: What comes between: `"plain"`, act(p); `"gate_first"`, act(p) q; `"gate_last"`, p act(q). With
-            `"_halves"` behind it, p and q are the halves of one layer's output.
-        quick_gelu: The class of the activation, or the function, if it computes x sigmoid(1.702 x); None otherwise.
+        kind: What comes between: `"plain"`, act(p); `"gate_first"`, act(p) q; `"gate_last"`, p act(q). With the suffix
+            `"_halves"`, p and q are the halves of one layer's output.
+        quick_gelu: Class of the activation, or the function, if it computes x sigmoid(1.702 x); None otherwise.
     """
 
     first: tuple[str, ...]
@@ -45,10 +41,7 @@ class FFNPlan:
     @classmethod
     @torch.no_grad()
     def of(cls, ffn: nn.Module) -> tuple[FFNPlan | None, str]:
-        """Find the plan of an FFN.
-
-        Args:
-            ffn: The FFN. A copy of it, with random weights, is run on a few tokens.
+        """Find the plan of an FFN, by running a copy with random weights on a few tokens.
 
         Returns:
             The plan and an empty string, or None and the reason why there is none.
@@ -56,7 +49,7 @@ class FFNPlan:
         reason = _unfused_reason(ffn, _linears(ffn))
         if reason:
             return None, reason
-        # Other weights than its own, which may be zero or so small that any plan would fit.
+        # Its own weights may be zero, or so small that any plan would fit.
         trial, generator = copy.deepcopy(ffn).cpu().float(), torch.Generator().manual_seed(0)
         for parameter in trial.parameters():
             parameter.uniform_(-1, 1, generator=generator).mul_(parameter.shape[-1] ** -0.5)
@@ -75,17 +68,20 @@ class FFNPlan:
 
     @staticmethod
     def form_of(ffn: nn.Module) -> tuple[Any, ...]:
-        """What FFNs of one ViT have in common that have the same plan: class, modules, functions."""
+        """Return the key of FFNs of one ViT that share a plan: class, modules, functions."""
         functions = tuple(id(value) for value in vars(ffn).values() if callable(value))
         return (type(ffn), repr(ffn), functions)
 
-    def weights(self, ffn: nn.Module) -> list[Tensor | None]:
-        """Weight and bias of each linear layer of an FFN, the last layer's at the end."""
-        layers: list[Any] = [ffn.get_submodule(name) for name in (*self.first, self.last)]
-        return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+    def layers(self, ffn: nn.Module) -> list[Any]:
+        """Return the linear layers of an FFN, the last one at the end."""
+        return [ffn.get_submodule(name) for name in (*self.first, self.last)]
+
+    def weights(self, ffn: nn.Module) -> list[Any]:
+        """Return weight and bias (None if there is none) of each linear layer of an FFN, in the order of `layers`."""
+        return [tensor for layer in self.layers(ffn) for tensor in (layer.weight, layer.bias)]
 
     def between(self, ffn: nn.Module) -> Between:
-        """What an FFN computes between its linear layers, as a function of the first layers' outputs."""
+        """Return what an FFN computes between its linear layers, as a function of the first layers' outputs."""
         activation = self._activation_of(ffn)
         quick = self.kind == "plain" and self.quick_gelu in (activation, type(activation))
         # Not called as a module: hooks on all modules (profilers set them) cannot follow what backward does with it.
@@ -96,21 +92,20 @@ class FFNPlan:
         return getattr(ffn.get_submodule(owner), name)
 
     def run(self, ffn: nn.Module, tokens: Tensor) -> Tensor:
-        """What the FFN makes of tokens, computed by the plan."""
+        """Run an FFN by the plan."""
         return run_ffn(tokens, self.weights(ffn), self.between(ffn))
 
     def applies_to(self, ffn: nn.Module) -> bool:
-        """Whether an FFN of this plan can be run by its weights alone now.
+        """Return whether an FFN of this plan can be run by its weights alone now.
 
-        It cannot where a hook wants to see its modules run, where another library has put something else in the place
-        of a linear layer, and where weights are shards, which the modules' own hooks make whole.
+        It cannot where hooks watch its modules, where another library has replaced a linear layer, and where weights
+        are sharded, since the modules' own hooks gather them.
         """
         if any(_is_watched(module) for module in ffn.modules()):
             return False
-        layers = [ffn.get_submodule(name) for name in (*self.first, self.last)]
-        if any(type(layer) is not nn.Linear for layer in layers):
-            return False
-        return all(type(w) is nn.Parameter and not is_zero(w) for w in self.weights(ffn) if w is not None)
+        return all(type(layer) is nn.Linear for layer in self.layers(ffn)) and all(
+            type(w) is nn.Parameter and not is_zero(w) for w in self.weights(ffn) if w is not None
+        )
 
 
 class Between:
@@ -118,7 +113,7 @@ class Between:
 
     QuickGELU, written out, takes three operations, and backward six. But 1.702 x sigmoid(1.702 x) is a SiLU, which is
     one operation in either direction: `scaled` takes and returns `scale` times what `__call__` does, and the matrix
-    products before and behind it put the factor in and take it out.
+    products before and after it apply and remove the factor.
 
     Attributes:
         scale: 1.702 for QuickGELU, else 1.
@@ -129,7 +124,7 @@ class Between:
         self.scale = _QUICK if quick else 1.0
 
     def __call__(self, *pre: Tensor) -> Tensor:
-        """What goes into the last linear layer, of what the first ones return."""
+        """Map the outputs of the first linear layers to the input of the last one."""
         if self.kind.endswith(_HALVES):
             pre = pre[0].chunk(2, dim=-1)
         if self.kind.startswith("gate_first"):
@@ -139,29 +134,18 @@ class Between:
         return self.activation(pre[0])
 
     def scaled(self, *pre: Tensor) -> Tensor:
-        """The same for outputs that are `scale` times as large, and `scale` times as large."""
+        """Do the same for outputs scaled by `scale`, and scale the result likewise."""
         return self(*pre) if self.scale == 1 else silu(pre[0])
 
 
-def run_ffn(tokens: Tensor, weights: Sequence[Tensor | None], between: Callable[..., Tensor]) -> Tensor:
-    """An FFN by its weights.
-
-    Args:
-        tokens: Shape `(..., D)`.
-        weights: As `FFNPlan.weights` gives them.
-        between: As `FFNPlan.between` gives it.
-    """
+def run_ffn(tokens: Tensor, weights: Sequence[Any], between: Callable[..., Tensor]) -> Tensor:
+    """Run an FFN, on tokens of shape `(..., D)`, by what `FFNPlan.weights` and `FFNPlan.between` return."""
     *first, last, bias = weights
-    assert last is not None
     return linear(between(*(linear(tokens, w, b) for w, b in pairs(first))), last, bias)
 
 
 def pairs(tensors: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """Weights with their biases.
-
-    Args:
-        tensors: Weight, bias, weight, bias, ...
-    """
+    """Pair weights with their biases; they come as weight, bias, weight, bias, ..."""
     return list(zip(tensors[::2], tensors[1::2], strict=True))
 
 
@@ -176,7 +160,7 @@ def _unfused_reason(ffn: nn.Module, linears: dict[str, nn.Linear]) -> str:
     if not 2 <= len(linears) <= 3:
         return _OTHER_FORM
     if {id(p) for p in parameters} != {id(p) for module in linears.values() for p in module.parameters()}:
-        return "it has weights besides those of its linear layers"
+        return "it has weights outside its linear layers"
     if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in ffn.modules()):
         return "it has dropout"
     if any(_is_watched(module) for module in ffn.modules()):
@@ -185,15 +169,11 @@ def _unfused_reason(ffn: nn.Module, linears: dict[str, nn.Linear]) -> str:
 
 
 def _candidates(ffn: nn.Module, linears: dict[str, nn.Linear]) -> Iterator[FFNPlan]:
-    """Plans that the shapes allow."""
+    """Yield the plans that the shapes allow."""
     width = next(iter(linears.values())).in_features
-    activations = [
-        name
-        for name, module in ffn.named_modules()
-        if name
-        and not isinstance(module, nn.Linear | nn.Identity | nn.modules.dropout._DropoutNd)
-        and not _inside(module)
-    ]
+    no_activation = nn.Linear | nn.Identity | nn.modules.dropout._DropoutNd
+    leaves = ((name, module) for name, module in ffn.named_modules() if name and not list(module.children()))
+    activations = [name for name, module in leaves if not isinstance(module, no_activation)]
     activations += [
         name
         for name, value in vars(ffn).items()
@@ -217,7 +197,7 @@ def _candidates(ffn: nn.Module, linears: dict[str, nn.Linear]) -> Iterator[FFNPl
 
 
 def _if_quick_gelu(activation: Any) -> Any:
-    """The class of a module, or a function, if it is QuickGELU."""
+    """Return the class of a module, or the function itself, if it computes QuickGELU; else None."""
     x = torch.linspace(-8, 8, 65, dtype=torch.float64, device="cpu")
     try:
         found = activation(x)
@@ -226,10 +206,6 @@ def _if_quick_gelu(activation: Any) -> Any:
     if not torch.allclose(found, x * torch.sigmoid(_QUICK * x), rtol=1e-12, atol=1e-12):
         return None
     return type(activation) if isinstance(activation, nn.Module) else activation
-
-
-def _inside(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Which experts an image uses, and with what weight: one decision per image, shared by its tokens.
 
-Shapes: B images, W context_dim (width of the context vector), E experts, K = top_k.
+Shapes: B images, T tokens of all images of a packed batch, W context_dim (width of the context vector), E experts,
+K top_k.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from covft.nn.functional import wide_softmax
+from covft.nn.functional import Place, wide_softmax
 
 
 class Routing(NamedTuple):
@@ -27,7 +29,7 @@ class Routing(NamedTuple):
     logits_BE: Tensor | None = None
 
     def per_token(self, ids_T: Tensor) -> Routing:
-        """The decision of the image that each token belongs to, with T in the place of B.
+        """Give each token the decision of its image, with T in the place of B.
 
         Args:
             ids_T: The image of each token, shape `(T,)`.
@@ -65,23 +67,15 @@ class DenseRouter(nn.Module):
     Args:
         context_dim: Width W of the context vector.
         num_experts: Number of experts E.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
+        **place: `device` and `dtype` of the parameters.
     """
 
     needs_context = True
 
-    def __init__(
-        self,
-        context_dim: int,
-        num_experts: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, context_dim: int, num_experts: int, **place: Unpack[Place]) -> None:
         super().__init__()
         self.num_experts = num_experts
-        self.gate = nn.Linear(context_dim, num_experts, device=device, dtype=dtype)
+        self.gate = nn.Linear(context_dim, num_experts, **place)
 
     def forward(
         self,
@@ -93,48 +87,32 @@ class DenseRouter(nn.Module):
         seed: int | None = None,
     ) -> Routing:
         """Decide for a batch; weights are float32 or wider."""
-        logits_BE = self.gate(context_BW)
+        return self._decide(self.gate(context_BW))
+
+    def _decide(self, logits_BE: Tensor) -> Routing:
         return Routing(wide_softmax(logits_BE), None, logits_BE)
 
 
 class SparseRouter(DenseRouter):
-    """The `top_k` experts of the softmax, their weights renormalised to sum to 1.
+    """The `top_k` experts of the softmax, their weights renormalised to sum to 1; the others have weight 0.
 
     Args:
         context_dim: Width W of the context vector.
         num_experts: Number of experts E.
         top_k: Experts per image K.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
+        **place: `device` and `dtype` of the parameters.
     """
 
-    def __init__(
-        self,
-        context_dim: int,
-        num_experts: int,
-        top_k: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(context_dim, num_experts, device=device, dtype=dtype)
+    def __init__(self, context_dim: int, num_experts: int, top_k: int, **place: Unpack[Place]) -> None:
+        super().__init__(context_dim, num_experts, **place)
         self.top_k = top_k
 
-    def forward(
-        self,
-        context_BW: Tensor,
-        batch_size: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        seed: int | None = None,
-    ) -> Routing:
-        """Decide for a batch; weights are zero for the experts that were not chosen."""
-        dense = super().forward(context_BW, batch_size, device=device)
-        best_BK, expert_ids_BK = dense.weights_BE.topk(self.top_k, dim=-1)
+    def _decide(self, logits_BE: Tensor) -> Routing:
+        dense_BE = wide_softmax(logits_BE)
+        best_BK, expert_ids_BK = dense_BE.topk(self.top_k, dim=-1)
         best_BK = best_BK / best_BK.sum(dim=-1, keepdim=True)
-        weights_BE = torch.zeros_like(dense.weights_BE).scatter(-1, expert_ids_BK, best_BK)
-        return Routing(weights_BE, expert_ids_BK, dense.logits_BE)
+        weights_BE = torch.zeros_like(dense_BE).scatter(-1, expert_ids_BK, best_BK)
+        return Routing(weights_BE, expert_ids_BK, logits_BE)
 
 
 class UniformRouter(nn.Module):
@@ -155,7 +133,7 @@ class UniformRouter(nn.Module):
         dtype: torch.dtype = torch.float32,
         seed: int | None = None,
     ) -> Routing:
-        """Equal weights for every image."""
+        """Return equal weights for every image."""
         shape = (batch_size, self.num_experts)
         return Routing(torch.full(shape, 1 / self.num_experts, device=device, dtype=dtype))
 
@@ -189,9 +167,9 @@ class RandomRouter(nn.Module):
         """Draw for a batch.
 
         Args:
-            context_BW: Not looked at.
+            context_BW: Not used.
             batch_size: Number of images B.
-            device: Where the weights are put.
+            device: Device of the weights.
             dtype: Type of the weights.
             seed: Of the draw in training mode; None draws from torch's default generator.
         """
@@ -214,8 +192,7 @@ def make_router(
     context_dim: int | None,
     top_k: int = 2,
     eval_seed: int = 0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    **place: Unpack[Place],
 ) -> nn.Module:
     """Build the router that a setting names.
 
@@ -225,8 +202,7 @@ def make_router(
         context_dim: Width W of the context vector; None where nothing is learned.
         top_k: Experts per image for `"sparse"` and `"random"`.
         eval_seed: Seed of `"random"` in eval mode.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
+        **place: `device` and `dtype` of the parameters.
     """
     if routing == "uniform":
         return UniformRouter(num_experts)
@@ -234,5 +210,5 @@ def make_router(
         return RandomRouter(num_experts, top_k, eval_seed=eval_seed)
     assert context_dim is not None, "a learned router has a context"
     if routing == "sparse":
-        return SparseRouter(context_dim, num_experts, top_k, device=device, dtype=dtype)
-    return DenseRouter(context_dim, num_experts, device=device, dtype=dtype)
+        return SparseRouter(context_dim, num_experts, top_k, **place)
+    return DenseRouter(context_dim, num_experts, **place)

@@ -1,28 +1,29 @@
 """Packed batches: the tokens of all images one after another, without an axis for images.
 
-Shapes: B images, T tokens of all of them, N tokens of the longest, D embed_dim.
+Shapes: B images, T tokens of all images of a packed batch, N tokens of the longest image, D embed_dim.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 class Segments:
-    """Which tokens of a packed sequence belong to which image; each image's are contiguous.
+    """Which tokens of a packed sequence belong to which image; those of an image are contiguous.
 
     Args:
         lengths: Tokens of each image, in order.
-        device: Where the indices are put.
+        device: Device of the indices.
 
     Attributes:
         lengths: Tokens of each image.
         ids_T: The image that each token belongs to, shape `(T,)`.
-        mask_BN: True where `per_image` puts a token, shape `(B, N)`; None where all images are equally long.
+        mask_BN: True where `per_image` puts a token, shape `(B, N)`; None if all images are equally long.
 
     Example:
         >>> segments = Segments([2, 1])
@@ -34,12 +35,12 @@ class Segments:
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str | None = None) -> None:
         self.lengths = tuple(lengths)
-        # Built on the CPU, so that nothing waits for another device.
+        # Built on the CPU, without waiting for another device.
         lengths_B = torch.tensor(self.lengths, dtype=torch.long)
         longest = max(self.lengths, default=0)
         self.ids_T = torch.arange(len(self.lengths)).repeat_interleave(lengths_B).to(device)
         self.mask_BN: Tensor | None = None
-        self._places_T: Tensor | None = None  # of each token among the B * N of `per_image`
+        self._places_T: Any = None  # of each token among the B * N of `per_image`
         if any(length != longest for length in self.lengths):
             mask_BN = torch.arange(longest) < lengths_B[:, None]
             self.mask_BN = mask_BN.to(device)
@@ -55,14 +56,14 @@ class Segments:
         square: int = 1,
         extra: int = 0,
     ) -> Segments:
-        """Segments of images whose sizes are known.
+        """Make the segments of images of known sizes.
 
         Args:
             sizes: Sides of each image, such as (frames, height, width), shape `(B, sides)`.
-            unit: The length of a side that makes one token, such as the patch size where sides are pixels.
-            device: Where the indices are put.
-            square: Where sides count squares of tokens: how many tokens such a square is high and wide.
-            extra: Tokens that each image has besides, such as a class token.
+            unit: Length of a side per token, such as the patch size where sides are pixels.
+            device: Device of the indices.
+            square: Side in tokens of the squares that `sizes` counts.
+            extra: Additional tokens of each image, such as a class token.
 
         Example:
             >>> Segments.of_sizes([(28, 56), (14, 14)], unit=14).lengths
@@ -74,13 +75,13 @@ class Segments:
         return cls([math.prod(int(side) // unit for side in row) * square**2 + extra for row in rows], device)
 
     def merged(self, num_tokens: int) -> Segments:
-        """The images after neighbouring tokens of each were merged, equally many into one.
+        """Return the segments after equally many neighbouring tokens of each image were merged into one.
 
         Args:
-            num_tokens: How many tokens of all images are left.
+            num_tokens: Tokens of all images after merging.
 
         Returns:
-            Segments of so many tokens; itself if there are as many, or no such merging explains the number.
+            The segments; itself if the number is unchanged, or if no such merging explains it.
         """
         share, rest = divmod(self.num_tokens, num_tokens) if num_tokens else (1, 0)
         if share == 1 or rest or any(length % share for length in self.lengths):
@@ -97,14 +98,13 @@ class Segments:
         return sum(self.lengths)
 
     def to(self, device: torch.device) -> Segments:
-        """The same on a device; itself if it is there."""
+        """Return these segments on a device; itself if it is there already."""
         return self if self.ids_T.device == device else Segments(self.lengths, device)
 
     def per_image(self, tokens_TD: Tensor) -> Tensor:
-        """The tokens with an axis for images, shape `(B, N, D)`; zeros where `mask_BN` is False."""
+        """Give tokens an axis for images, shape `(B, N, D)`; zeros where `mask_BN` is False."""
         images, width = len(self), tokens_TD.shape[-1]
         if self.mask_BN is None:
             return tokens_TD.reshape(images, -1, width)
-        assert self._places_T is not None
         padded = tokens_TD.new_zeros(self.mask_BN.numel(), width).index_copy(0, self._places_T, tokens_TD)
         return padded.view(images, -1, width)

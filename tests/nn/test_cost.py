@@ -29,7 +29,7 @@ def build(routing, context, experts=5, top_k=2):
 
 
 @pytest.mark.parametrize(("routing", "context"), VARIANTS)
-def test_parameters(routing, context):
+def test_parameters_are_those_of_the_modules(routing, context):
     ffn, moe = build(routing, context)
     counted = count_parameters(
         embed_dim=D,
@@ -46,7 +46,7 @@ def test_parameters(routing, context):
 
 @pytest.mark.parametrize(("routing", "context"), VARIANTS)
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_flops(routing, context, top_k):
+def test_flops_are_those_that_the_modules_execute(routing, context, top_k):
     ffn, moe = build(routing, context, top_k=top_k)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         moe(torch.randn(B, N, D), torch.randn(B, C))
@@ -64,7 +64,7 @@ def test_flops(routing, context, top_k):
     assert B * counted.total == counter.get_total_flops()
 
 
-def test_the_parts_of_a_block_of_clip_l():
+def test_the_parts_of_a_block_of_clip_l_are_the_documented_ones():
     """The numbers that the documentation gives for CLIP-L/14, text width 768, 4 experts."""
     counted = count_parameters(embed_dim=1024, text_dim=768, ffn_parameters=8_393_728)
     assert (counted.experts, counted.image_refinement, counted.text_refinement) == (

@@ -11,7 +11,7 @@ from torch import nn
 from covft.errors import UnsupportedViTError
 from covft.nn.low_rank import LowRankExperts
 from covft.nn.router import Routing
-from tests.nn.test_fused import FFNS, D, E, one_by_one
+from tests.helpers.ffns import FFNS, D, E, one_by_one
 
 NAMES = ("mlp", "mlp without biases", "one bias", "gate first", "gate last", "halves last")
 

@@ -131,7 +131,7 @@ def test_weights_of_a_bfloat16_router_are_float32(make):
     torch.testing.assert_close(weights.sum(-1), torch.ones(7), rtol=0, atol=1e-6)
 
 
-def test_fixed_router__stands_in_for_any_other():
+def test_a_fixed_router_stands_in_for_any_other():
     from covft.nn import ContextualMoE
     from covft.testing import FixedRouter
 

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from covft.errors import ShapeError
 from covft.nn import ContextualMoE, Routing, Segments
-from tests.nn.test_moe import EXACT, VARIANTS, assert_same_gradients, feed_forward, gradients, naive, random_moe, shapes
+from tests.helpers.mixtures import (
+    EXACT,
+    VARIANTS,
+    assert_same_gradients,
+    feed_forward,
+    gradients,
+    naive,
+    random_moe,
+    shapes,
+)
 
 
 def test_tokens_find_their_image():
@@ -52,12 +61,12 @@ def test_a_tokens_decision_is_that_of_its_image():
     assert Routing(torch.rand(3, 4)).per_token(torch.tensor([0, 2])).expert_ids_BK is None
 
 
-def test_of_sizes__squares_of_tokens_and_tokens_besides():
+def test_sizes_may_count_squares_of_tokens_and_leave_out_additional_tokens():
     assert Segments.of_sizes(torch.tensor([[1, 2, 3], [2, 1, 1]]), square=2, extra=1).lengths == (25, 9)
     assert Segments.of_sizes([(32, 16), (8, 8)], 8, extra=2).lengths == (10, 3)
 
 
-def test_merged__every_image_keeps_its_share():
+def test_merging_divides_the_tokens_of_every_image_alike():
     segments = Segments([16, 8])
     assert segments.merged(6).lengths == (4, 2)
     assert segments.merged(12).lengths == (8, 4)

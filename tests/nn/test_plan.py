@@ -1,0 +1,127 @@
+"""Plans of FFNs: found by their form, checked by their values, and refused with a reason."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from covft.nn.fused import mix
+from covft.nn.plan import FFNPlan
+from tests.helpers.ffns import FFNS, HIDDEN, D, E, Halves, HalvesWithModule, QuickGELU, experts_like, one_by_one
+
+
+class OwnQuickGELU(nn.Module):
+    """Of another library, and not quite written like ours."""
+
+    def forward(self, x):
+        return torch.sigmoid(x * 1.702).mul(x)
+
+
+@pytest.mark.parametrize(
+    ("act", "scale"),
+    [(QuickGELU(), 1.702), (OwnQuickGELU(), 1.702), (nn.GELU(), 1), (nn.GELU(approximate="tanh"), 1), (nn.SiLU(), 1)],
+    ids=["quick", "quick of another library", "gelu", "tanh", "silu"],
+)
+def test_plan__knows_quick_gelu_by_its_values(act, scale):
+    ffn = nn.Sequential(nn.Linear(D, HIDDEN), act, nn.Linear(HIDDEN, D))
+    plan, _ = FFNPlan.of(ffn)
+    between = plan.between(ffn)
+    assert between.scale == scale
+    x = torch.randn(50, dtype=torch.float64)
+    assert torch.allclose(between(x), act(x), rtol=1e-12)
+    assert torch.allclose(between.scaled(scale * x) / scale, act(x), rtol=1e-12, atol=1e-14)
+
+
+def test_plan__an_activation_that_was_put_in_later_counts():
+    ffn = FFNS["one bias"]()
+    plan, _ = FFNPlan.of(ffn)
+    experts = experts_like(ffn)
+    for expert in experts:
+        expert[1] = nn.GELU()
+    x, weights = torch.randn(2, 3, D, dtype=torch.float64), torch.rand(2, E, dtype=torch.float64)
+    found = mix(x, weights, experts, plan, keep_pre_activations=False)
+    assert torch.allclose(found, one_by_one(x, weights, experts), rtol=1e-12, atol=1e-12)
+
+
+def test_plan__takes_no_part_of_the_random_numbers_and_changes_nothing():
+    ffn = FFNS["mlp"]()
+    before = {name: p.clone() for name, p in ffn.named_parameters()}
+    state = torch.get_rng_state()
+    FFNPlan.of(ffn)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[name]) for name, p in ffn.named_parameters())
+
+
+def test_plan__is_found_by_form_and_not_by_values():
+    ffn = HalvesWithModule(last=True)
+    with torch.no_grad():
+        for parameter in ffn.parameters():
+            parameter.zero_()
+    plan, _ = FFNPlan.of(ffn)
+    assert plan == FFNPlan(("w12",), "w3", "act", "gate_last_halves")
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(D, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, D)
+
+    def forward(self, x):
+        return 2 * self.fc2(self.act(self.fc1(x)))
+
+
+class Residual(Scaled):
+    def forward(self, x):
+        return x + self.fc2(self.act(self.fc1(x)))
+
+
+class NeedsMore(Scaled):
+    def forward(self, x, height):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+@pytest.mark.parametrize(
+    ("ffn", "reason"),
+    [
+        (Scaled(), "another form"),
+        (Residual(), "another form"),
+        (Halves(last=True), "another form"),  # its activation is nowhere to be found
+        (NeedsMore(), "tokens alone"),
+        (nn.Sequential(nn.Linear(D, HIDDEN), nn.GELU(), nn.Dropout(0.1), nn.Linear(HIDDEN, D)), "dropout"),
+        (nn.Sequential(nn.Linear(D, HIDDEN), nn.GELU(), nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, D)), "weights outside"),
+        (nn.Sequential(nn.Linear(D, HIDDEN), nn.PReLU(), nn.Linear(HIDDEN, D)), "weights outside"),
+        (nn.Sequential(nn.Conv2d(D, HIDDEN, 1), nn.GELU(), nn.Conv2d(HIDDEN, D, 1)), "another form"),
+        (nn.Sequential(nn.Linear(D, HIDDEN, device="meta"), nn.GELU(), nn.Linear(HIDDEN, D, device="meta")), "meta"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_plan__what_it_cannot_take_apart_it_names(ffn, reason):
+    plan, why = FFNPlan.of(ffn)
+    assert plan is None
+    assert reason in why
+
+
+def test_plan__does_not_apply_where_modules_have_to_run_themselves():
+    ffn = FFNS["mlp"]()
+    plan, _ = FFNPlan.of(ffn)
+    assert plan.applies_to(ffn)
+    handle = ffn[1].register_forward_hook(lambda *_: None)
+    assert not plan.applies_to(ffn)
+    handle.remove()
+    assert plan.applies_to(ffn)
+    assert not plan.applies_to(_with_norm(ffn))
+    other = copy.deepcopy(ffn)
+    other[0] = type("Adapter", (nn.Linear,), {})(D, HIDDEN)  # as peft and quantisation put there
+    assert not plan.applies_to(other)
+    sharded = copy.deepcopy(ffn)
+    sharded[0].weight.ds_id = 1
+    assert not plan.applies_to(sharded)
+
+
+def _with_norm(ffn):
+    twin = copy.deepcopy(ffn)
+    nn.utils.parametrizations.weight_norm(twin[0])
+    return twin
