@@ -54,7 +54,9 @@ class MLLMTrainingArguments(TrainingArguments):
     norms_lr: float | None = field(default=None, metadata={"help": "Learning rate of the tower's norms."})
     vision_lr: float | None = field(default=None, metadata={"help": "Learning rate of the rest of the tower."})
     projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
-    group_by_modality_length: bool = field(default=False, metadata={"help": "Batch rows of one modality and similar length."})
+    group_by_modality_length: bool = field(
+        default=False, metadata={"help": "Batch rows of one modality and similar length."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
