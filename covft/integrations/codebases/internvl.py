@@ -119,10 +119,6 @@ def texts_of_tiles(attachment: TowerAttachment, given: Mapping[str, Any]) -> tup
 
     Tiles are in the order of the rows; each real one has `num_image_token` placeholders in its row.
 
-    Args:
-        attachment: The model's attachment.
-        given: Arguments of `forward` or `generate`, by name.
-
     Raises:
         ShapeError: If tiles and placeholders do not add up, or the rows are packed.
         MissingContextError: If a row with images has no instruction.

@@ -43,11 +43,7 @@ class PrepareOverride(MethodOverride):
 
 
 class WithGradients:
-    """Replaces the forward of a module, without its decorators.
-
-    Args:
-        module: A module with a decorated `forward`, as `torch.no_grad()` decorates that of LLaVA's towers.
-    """
+    """Replaces the forward of a module without its decorators, such as `torch.no_grad()` of LLaVA's towers."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -136,10 +132,6 @@ def texts_of_images(attachment: TowerAttachment, given: Mapping[str, Any]) -> tu
 
     Their rule: each placeholder of a row takes the next entry of `images`. A row without placeholders takes one, too,
     and does not use it. An entry is an image or a stack of its crops or frames.
-
-    Args:
-        attachment: The model's attachment.
-        given: Arguments of their function, by name.
 
     Raises:
         ShapeError: If the rows take more or fewer images than there are.

@@ -55,7 +55,7 @@ def map_images(
     """Map the images of a batch.
 
     Args:
-        layout: How the model's images become rows of the tower's batch.
+        layout: As for `MLLMFamily`.
         model: The base model.
         given: Arguments of the call, by name: `pixel_values` with its sizes, `input_ids`.
         image_id: The placeholder of images, or of videos.

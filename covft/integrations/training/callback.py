@@ -43,12 +43,7 @@ MISSING = ("raise", "warn", "ignore")
 
 
 class TowerCallback(TrainerCallback):
-    """Logs the routing, checks the gradients of the first step and saves the tower of an attached model.
-
-    Args:
-        missing_gradients: Reaction to trained parameters without gradient: `"raise"`, `"warn"` or `"ignore"`.
-        per_layer: Whether to log figures of each adapted block, in addition to their means.
-    """
+    """Logs the routing, checks the gradients of the first step and saves the tower of an attached model."""
 
     fix = (
         "parameter.requires_grad_(False) for those that no loss depends on; for blocks after the hidden state that "
@@ -238,13 +233,7 @@ class SealCallback(TrainerCallback):
 
 
 def seal_when_all_have_written(args: Arguments, checkpoint: Path, step: int) -> None:
-    """Seal a checkpoint once every process has written its files.
-
-    Args:
-        args: The trainer's arguments.
-        checkpoint: Its folder.
-        step: The optimizer step.
-    """
+    """Mark a checkpoint complete, once every process has written its files."""
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()
@@ -253,14 +242,10 @@ def seal_when_all_have_written(args: Arguments, checkpoint: Path, step: int) -> 
 
 
 def refuse_reentrant(name: str, options: Any) -> None:
-    """Refuse reentrant activation checkpointing.
-
-    Args:
-        name: The trainer's argument.
-        options: Its value.
+    """Refuse options of activation checkpointing that ask for the reentrant kind.
 
     Raises:
-        ReentrantCheckpointError: If the options ask for it.
+        ReentrantCheckpointError: If they do.
     """
     if isinstance(options, dict) and options.get("use_reentrant"):
         raise ReentrantCheckpointError(

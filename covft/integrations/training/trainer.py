@@ -55,7 +55,7 @@ class MLLMTrainingArguments(TrainingArguments):
     vision_lr: float | None = field(default=None, metadata={"help": "Learning rate of the rest of the tower."})
     projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
     group_by_modality_length: bool = field(
-        default=False, metadata={"help": "Batch rows of one kind and similar length."}
+        default=False, metadata={"help": "Batch rows of one modality and similar length."}
     )
 
     def __post_init__(self) -> None:
