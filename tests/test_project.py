@@ -264,6 +264,24 @@ def test_folders_of_tests_are_those_of_the_package_or_in_the_readme():
     assert [name for name in sorted(folders - packages) if f"`tests/{name}`" not in readme] == []
 
 
+def test_no_test_module_imports_another_or_a_conftest():
+    """A module that runs under two names has two copies of its state; helpers are in tests/helpers."""
+    found = []
+    for path in modules_of_tests():
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                # What is imported from a package of tests may be a module.
+                own = node.level > 0 or (node.module or "").partition(".")[0] == "tests"
+                names = [node.module or "", *(alias.name for alias in node.names if own)]
+            else:
+                continue
+            parts = {part for name in names for part in name.split(".")}
+            found += [f"{path}: {part}" for part in sorted(parts) if part == "conftest" or part.startswith("test_")]
+    assert found == []
+
+
 def modules_of_tests():
     return sorted(path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py"))
 
