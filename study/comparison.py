@@ -125,7 +125,7 @@ def tune_on_instructions(comparison: Comparison, projector: dict[str, torch.Tens
         router_lr=settings.router_lr,
         seed=settings.seed,
     )
-    with timed(comparison.seconds, f"stage 2, {method}"), upper_blocks(vit, start):
+    with timed(comparison.seconds, f"stage 2 ({method})"), upper_blocks(vit, start):
         if encoder is not None:
             # fills the encoder's cache in one call
             examples = (*comparison.train.examples, *comparison.held_out.examples)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from study.inspection import Inspection
+from study.tasks import TASKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,6 +44,11 @@ def _plain(axes: object) -> None:
     axes.title.set_color(INK)
 
 
+def _in_order(tasks: list[str]) -> list[str]:
+    """Return each task once, in the order of the tables."""
+    return [task for task in TASKS if task in tasks]
+
+
 def scene_image(pixels: np.ndarray) -> str:
     """Draw a scene at three times its size."""
     from PIL import Image
@@ -69,6 +75,7 @@ def loss_curves(losses: dict[str, list[float]]) -> str:
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("step", fontsize=8, color=SOFT)
         axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if len(names) > 1:
             axes.legend(frameon=False, fontsize=8)
         _plain(axes)
@@ -77,7 +84,7 @@ def loss_curves(losses: dict[str, list[float]]) -> str:
 
 def expert_weights(inspection: Inspection) -> str:
     """Draw a heat map of tasks by experts for each adapted block."""
-    tasks = list(dict.fromkeys(inspection.tasks))
+    tasks = _in_order(inspection.tasks)
     figure = _figure(10, 0.32 * len(tasks) + 1.1)
     means = {
         layer: np.stack([weights.numpy()[[t == task for t in inspection.tasks]].mean(0) for task in tasks])
@@ -108,7 +115,7 @@ def context_map(inspection: Inspection) -> str:
     from matplotlib import colormaps
     from sklearn.decomposition import PCA
 
-    tasks = list(dict.fromkeys(inspection.tasks))
+    tasks = _in_order(inspection.tasks)
     colours = colormaps["tab10"].colors
     figure = _figure(10, 3.6)
     panels = np.ravel(figure.subplots(1, len(inspection.contexts)))

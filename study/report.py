@@ -33,7 +33,7 @@ th { font-weight: 600; color: var(--soft); font-size: 14px; }
 td:first-child, th:first-child { text-align: left; }
 tr.mean td { border-top: 2px solid var(--ink); border-bottom: 0; font-weight: 600; }
 td.best { font-weight: 700; } td.baseline { color: var(--soft); }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); gap: 14px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); gap: 14px; margin-top: 14px; }
 .scene { display: flex; gap: 18px; margin: 0; }
 .scene img { width: 170px; height: 170px; image-rendering: pixelated; border-radius: 8px; flex: none; }
 .scene dl { margin: 0; font-size: 14px; min-width: 0; } .scene dt { font-weight: 600; }
@@ -140,7 +140,7 @@ def _examples(report: Report, count: int = 8) -> str:
             for method, answers in report.answers.items():
                 mark = "good" if answers[i] == example.answer else "bad"
                 lines.append(f'<dd>{method}: <span class="{mark}">{escape(answers[i]) or "(nothing)"}</span></dd>')
-            if any(answers[i] != example.answer for answers in report.given.values()):
+            if any(answers[i] != example.answer for answers in report.answers.values()):
                 lines.append(f'<dd class="soft">correct: {escape(example.answer)}</dd>')
         image = figures.scene_image(report.scenes[scene].pixels)
         blocks.append(f'<div class="card scene"><img src="{image}" alt="scene {scene}"><dl>{"".join(lines)}</dl></div>')
@@ -154,8 +154,8 @@ def _examples(report: Report, count: int = 8) -> str:
 
 def _routing(inspection: Inspection) -> str:
     return (
-        "<h2>Expert weights</h2><p>Mean weight of each expert per task, in each adapted block. If all rows were "
-        "alike, the question would not matter.</p>"
+        "<h2>Expert weights</h2><p>Mean weight of each expert per task, in each adapted block. Identical rows "
+        "would mean that routing ignores the question.</p>"
         + _card(figures.expert_weights(inspection), "Expert weights per task and layer")
     )
 
@@ -177,7 +177,7 @@ def _foot(report: Report) -> str:
     if "backbone_relative_difference" in checks:
         lines.append(
             f"<p>{escape(NAME)}: wrapping changed its outputs by {checks['backbone_relative_difference']:.1e} "
-            f"relative; a few training steps lowered the loss from {checks['backbone_first_loss']:.2f} to "
+            f"relative; a few training steps took the loss from {checks['backbone_first_loss']:.2f} to "
             f"{checks['backbone_last_loss']:.2f}.</p>"
         )
     times = ", ".join(f"{escape(name)} {value:.0f} s" for name, value in report.result.seconds.items())
