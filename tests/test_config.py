@@ -1,8 +1,10 @@
-"""The settings: what is accepted, what is refused and how, and their JSON."""
+"""The settings: accepted and refused values, and their JSON."""
 
 import dataclasses
 import inspect
 import json
+import typing
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,9 @@ from hypothesis import strategies as st
 
 import covft
 from covft import CoVFTConfig
+from covft.config import Settings
 from covft.errors import ConfigError
+from tests.helpers.snapshots import assert_unchanged, snapshot
 
 
 @st.composite
@@ -53,10 +57,48 @@ def test_json_holds_plain_values_under_the_names_of_the_keywords():
     }
 
 
+@pytest.mark.parametrize("function", [covft.wrap, covft.attach])
+def test_signatures_show_every_field_with_its_type_and_default(function):
+    parameters = inspect.signature(function).parameters
+    fields, types = dataclasses.fields(CoVFTConfig), typing.get_type_hints(CoVFTConfig)
+    assert [parameters[field.name].default for field in fields] == [field.default for field in fields]
+    assert {field.name: parameters[field.name].annotation for field in fields} == types
+    assert all(parameters[field.name].kind is inspect.Parameter.KEYWORD_ONLY for field in fields)
+    assert (parameters["experts"].default, parameters["experts"].annotation) == (4, int)
+    assert "settings" not in parameters
+    assert not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    assert "experts: int = 4" in str(inspect.signature(function))
+
+
 def test_fields_are_the_keywords_of_wrap():
     keywords = [p for p in inspect.signature(covft.wrap).parameters.values() if p.kind is p.KEYWORD_ONLY]
     shown = {p.name: repr(p.default) for p in keywords if p.name not in ("config", "adapter")}
     assert shown == {field.name: repr(field.default) for field in dataclasses.fields(CoVFTConfig)}
+
+
+def test_keywords_for_editors_are_the_fields():
+    fields, keywords = (typing.get_type_hints(cls) for cls in (CoVFTConfig, Settings))
+    assert list(keywords) == list(fields)
+    assert not Settings.__required_keys__  # each may be left out
+    # Calls take any iterable of layers; a configuration keeps a tuple.
+    assert keywords.pop("layers") == Iterable[int] | None
+    assert fields.pop("layers") == tuple[int, ...] | None
+    assert keywords == fields
+
+
+def test_defaults_have_the_types_of_their_fields():
+    for name, kind in typing.get_type_hints(CoVFTConfig).items():
+        default = getattr(CoVFTConfig(), name)
+        assert type(default) in (kind, *typing.get_args(kind)), name
+
+
+@pytest.mark.parametrize("settings", [{"gate": 2}, {"num_experts": 4}, {"settings": {}}, {"Experts": 4}], ids=str)
+def test_unknown_settings_of_wrap_are_refused_before_anything_has_changed(settings):
+    vit = covft.testing.ToyViT()
+    before = snapshot(vit)
+    with pytest.raises(ConfigError, match=f"has no setting {next(iter(settings))}"):
+        covft.wrap(vit, 4, **settings)
+    assert_unchanged(vit, before)
 
 
 def test_layers_may_be_any_iterable_of_whole_numbers():
@@ -100,7 +142,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("settings", "problem", "expected", "got"), REFUSED)
-def test_what_cannot_work_is_refused(settings, problem, expected, got):
+def test_impossible_values_are_refused(settings, problem, expected, got):
     with pytest.raises(ConfigError) as caught:
         CoVFTConfig(**settings)
     assert problem in caught.value.problem
@@ -143,7 +185,7 @@ def test_a_file_is_checked_like_a_call():
         CoVFTConfig.from_json('{"experts": 0}')
 
 
-def test_what_follows_from_the_settings():
+def test_routing_and_context_decide_on_router_and_text():
     table = {
         ("dense", "cve"): (True, True),
         ("dense", "image"): (True, False),

@@ -36,21 +36,21 @@ def hash_encoder():
     return covft.testing.HashTextEncoder(TEXT_DIM)
 
 
-# Copies, pickles, compilers, types.
+# Copies, pickles, compilers, types
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))], ids=["copy", "pickle"])
 @pytest.mark.parametrize("name", KINDS)
 def test_twins__compute_the_same_and_share_nothing(name, twin_of):
     encoder, images, text = wrapped(name, routing="sparse")
-    kept = encoder.train()(images, text)  # leaves a record with a graph, which no copy can hold
+    kept = encoder.train()(images, text)  # leaves a record with a graph, which cannot be copied
     encoder.eval()
     twin = twin_of(encoder)
     assert torch.equal(features(twin(images, text)), features(encoder(images, text)))
     with torch.no_grad():
         next(twin.trainable_parameters()).add_(1.0)
     assert not torch.equal(features(twin(images, text)), features(encoder(images, text)))
-    # The twin's FFNs listen to the twin's own calls, and it can be unwrapped by itself.
+    # The twin's FFNs get their text from the twin's own calls, and it can be unwrapped by itself.
     with encoder.condition(text), pytest.raises(MissingContextError):
         twin(images)
     covft.unwrap(twin)
@@ -93,9 +93,9 @@ def test_compile__one_graph_and_the_same_numbers(name):
     assert torch._dynamo.utils.counters["graph_break"] == {}
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["encoder", "block"])
+@pytest.mark.parametrize("complete", [True, False], ids=["encoder", "block"])
 @pytest.mark.parametrize("routing", ["dense", "sparse"])
-def test_compile__new_texts_and_batch_sizes_are_no_new_graphs(routing, whole):
+def test_compile__new_texts_and_batch_sizes_need_no_new_graphs(routing, complete):
     import torch._dynamo.testing
 
     tower = BY_NAME["timm-clip"]
@@ -103,13 +103,13 @@ def test_compile__new_texts_and_batch_sizes_are_no_new_graphs(routing, whole):
     perturb(encoder)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    module = encoder if whole else encoder.slots()[1]
+    module = encoder if complete else encoder.slots()[1]
     compiled = torch.compile(module, backend=counter, fullgraph=True)
     # Sparse routing chooses rows by value.
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=routing == "sparse"):
         for batch in (2, 2, 3, 5, 4, 7):
             text = torch.randn(batch, TEXT_DIM)
-            if whole:
+            if complete:
                 images = tower.images(batch)
                 found, wanted = compiled(images, text), encoder(images, text)
             else:
@@ -162,7 +162,7 @@ def test_bfloat16_and_autocast__stay_finite(tower):
     assert all(w.dtype == torch.float32 for w in half.routing_weights().values())
 
 
-# Calling it.
+# Calls
 
 
 def test_call__by_keyword_and_by_condition():
@@ -229,7 +229,7 @@ def test_aux_loss__is_the_mean_over_layers_and_reaches_the_router():
     assert dense.aux_loss() == 0
 
 
-# Standing where the ViT stood.
+# In the place of the ViT
 
 
 def test_attributes__of_the_vit_answer_through_the_encoder():
@@ -252,7 +252,7 @@ def test_attributes__of_an_ffn_answer_from_expert_0():
         _ = slot.fc3
 
 
-def test_text_encoder__is_no_part_of_the_state():
+def test_text_encoder__is_not_part_of_the_state():
     class Frozen(nn.Module):
         name, text_dim = "frozen", TEXT_DIM
 
@@ -323,7 +323,7 @@ def test_gradient_checkpointing__saves_memory_and_can_be_switched_off(name):
     assert kept() == plain
 
 
-# Sharing it.
+# The Hub
 
 
 def test_push_to_hub__uploads_what_save_pretrained_writes(monkeypatch):

@@ -1,4 +1,4 @@
-"""The error tree: types, messages, and that errors cross process borders."""
+"""The error tree: types and messages; errors survive copies and pickles."""
 
 import copy
 import inspect
@@ -41,12 +41,12 @@ def test_each_error_is_ours_and_the_builtin(cls):
             raise cls("Nothing works.")
 
 
-def test_the_tree_in_the_docstring_is_the_one_in_the_code():
+def test_the_docstring_draws_every_error():
     for name, builtin in BUILTINS.items():
         assert f"─ {name}({builtin.__name__})" in errors.__doc__
 
 
-def test_the_message_says_what_was_asked_expected_got_and_what_to_do():
+def test_the_message_has_problem_expected_got_known_and_fix():
     error = errors.LayerIndexError(
         "layers=range(11, 30) asks for blocks this ViT does not have.",
         expected="indices in [-24, 23]",
@@ -63,7 +63,7 @@ def test_the_message_says_what_was_asked_expected_got_and_what_to_do():
     ]
 
 
-def test_only_what_is_known_is_printed():
+def test_missing_parts_are_not_printed():
     assert str(CoVFTError("No.")) == "No."
     assert str(CoVFTError("No.", got=0)) == "No.\n  Got:      0"
     assert str(CoVFTError("No.", got="")) == "No.\n  Got:      "

@@ -1,4 +1,4 @@
-"""The saved folder: written whole or not at all, and read with suspicion."""
+"""The saved folder: written completely or not at all, and checked when read."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ def save(path, number=1.0, card="# card"):
 
 
 def number_in(path):
-    """The number that a whole folder was saved with; its weights and its settings must agree."""
+    """Return the number that a folder was saved with; its weights and its settings must agree."""
     tensors, config = read_folder(path)
     numbers = {float(t.float().unique()) for t in tensors.values()} | {float(config["covft"]["experts"])}
     assert len(numbers) == 1
@@ -76,7 +76,7 @@ def test_an_edited_model_card_is_kept(tmp_path):
     assert number_in(tmp_path) == 2
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_file_is_not_a_folder(tmp_path):
     path = tmp_path / "file"
     path.write_text("text")
     with pytest.raises(CheckpointError, match="is a file"):
@@ -113,7 +113,7 @@ def crash_at(monkeypatch, place, call, *, torn=False):
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, crashing)
-        if torn:  # a killed process tidies nothing away
+        if torn:  # a killed process cleans nothing up
             patch.setattr(Path, "unlink", lambda *args, **kwargs: None)
         yield
 
@@ -124,7 +124,7 @@ POINTS += [(place, call) for place in ("replace", "fsync") for call in (1, 2, 3)
 
 @pytest.mark.parametrize("torn", [False, True])
 @pytest.mark.parametrize(("place", "call"), POINTS)
-def test_a_first_save_that_was_cut_short_is_no_save(tmp_path, monkeypatch, place, call, torn):
+def test_a_first_save_that_was_cut_short_is_not_a_save(tmp_path, monkeypatch, place, call, torn):
     with crash_at(monkeypatch, place, call, torn=torn), pytest.raises(Crash):
         save(tmp_path)
     with pytest.raises(CheckpointError, match="is not a saved covft encoder, or its saving was cut short"):
@@ -145,7 +145,7 @@ def test_a_later_save_that_was_cut_short_is_the_old_one_or_refused(tmp_path, mon
             save(tmp_path, 2.0)
         except Crash:
             crashed = True
-    if not crashed:  # the card is kept, so a later save has one file less to write
+    if not crashed:  # the card is kept, so a later save writes one file less
         assert number_in(tmp_path) == 2
         assert call == {"write_text": 2}.get(place, 3)
         return
@@ -158,7 +158,7 @@ def test_a_later_save_that_was_cut_short_is_the_old_one_or_refused(tmp_path, mon
     assert number_in(tmp_path) == 3
 
 
-def test_weights_that_fail_to_be_written_leave_the_old_save_whole(tmp_path, monkeypatch):
+def test_weights_that_cannot_be_written_leave_the_old_save_intact(tmp_path, monkeypatch):
     save(tmp_path, 1.0)
     with crash_at(monkeypatch, "save_file", 1, torn=True), pytest.raises(Crash):
         save(tmp_path, 2.0)
@@ -192,7 +192,7 @@ def test_weights_of_another_save_are_refused(tmp_path):
         read_folder(tmp_path / "one")
 
 
-def test_a_file_that_is_no_safetensors_is_refused_even_with_its_digest(tmp_path):
+def test_a_file_that_is_not_safetensors_is_refused_even_with_its_digest(tmp_path):
     save(tmp_path)
     (tmp_path / WEIGHTS).write_bytes(b"not tensors")
     config = json.loads((tmp_path / CONFIG).read_text())
@@ -203,7 +203,7 @@ def test_a_file_that_is_no_safetensors_is_refused_even_with_its_digest(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "problem"), [(WEIGHTS, "has no weights"), (CONFIG, "is not a saved covft encoder")])
-def test_a_missing_file_is_named_and_what_is_there_listed(tmp_path, name, problem):
+def test_a_missing_file_is_named_and_the_others_are_listed(tmp_path, name, problem):
     save(tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(CheckpointError, match=problem) as caught:
@@ -212,7 +212,7 @@ def test_a_missing_file_is_named_and_what_is_there_listed(tmp_path, name, proble
     assert CARD in caught.value.got
 
 
-def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="Got:      no such folder"):
         read_folder(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="Got:      an empty folder"):
@@ -251,7 +251,7 @@ def test_a_later_format_is_refused(tmp_path):
     assert "pip install --upgrade covft" in str(caught.value)
 
 
-def test_settings_that_a_later_minor_version_added_are_no_obstacle(tmp_path):
+def test_entries_that_a_later_version_added_are_ignored(tmp_path):
     save(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps({**config, "notes": "new"}))

@@ -93,7 +93,7 @@ def test_every_tower__is_written_as_it_was_and_the_adapted_weights_beside_it(nam
     assert all(torch.equal(tensor, adapted[key]) for key, tensor in encoder.adapted_state_dict().items())
 
 
-def test_tower__what_the_caller_trained_besides_is_saved_as_it_is(tmp_path):
+def test_tower__what_the_caller_trained_too_is_saved_as_it_is(tmp_path):
     encoder = wrapped("CLIPVisionModel")
     with torch.no_grad():
         encoder.vit.embeddings.class_embedding.add_(1)
@@ -137,7 +137,7 @@ def test_tower__copies_and_pickles_save_themselves(tmp_path):
     assert same(call(load(vit, tmp_path / "vit"), "CLIPVisionModel"), call(build("CLIPVisionModel"), "CLIPVisionModel"))
 
 
-def test_tower__after_unwrap_it_saves_as_ever(tmp_path):
+def test_tower__after_unwrap_it_saves_as_before(tmp_path):
     encoder = wrapped("CLIPVisionModel")
     vit: Any = covft.unwrap(encoder)
     assert "save_pretrained" not in vit.__dict__
@@ -157,7 +157,7 @@ def test_tower__a_process_that_is_not_the_main_one_writes_nothing(tmp_path):
 
 @pytest.fixture
 def uploaded(monkeypatch):
-    """Files that would have gone to a hub, by repository."""
+    """Files that would be uploaded, by repository."""
     from transformers.utils import hub
 
     seen: dict[str, set[str]] = {}
@@ -173,7 +173,7 @@ def uploaded(monkeypatch):
     return seen
 
 
-def test_tower__push_to_hub_takes_the_adapted_weights_along(uploaded, tmp_path):
+def test_tower__push_to_hub_uploads_the_adapted_weights_too(uploaded, tmp_path):
     vit: Any = wrapped("CLIPVisionModel").vit
     vit.push_to_hub("me/one")
     vit.save_pretrained(tmp_path / "two", push_to_hub=True)
@@ -206,7 +206,7 @@ def test_mllm__is_written_as_it_was_and_the_adapted_weights_beside_it(name, tmp_
     assert again.adapted_state_dict().keys() == encoder.adapted_state_dict().keys()
     for key, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, running[key]), key
-    # The model that was saved is what it was.
+    # The saved model itself has not changed.
     assert model.state_dict().keys() == running.keys()
 
 
@@ -220,7 +220,7 @@ def test_mllm__runtime_names_are_never_written(tmp_path):
     assert not (tmp_path / "main" / "covft").exists()
 
 
-def test_mllm__of_unwrapped_towers_saves_as_ever(tmp_path):
+def test_mllm__with_an_unwrapped_tower_saves_as_before(tmp_path):
     model = MLLMS["llava"].build()
     covft.unwrap(covft.wrap(model.model.vision_tower, TEXTS))
     model.save_pretrained(tmp_path, state_dict=model.state_dict())

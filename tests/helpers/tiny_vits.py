@@ -142,6 +142,34 @@ class Shared(nn.Module):
 SHARED = ViTFamily(name="shared", classes=(f"{__name__}.Shared",), library="tests")
 
 
+class TwoFFNs(nn.Module):
+    """Two blocks of two FFNs each, so that its FFNs have the indices 0 to 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(TwoFFNBlock() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class TwoFFNBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.norm = nn.Linear(D, D), nn.LayerNorm(D)
+        self.mlp2, self.mlp3 = LinearMlp(*linear_ffn()), LinearMlp(*linear_ffn())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x + self.attn(x))
+        y = y + self.mlp2(y)
+        return y + self.mlp3(y)
+
+
+TWO_FFNS = ViTFamily(name="two-ffns", classes=(f"{__name__}.TwoFFNs",), library="tests", mlp=("mlp2", "mlp3"))
+
+
 # An FFN in two halves
 
 

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 SIZE, PATCH, WIDTH, DEPTH = 32, 8, 32, 4
 TEXT_DIM = 16
-# Sides in patches of the images of packed towers, one after another.
+# Height and width, in patches, of the images of packed towers.
 GRIDS = [(4, 6), (2, 2), (4, 2)]
 
 
 @dataclass(frozen=True)
 class Tower:
-    """One entry: how to build the ViT, and what to feed it."""
+    """How to build a ViT, and inputs for it."""
 
     name: str
     build: Callable[[], nn.Module]
-    kwargs: dict[str, Any] = field(default_factory=dict)  # of the call, beside the images
+    kwargs: dict[str, Any] = field(default_factory=dict)  # of the call, in addition to the images
     padded: bool = False
     tiled: bool = False  # (rows, images, tiles, 3, H, W)
     sizes: str | None = None  # of packed towers: the argument that has the sides of each image
@@ -66,7 +66,7 @@ class Tower:
 
 
 def features(output: Any) -> Tensor:
-    """The tokens or the pooled vector that a ViT returned."""
+    """Return the tokens or the pooled vector of a ViT's output."""
     if isinstance(output, Tensor):
         return output
     return output.last_hidden_state
@@ -142,7 +142,7 @@ TOWERS = [
     Tower("timm-deit", _timm("deit_tiny_patch16_224")),
     Tower("timm-eva02", _timm("eva02_tiny_patch14_224")),
     Tower("timm-beit", _timm("beit_base_patch16_224")),
-    # Pixels of a patch are rows of their own; two FFNs in a block.
+    # Each patch is also a row of pixels; two FFNs in a block.
     Tower("timm-tnt", _timm("tnt_s_patch16_224", num_heads=None, num_heads_outer=4)),
     Tower("timm-naflex", _timm("naflexvit_base_patch16_gap", img_size=None)),
     Tower("open_clip-native", _open_clip(layers=DEPTH, width=WIDTH, head_width=8, patch_size=PATCH)),

@@ -44,7 +44,7 @@ def build(case: str, **settings: Any) -> covft.ContextEncoder:
 
 
 def oracle(encoder: covft.ContextEncoder, pixels: Tensor, text: Tensor, case: str) -> Tensor:
-    """One image after the other, whose experts' outputs are weighed by hand."""
+    """Compute one image after another, weighting the outputs of its experts by hand."""
     outputs = []
     for image, feature in zip(pixels.split(1), text.split(1), strict=True):
         x = encoder.vit.patches(image).flatten(2).transpose(1, 2)
@@ -164,7 +164,7 @@ class DropsImages(TinyViT):
         return torch.cat([self.blocks[0](x[:2]), x[2:]])
 
 
-def test_an_ffn_that_sees_a_part_of_the_batch_is_refused():
+def test_an_ffn_that_sees_part_of_the_batch_is_refused():
     vit = DropsImages(linear_ffn(), "BND", depth=1).double()
     encoder = covft.wrap(vit, TEXT_DIM, adapter=family("BND"), layers=[0])
     with pytest.raises(ShapeError, match="sees other rows than the images") as caught:
@@ -200,7 +200,7 @@ def test_statistics_of_batch_norms_are_kept_in_training():
     seen = {name: buffer.clone() for name, buffer in vit.named_buffers()}
     vit.train()
     x = torch.randn(3, 16, D, dtype=torch.float64)
-    with encoder.condition(texts()):  # by code that calls blocks itself
+    with encoder.condition(texts()):  # blocks called without the tower
         for block in vit.blocks:
             x = block(x)
     assert all(torch.equal(buffer, seen[name]) for name, buffer in vit.named_buffers())
@@ -209,7 +209,7 @@ def test_statistics_of_batch_norms_are_kept_in_training():
     assert all(module.training for module in norms)
 
 
-# One module in several places
+# One module under several names
 
 
 def test_a_shared_ffn_is_replaced_under_all_its_names():
@@ -269,7 +269,7 @@ def test_an_ffn_in_two_halves_is_one_ffn(residual):
     assert torch.equal(vit(x), plain)
 
 
-def test_halves_are_not_copied():
+def test_split_ffn__keeps_its_halves():
     first, second = Intermediate(), Output()
     whole = SplitFFN(first, second)
     assert whole.intermediate is first

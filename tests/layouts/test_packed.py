@@ -1,4 +1,4 @@
-"""Packed towers: the FFNs see all images as one sequence, and every image still has a text of its own."""
+"""Packed towers: the FFNs see all images as one sequence, and every image still has its own text."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_an_image_in_a_batch_is_the_image_alone(tower, settings):
         torch.testing.assert_close(output, together[number], **EXACT)
         for layer, own in batch.encoder.routing_weights().items():
             torch.testing.assert_close(own[0], weights[layer][number], **EXACT)
-    # Images and texts are so different that a mix-up would show.
+    # Images and texts differ so much that an exchange would show.
     assert all((one[0] - one[1]).abs().max() > 1e-3 for one in vectors.values())
 
 
@@ -108,7 +108,7 @@ def test_an_ffn_is_the_equations_image_by_image(tower):
 
 
 def test_windows__the_tower_takes_the_tokens_out_of_reading_order():
-    """Or the test of Qwen2.5-VL would say nothing about that."""
+    """Otherwise the tests of Qwen2.5-VL would not cover windows."""
     batch = Batch(BY_NAME["hf-qwen2.5-vl"])
     merger: list[Tensor] = []
     batch.encoder.vit.merger.register_forward_hook(lambda _, __, output: merger.append(output))
@@ -155,7 +155,7 @@ def test_videos__a_row_of_the_grid_is_one_image(name):
         torch.testing.assert_close(own, together[number], rtol=1e-5, atol=1e-5)
 
 
-def test_arguments__wherever_they_stand():
+def test_arguments__by_position_and_by_name():
     batch = Batch(BY_NAME["hf-qwen2-vl"])
     wanted = features(batch.encoder(batch.images, batch.texts, **batch.inputs))
     with batch.encoder.condition(batch.texts):
@@ -177,7 +177,7 @@ def test_one_text_for_all_images():
     assert all(torch.equal(x, y) for x, y in zip(one, many, strict=True))
 
 
-def test_what_does_not_fit_is_refused():
+def test_sizes_that_do_not_fit_are_refused():
     batch = Batch(BY_NAME["hf-qwen2-vl"])
     grid = batch.inputs["grid_thw"]
     with pytest.raises(ShapeError, match="3 images, but the text is for 1"):
@@ -196,7 +196,7 @@ def test_what_does_not_fit_is_refused():
         batch.encoder(batch.images, batch.texts[:2], grid_thw=grid)
 
 
-# What is known of them.
+# Adapters
 
 ALIKE = {
     "exaone4_5": (
@@ -210,7 +210,7 @@ ALIKE = {
 
 
 @pytest.mark.parametrize("model", ALIKE)
-def test_towers_that_are_built_alike(model):
+def test_towers_of_the_same_structure(model):
     name, options = ALIKE[model]
     module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
     kind = getattr(module, name)
@@ -228,7 +228,7 @@ def test_towers_that_are_built_alike(model):
     test_another_text_changes_its_image_alone(tower)
 
 
-def test_describe__says_how_images_are_packed():
+def test_describe__tells_how_images_are_packed():
     found = covft.describe(BY_NAME["hf-pixtral"].build()).input
     wanted = InputFormat(layout="1TD", prefix_tokens=0, sizes_argument="image_sizes", sizes_unit=PATCH)
     assert (found, found.is_packed) == (wanted, True)
@@ -239,7 +239,7 @@ def test_describe__says_how_images_are_packed():
 
 
 class Packed(nn.Module):
-    """A tower of somebody else: patches `(T, 8)` of images that are `sides[i]` points long."""
+    """A tower that covft does not know: patches `(T, 8)` of images that are `sides[i]` points long."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ class Packed(nn.Module):
         return patches
 
 
-def test_adapter__says_how_images_are_packed():
+def test_adapter__tells_how_images_are_packed():
     known = {"name": "mine", "classes": (f"{__name__}.Packed",), "library": "mine", "blocks": "layers", "mlp": "mlp"}
     with pytest.raises(UnsupportedViTError, match="one sequence, in a way that covft does not know"):
         covft.wrap(Packed(), TEXT_DIM, adapter=ViTFamily(**known))

@@ -1,4 +1,4 @@
-"""Padded towers: what stands where an image has no patch is nobody's context, and every image has a text of its own."""
+"""Padded towers: padding does not reach the context, and every image has its own text."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def test_an_image_in_a_batch_is_the_image_alone(name, settings):
     together = batch.run([0, 1, 2])
     assert batch.seen[0][0].shape[1] > min(LENGTHS)  # or nothing is padded
     weights, vectors = batch.encoder.routing_weights(), batch.encoder.context_vectors()
-    # Images and texts are so different that a mix-up would show.
+    # Images and texts differ so much that an exchange would show.
     assert all((own[1] - own[2]).abs().max() > 1e-3 for own in vectors.values())
-    # Phi-4 attends causally where nothing is padded, so there an image has other company instead of none.
+    # Phi-4 attends causally where nothing is padded, so there an image is compared in another batch, not alone.
     beside = [0] if name == "Phi4MultimodalVisionModel" else []
     for number in (1, 2):
         alone = batch.run([number, *beside])
@@ -87,7 +87,7 @@ def test_an_image_in_a_batch_is_the_image_alone(name, settings):
 
 
 @every_tower
-def test_what_the_padding_is_does_not_matter(name):
+def test_the_values_of_padding_do_not_matter(name):
     batch = Batch(name)
     args, kwargs = call(name, batch.encoder.vit, [0, 1, 2])
     mask, vectors = real_mask(kwargs), []
@@ -104,7 +104,7 @@ def test_what_the_padding_is_does_not_matter(name):
 
 
 def real_mask(kwargs: dict[str, Tensor]) -> Tensor:
-    """Where there is a patch, from the sizes of the images alone."""
+    """Mark the patches, from the sizes of the images alone."""
     if "patch_attention_mask" in kwargs:
         rows, columns = max(height for height, _ in GRIDS), max(width for _, width in GRIDS)
         mask = torch.zeros(3, rows, columns, dtype=torch.bool)
@@ -141,7 +141,7 @@ def test_an_ffn_is_the_equations_over_the_real_tokens(name):
 
 
 def test_a_mask_that_may_be_left_out():
-    """Pix2Struct and Kosmos-2.5 find their padding by themselves where no mask is given, and so is the context's."""
+    """Without a mask Pix2Struct and Kosmos-2.5 find their padding by themselves; so does the context."""
     batch = Batch("Kosmos2_5VisionModel")
     args, kwargs = call(batch.name, batch.encoder.vit, [0, 1, 2])
     batch.encoder(*args, batch.texts, **kwargs)
@@ -152,7 +152,7 @@ def test_a_mask_that_may_be_left_out():
 
 
 def test_lfm2_vl__the_tower_of_a_multimodal_llm():
-    """Its tower is SigLIP 2's, of which it hands on the real tokens."""
+    """Its tower is SigLIP 2's; it passes on the real tokens alone."""
     from transformers import Lfm2VlConfig, Lfm2VlForConditionalGeneration
 
     tower = build("Siglip2VisionModel").config
@@ -177,7 +177,7 @@ def test_lfm2_vl__the_tower_of_a_multimodal_llm():
         torch.testing.assert_close(features([number])[0], together[number], **EXACT)
 
 
-def test_a_tower_that_packs_only_now_and_then_says_that_it_cannot():
+def test_packed_calls_of_a_tower_that_also_takes_images_are_refused():
     """RADIO takes images, or all their patches as one sequence, in which no image would have a context of its own."""
     encoder = covft.wrap(build("RadioModel"), covft.testing.HashTextEncoder(TEXT_DIM))
     encoder(torch.randn(2, 3, 32, 32), "how many?")
@@ -185,7 +185,7 @@ def test_a_tower_that_packs_only_now_and_then_says_that_it_cannot():
         encoder(torch.randn(24, 3 * 8 * 8), "how many?", image_grid_hw=torch.tensor([[4, 4], [2, 4]]))
 
 
-def test_adapter__says_what_padding_is():
+def test_adapter__tells_what_padding_is():
     family = ViTFamily(
         name="mine/gemma4",
         classes=("transformers.models.gemma4.modeling_gemma4.Gemma4VisionModel",),

@@ -1,4 +1,4 @@
-"""A tower that sees rows of images of tiles (Mllama): one text per image, and padding has no say."""
+"""A tower that sees rows of images of tiles (Mllama): one text per image, and padding is ignored."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_an_ffn_is_the_equations_over_the_real_tokens():
     padded = x.shape[1] // 4
     assert x.shape[0] == 4
     assert padded == 24 > PATCHES  # the tower pads tiles to a multiple of 8
-    for number, tiles in enumerate([2, 1, 4, 4]):  # where all is padding, all counts
+    for number, tiles in enumerate([2, 1, 4, 4]):  # an image of padding alone counts all its tiles
         tokens = x[number].view(4, padded, -1)[:tiles, :PATCHES].flatten(0, 1)
         vector = oracle.context_vector("cve", slot.context, tokens, texts[number], 4, "gelu")
         weights = oracle.routing_weights(vector, slot.router.gate)

@@ -1,4 +1,4 @@
-"""feature_layer: blocks behind the features that are read do not run, and the features are the same."""
+"""feature_layer: the blocks after the hidden state that is read never run, and that hidden state is the same."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 import covft
 from covft.errors import ConfigError, LayerIndexError
 from covft.integrations import attach, detach, get_encoder
+from covft.surgery.skipping import run_all_blocks
 from tests.helpers.mllms import BY_NAME, Row
-from tests.helpers.towers import perturb
+from tests.helpers.tiny_vits import TWO_FFNS, D, TwoFFNs
+from tests.helpers.towers import BY_NAME as TOWERS
+from tests.helpers.towers import features, perturb
 
 TEXTS = covft.testing.HashTextEncoder(16)
 QUESTIONS = ["what is left of the cup?", "how many people are there?"]
@@ -34,7 +38,7 @@ def timm_vit():
 
 
 def runs_of(vit, blocks, call):
-    """What a call returns, and which blocks' attentions ran in it."""
+    """Return what a call returns, and the blocks whose attention ran in it."""
     seen, handles = [], []
     for index, block in enumerate(blocks):
         attention = next(child for name, child in block.named_children() if "attn" in name)
@@ -47,7 +51,7 @@ def runs_of(vit, blocks, call):
 
 
 @pytest.mark.parametrize("feature_layer", [-2, -3, 4, 6, -1])
-def test_transformers__features_are_the_same_and_the_rest_does_not_run(feature_layer):
+def test_transformers__features_are_the_same_and_later_blocks_do_not_run(feature_layer):
     plain = clip()
     other = copy.deepcopy(plain)
     images = torch.randn(2, 3, 32, 32)
@@ -71,7 +75,7 @@ def test_transformers__features_are_the_same_and_the_rest_does_not_run(feature_l
         assert seen == list(range(last + 1))
 
 
-def test_timm__features_are_the_same_and_the_rest_does_not_run():
+def test_timm__features_are_the_same_and_later_blocks_do_not_run():
     plain = timm_vit()
     other = copy.deepcopy(plain)
     images, depth = torch.randn(2, 3, 32, 32), len(plain.blocks)
@@ -80,14 +84,170 @@ def test_timm__features_are_the_same_and_the_rest_does_not_run():
     torch.manual_seed(0)
     short = covft.wrap(other, TEXTS, layers=[1, 2], feature_layer=-3)
 
-    def features(encoder):
+    def read(encoder):
         with encoder.condition(QUESTIONS):
             return encoder.vit.forward_intermediates(images, indices=[depth - 3], intermediates_only=True)[0]
 
     for _ in range(2):
-        found, seen = runs_of(other, other.blocks, lambda: features(short))
-        assert torch.equal(found, features(whole))
+        found, seen = runs_of(other, other.blocks, lambda: read(short))
+        assert torch.equal(found, read(whole))
     assert seen == list(range(depth - 2))
+
+
+# A skipped block never runs, not even in the first call
+
+
+class NeverRuns(nn.Module):
+    def forward(self, *args, **kwargs):
+        raise AssertionError("a skipped block ran")
+
+
+SKIPPED = ["hf-clip", "hf-siglip", "hf-dinov2", "hf-internvl", "timm-clip"]
+every_tower = pytest.mark.parametrize("name", SKIPPED)
+
+
+def skipping(name, twin_of=lambda encoder: encoder, **settings):
+    """A tower without its last block, which raises an error if it runs, and images for it."""
+    encoder = covft.wrap(TOWERS[name].build().eval(), TEXTS, feature_layer=-2, **settings)
+    perturb(encoder)
+    encoder = twin_of(encoder)
+    encoder.set_text_encoder(TEXTS)
+    block = encoder.vit.get_submodule(encoder.spec.blocks[-1].path)
+    for child, _ in list(block.named_children()):
+        setattr(block, child, NeverRuns())
+    return encoder, block, TOWERS[name].images(2)
+
+
+def outputs_of(vit, images):
+    """The hidden states and all other outputs of a call, by name."""
+    if hasattr(vit, "forward_intermediates"):
+        tokens, states = vit.forward_intermediates(images)
+        return {"hidden_states": states, "tokens": tokens, "output": vit(images)}
+    return dict(vit(images, output_hidden_states=True))
+
+
+def answers(encoder, images):
+    with encoder.condition(QUESTIONS):
+        found = outputs_of(encoder.vit, images)
+    assert len(found["hidden_states"]) >= encoder.spec.depth
+    return found
+
+
+def assert_close(found, wanted, names=None, **tolerance):
+    assert found.keys() == wanted.keys()
+    for name in wanted.keys() if names is None else names:
+        torch.testing.assert_close(found[name], wanted[name], **tolerance)
+
+
+def test_never_runs__the_probe_notices_a_block_that_runs():
+    encoder, _, images = skipping("hf-clip")
+    run_all_blocks(encoder.vit)
+    with pytest.raises(AssertionError, match="a skipped block ran"):
+        answers(encoder, images)
+
+
+@every_tower
+def test_never_runs__first_and_second_call_are_equal(name):
+    encoder, _, images = skipping(name)
+    assert_close(answers(encoder, images), answers(encoder, images), rtol=0, atol=0)
+
+
+class Identity(nn.Module):
+    """Stands where a block stood."""
+
+    attention_type = None
+
+    def forward(self, tokens, *args, **kwargs):
+        return tokens
+
+
+@pytest.mark.parametrize("feature_layer", [-2, -3])
+@every_tower
+def test_never_runs__other_outputs_come_from_the_hidden_state_that_is_read(name, feature_layer):
+    vit = TOWERS[name].build().eval()
+    plain, images = copy.deepcopy(vit), TOWERS[name].images(2)
+    encoder = covft.wrap(vit, TEXTS, feature_layer=feature_layer)
+    for block in encoder.spec.blocks[feature_layer + 1 :]:
+        plain.set_submodule(block.path, Identity())
+    wanted = outputs_of(plain, images)
+    for _ in range(2):
+        assert_close(answers(encoder, images), wanted, wanted.keys() - {"hidden_states"}, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@every_tower
+def test_never_runs__in_training(name, checkpointing):
+    encoder, _, images = skipping(name)
+    encoder.train()
+    if checkpointing:
+        encoder.gradient_checkpointing_enable()
+    for _ in range(2):
+        encoder.zero_grad()
+        answers(encoder, images)["hidden_states"][-1].square().sum().backward()
+        assert all(p.grad is not None for slot in encoder.slots().values() for p in slot.parameters())
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["before-a-call", "after-a-call"])
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))], ids=["copy", "pickle"])
+@every_tower
+def test_never_runs__in_a_copy(name, twin_of, called):
+    originals = []
+
+    def made(encoder):
+        originals.append(encoder)
+        if called:
+            encoder(TOWERS[name].images(2), QUESTIONS)  # hidden states would leave hooks that cannot be pickled
+        return twin_of(encoder)
+
+    twin, block, images = skipping(name, made)
+    assert vars(block)["forward"].owner is block
+    for _ in range(2):
+        assert_close(answers(twin, images), answers(originals[0], images), rtol=0, atol=0)
+
+
+@every_tower
+def test_never_runs__compiled(name):
+    encoder, _, images = skipping(name)
+    twin, text = copy.deepcopy(encoder), encoder.encode_text(QUESTIONS)
+    torch._dynamo.reset()
+    compiled = torch.compile(encoder, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(features(compiled(images, text)), features(twin(images, text)))
+
+
+def test_never_runs__but_for_its_form_where_the_block_before_it_is_of_another_class():
+    vit = TOWERS["timm-clip"].build()
+
+    class Other(type(vit.blocks[3])):
+        """The class of the last block alone."""
+
+    vit.blocks[3].__class__ = Other
+    encoder, ran = covft.wrap(vit, TEXTS, feature_layer=-2), []
+    vit.blocks[3].norm1.register_forward_hook(lambda *_: ran.append(torch.is_grad_enabled()))
+    images = TOWERS["timm-clip"].images(2)
+    assert torch.equal(encoder(images, QUESTIONS), encoder(images, QUESTIONS))
+    assert ran == [False]  # once, without gradients
+
+
+@pytest.mark.parametrize(("feature_layer", "skipped"), [(-1, []), (-2, []), (-3, [1]), (-4, [1])])
+def test_two_ffns_in_a_block__the_block_that_is_read_runs(feature_layer, skipped):
+    vit = TwoFFNs().eval()
+    encoder = covft.wrap(vit, 16, adapter=TWO_FFNS, layers=[0], feature_layer=feature_layer)
+    assert encoder.spec.depth == 4
+    assert [index for index, block in enumerate(vit.blocks) if "forward" in vars(block)] == skipped
+    for index in skipped:
+        for child, _ in list(vit.blocks[index].named_children()):
+            setattr(vit.blocks[index], child, NeverRuns())
+    x = torch.randn(2, 5, D)
+    one, other = (encoder(x, torch.ones(2, 16)) for _ in range(2))
+    assert torch.equal(one, other)
+    with encoder.condition(torch.ones(2, 16)):
+        wanted = vit.blocks[0](x)
+        assert torch.equal(one, wanted if skipped else vit.blocks[1](wanted))
+
+
+# Training
 
 
 def test_gradients__are_the_same_with_checkpointing_and_without():
@@ -125,7 +285,7 @@ def test_unwrap__runs_all_blocks_again():
     assert all("forward" not in vars(module) for module in vit.modules())
 
 
-def test_copies_and_pickles__leave_out_their_own_blocks():
+def test_copies_and_pickles__skip_their_own_blocks():
     encoder = covft.wrap(clip(), TEXTS, feature_layer=-2)
     twin = copy.deepcopy(encoder)
     again = pickle.loads(pickle.dumps(encoder))
