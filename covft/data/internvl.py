@@ -141,7 +141,7 @@ class InternVLRows:
             self._stores.append(stores.get(entry.name) or (ImageFolder(entry.root) if entry.root else None))
             if entry.length is not None and entry.length != len(records):
                 warnings.warn(
-                    f"{entry.name!r} has {entry.length} rows in the meta file, {len(records)} in {entry.annotation}.",
+                    f"The meta file gives {entry.name!r} {entry.length} rows; {entry.annotation} has {len(records)}.",
                     UserWarning,
                     stacklevel=2,
                 )

@@ -9,8 +9,8 @@ from covft.data import CHAT_TEMPLATES, answer_spans, encode_conversation, instru
 from covft.data.broken import DataError
 from covft.data.conversation import label_spans
 from covft.errors import ConfigError
-from tests.data.conftest import RECORDS, build_tokenizer, talk
-from tests.data.templates import TEMPLATES, expected
+from tests.helpers.chat_templates import TEMPLATES, expected
+from tests.helpers.data import RECORDS, build_tokenizer, talk
 
 
 def token_bytes(tokenizer, token_id):

@@ -9,7 +9,7 @@ import pytest
 
 from covft.data import ConversationDataset, DataError, DatasetsRows, ImageText, LlavaRows
 from covft.errors import ConfigError
-from tests.data.conftest import RECORDS, build_tokenizer, to_tensor
+from tests.helpers.data import RECORDS, build_tokenizer, to_tensor
 
 
 @pytest.fixture

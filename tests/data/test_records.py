@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from covft.data import DataError, JsonRecords
 from covft.errors import ConfigError
-from tests.data.conftest import RECORDS, write
+from tests.helpers.data import RECORDS, write
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8),

@@ -3,7 +3,6 @@
 import io
 import json
 import pickle
-import tarfile
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from PIL import Image
 
 from covft.data import DataError, ImageFolder, InternVLRows, LlavaRows, MetaEntry, TarImages, parse_row, read_meta
 from covft.errors import ConfigError
-from tests.data.conftest import RECORDS, photograph, talk, write
+from tests.helpers.data import RECORDS, pack, photograph, talk, write
 
 # ------------------------------------------------------------------------------------------------ LLaVA
 
@@ -183,7 +182,7 @@ def test_meta_files_that_cannot_work(meta, changes, error, why):
 
 
 def test_a_wrong_length_is_told(meta):
-    with pytest.warns(UserWarning, match="says .text. has 5 rows; .*b.jsonl has 4"):
+    with pytest.warns(UserWarning, match=r"gives 'text' 5 rows; .*b\.jsonl has 4"):
         InternVLRows(meta(text={"length": 5}))
 
 
@@ -204,13 +203,6 @@ def test_shards_instead_of_a_root(meta, folder):
 
 
 # ----------------------------------------------------------------------------------------------- images
-
-
-def pack(folder, names, shard="0.tar", prefix="", mode="w"):
-    with tarfile.open(folder / shard, mode) as tar:
-        for name in names:
-            tar.add(folder / "images" / name, prefix + name)
-    return folder / shard
 
 
 def test_shards_hold_what_the_folder_holds(folder):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from covft.data import DynamicTiling, NoTiling, PadToSquare, pad_to_square, tile_grid, tile_image
 from covft.errors import ConfigError
-from tests.data.conftest import photograph
+from tests.helpers.data import photograph
 
 
 def by_trying(width, height, low, high, size):

@@ -8,6 +8,9 @@ from typing import NamedTuple
 CORPUS = [
     "what is left of the cup? a dog and a red ball. how many people are there, and where do they stand?",
     "USER: ASSISTANT: user assistant system model [INST] [/INST] <<SYS>> <</SYS>> You are a helpful assistant.",
+    "A chat between a curious user and an assistant. USER: What is left of the cup? ASSISTANT: A spoon.",
+    "Describe the image in detail. The red dog stands on two legs, and it is raining.\nsystem user assistant",
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
 ]
 
 
@@ -124,17 +127,19 @@ def _byte_level(specials: list[str]):
 
 
 def _sentence_piece(specials: list[str]):
-    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    """Built like Llama's: each stretch of text gets a blank in front, and blanks belong to the next word."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     all_bytes = [f"<0x{value:02X}>" for value in range(256)]
     tokenizer.train_from_iterator(
         CORPUS,
-        trainers.BpeTrainer(vocab_size=440, special_tokens=["<unk>", *all_bytes, *specials], show_progress=False),
+        trainers.BpeTrainer(vocab_size=520, special_tokens=["<unk>", *all_bytes, *specials], show_progress=False),
     )
     return tokenizer
 

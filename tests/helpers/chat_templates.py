@@ -1,4 +1,4 @@
-"""Chat templates as the models' tokenizers carry them, and by hand what each must make of a conversation.
+"""Chat templates of published tokenizers, and the text that each must write, derived by hand.
 
 `expected(name, messages)` is written without Jinja and without covft: pieces of text, and whether each is learned.
 """
@@ -63,13 +63,13 @@ INTERNLM_2 = (
 
 # name: (template, kind of tokenizer, bos, eos, other special tokens)
 TEMPLATES = {
-    "vicuna": (VICUNA, "sentencepiece", "<s>", "</s>", []),
-    "llama_2": (LLAMA_2, "sentencepiece", "<s>", "</s>", []),
-    "mistral": (MISTRAL, "sentencepiece", "<s>", "</s>", ["[INST]", "[/INST]"]),
-    "llama_3": (LLAMA_3, "bytes", "<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
-    "qwen_2": (QWEN_2, "bytes", None, "<|im_end|>", ["<|im_start|>", "<|endoftext|>"]),
-    "phi_3": (PHI_3, "sentencepiece", "<s>", "<|endoftext|>", ["<|user|>", "<|assistant|>", "<|end|>", "<|system|>"]),
-    "internlm_2": (INTERNLM_2, "sentencepiece", "<s>", "</s>", ["<|im_start|>", "<|im_end|>"]),
+    "vicuna": (VICUNA, "sentence-piece", "<s>", "</s>", []),
+    "llama_2": (LLAMA_2, "sentence-piece", "<s>", "</s>", []),
+    "mistral": (MISTRAL, "sentence-piece", "<s>", "</s>", ["[INST]", "[/INST]"]),
+    "llama_3": (LLAMA_3, "byte-level", "<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
+    "qwen_2": (QWEN_2, "byte-level", None, "<|im_end|>", ["<|im_start|>", "<|endoftext|>"]),
+    "phi_3": (PHI_3, "sentence-piece", "<s>", "<|endoftext|>", ["<|user|>", "<|assistant|>", "<|end|>", "<|system|>"]),
+    "internlm_2": (INTERNLM_2, "sentence-piece", "<s>", "</s>", ["<|im_start|>", "<|im_end|>"]),
 }
 
 
