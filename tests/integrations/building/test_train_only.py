@@ -63,6 +63,6 @@ def test_a_model_that_reads_the_last_state_trains_all_of_its_tower():
     from covft.testing import tiny_llava
 
     model = tiny_llava().model
-    model.config.vision_feature_layer = None  # as in models that have no such setting
+    model.config.vision_feature_layer = -1
     counts = train_only(model, ["vision"])
     assert counts["vision"] == sum(p.numel() for p in model.model.vision_tower.parameters())
