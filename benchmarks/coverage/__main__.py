@@ -1,4 +1,4 @@
-"""Check every ViT of a library, in batches that can be interrupted, and write what was found.
+"""Wraps every ViT of a library, in batches that can be interrupted, and writes the results.
 
 python -m benchmarks.coverage timm|open_clip|transformers|all
 """
@@ -17,11 +17,11 @@ from covft.adapters.coverage import LIBRARIES
 
 
 def main() -> None:
-    """Run the checks that are missing for the installed versions, then write the table and the page."""
+    """Run the missing checks for the installed versions, then write the table and the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__)
     parser.add_argument("library", choices=[*LIBRARIES, "all"])
-    parser.add_argument("--batch", type=float, default=300, help="seconds after which a new process goes on")
-    parser.add_argument("--fresh", action="store_true", help="forget what was found before")
+    parser.add_argument("--batch", type=float, default=300, help="seconds after which a new process takes over")
+    parser.add_argument("--fresh", action="store_true", help="discard earlier results")
     parser.add_argument("--page", action="store_true", help="run nothing, only write the table and the page")
     arguments = parser.parse_args()
     page.RESULTS.mkdir(exist_ok=True)
@@ -32,12 +32,12 @@ def main() -> None:
 
 
 def sweep(library: str, batch: float, *, fresh: bool) -> None:
-    """Check what has no result yet, batch by batch; each is a process of its own, whose memory ends with it.
+    """Check the models without a result, batch by batch, each in its own process to free its memory.
 
     Args:
         library: The library.
         batch: Seconds of a batch.
-        fresh: Whether to start anew. Results for another version of the library are never kept.
+        fresh: Whether to discard earlier results. Those for another version of the library are always discarded.
     """
     installed, known = metadata.version(page.DISTRIBUTIONS[library]), page.versions()
     file = page.results_file(library)

@@ -1,4 +1,4 @@
-"""One batch of checks: those that a file of results does not have yet, as far as the time goes."""
+"""Runs one batch of checks: models without a result, until the time is up."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from benchmarks.coverage.check import Result
 
 
 def options(description: str | None, *, sized: bool = True) -> argparse.ArgumentParser:
-    """What every library's command takes.
+    """Return the options of every library's command.
 
     Args:
         description: Of the command.
-        sized: Whether models may be too large to be run.
+        sized: Whether models may be too large to run.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines")
@@ -34,12 +34,12 @@ def options(description: str | None, *, sized: bool = True) -> argparse.Argument
 def run(
     arguments: argparse.Namespace, names: Iterable[str], check: Callable[[str], dict[str, Any]], key: str = "name"
 ) -> None:
-    """Check what has no result yet, and append a line for each.
+    """Check the models without a result, and append a line for each.
 
     Args:
-        arguments: As `options` parses them.
-        names: What there is to check.
-        check: Makes the line of one.
+        arguments: As parsed by `options`.
+        names: Models to check.
+        check: Returns the line of a model.
         key: The field of a line that holds the name.
     """
     torch.set_num_threads(1)
@@ -60,11 +60,11 @@ def run(
 
 
 def with_two_blocks(whole: Result, shallow: Result) -> Result:
-    """What was found of a model as a whole on the meta device, completed by two of its blocks that were run.
+    """Complete the result of a full model on the meta device with that of two of its blocks, which were run.
 
     Args:
-        whole: Found on the meta device; changed in place.
-        shallow: Found of the model with two blocks.
+        whole: Of the full model; changed in place.
+        shallow: Of the model with two blocks.
     """
     whole.change, whole.ffn_change = shallow.change, shallow.ffn_change
     whole.missing_gradients, whole.device = shallow.missing_gradients, "meta, and two blocks on the cpu"

@@ -1,4 +1,4 @@
-"""Does covft.wrap do to one ViT what it promises: nothing at the start, and a gradient for everything it added?"""
+"""Checks covft.wrap on one ViT: the output is unchanged at the start, and every added parameter gets a gradient."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from covft.errors import UnknownViTError, UnsupportedViTError
 from covft.testing import HashTextEncoder
 
 TOLERANCE = 1e-4
-FFN_TOLERANCE = 1e-3  # rounding adds up on the way to the last one
+FFN_TOLERANCE = 1e-3  # rounding accumulates up to the last one
 TEXT_DIM = 16
 EXPERTS = 2
 
-# The arguments and the keywords of a call of the ViT on so many images.
+# Maps a number of images to the arguments and keywords of a call of the ViT.
 MakeInputs = Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @dataclass
 class Result:
-    """What was found for one ViT.
+    """The result for one ViT.
 
     Attributes:
         name: Name of the model in its library.
         library: `timm`, `open_clip` or `transformers`.
         class_name: Class of the model.
-        verdict: `"wrapped"`, `"refused"` (with an error of covft that says why) or `"failed"`.
+        verdict: `"wrapped"`, `"refused"` (with an error of covft that explains it) or `"failed"`.
         reason: Why it was refused or failed.
-        num_blocks: Blocks that covft found; all of them are adapted.
+        num_blocks: Number of blocks found, all of which are adapted.
         layouts: Layouts of the tokens at their FFNs, sorted.
-        device: `"cpu"`, or `"meta"` where shapes and the existence of gradients were checked, not numbers; it also says
-            where some blocks of the model were run as well.
-        change: Relative change of the output by wrapping, in eval mode and float32; None where nothing was computed.
-        ffn_change: The same for what the FFNs return, the largest; a block may scale it down to next to nothing.
+        device: `"cpu"`, or `"meta"` if only shapes and the existence of gradients were checked; it also tells where
+            some blocks of the model were run.
+        change: Relative change of the output by wrapping, in eval mode and float32; None if nothing was computed.
+        ffn_change: The same for the outputs of the FFNs, the largest; a block may scale them down to nearly zero.
         missing_gradients: Names of parameters of experts, routers and contexts without a gradient.
         seconds: Time of the check.
     """
@@ -57,7 +57,7 @@ class Result:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the fields for JSON."""
         return asdict(self)
 
 
@@ -72,23 +72,23 @@ def check(
     layers: Any = None,
     gradients: bool = True,
 ) -> Result:
-    """Wrap all blocks of a ViT, see that its output stays and that all that was added learns, and unwrap it.
+    """Wrap all blocks of a ViT, check its output and the gradients of all added parameters, and unwrap it.
 
-    Parameters of the ViT that start at zero (a gate, the last weight of a branch) are drawn at random before, because
-    they hide whatever stands behind them.
+    Parameters of the ViT that start at zero (a gate, the last weight of a branch) are randomised first, because they
+    would hide everything after them.
 
     Args:
-        vit: The model, in float32, on the CPU or as a whole on the meta device.
-        make_inputs: The arguments and the keywords of a call on so many images.
+        vit: The model, in float32, on the CPU or entirely on the meta device.
+        make_inputs: Returns the arguments and keywords of a call on a number of images.
         name: Name of the model.
         library: Of the model.
-        images: How many images are run; there is one text for each.
-        adapter: How the ViT is built, if covft does not know.
-        layers: Which blocks are adapted; None takes all.
-        gradients: Whether gradients are looked at.
+        images: Number of images, each with a text.
+        adapter: Describes the ViT, if no registered adapter does.
+        layers: Indices of the adapted blocks; None takes all.
+        gradients: Whether to check gradients.
 
     Returns:
-        What was found. Nothing is raised for a model that cannot be wrapped.
+        The result, also for a model that cannot be wrapped.
     """
     start = time.perf_counter()
     device = next((p.device.type for p in vit.parameters()), "cpu")
@@ -97,7 +97,7 @@ def check(
         _check(result, vit, make_inputs, images, adapter, layers, gradients)
     except (UnknownViTError, UnsupportedViTError) as error:
         result.verdict, result.reason = "refused", str(error)
-    except Exception as error:  # a sweep tells of every model, whatever it does
+    except Exception as error:  # a sweep reports every model, whatever it raises
         result.verdict, result.reason = "failed", f"{type(error).__name__}: {str(error)[:1000]}"
     result.seconds = round(time.perf_counter() - start, 3)
     return result
@@ -170,7 +170,7 @@ def _apart(x: Tensor, y: Tensor) -> float:
 
 
 class _Recorder:
-    """Keeps what the FFNs return, and sees in which order they run."""
+    """Records the outputs of the FFNs and the order in which they run."""
 
     def __init__(self, vit: nn.Module, spec: covft.adapters.ViTSpec) -> None:
         self.modules = [vit.get_submodule(block.output_path or block.mlp_path) for block in spec.blocks]
@@ -178,7 +178,7 @@ class _Recorder:
         self.ran: dict[int, None] = {}
 
     def problems(self) -> list[str]:
-        """What does not fit the description."""
+        """Return the differences from the description."""
         order = [id(module) for module in self.modules]
         if set(self.ran) != set(order):
             return [f"{len(set(order) - set(self.ran))} of the FFNs did not run"]
@@ -200,9 +200,9 @@ class _Recorder:
 def _gradients(
     result: Result, encoder: covft.ContextEncoder, call: Callable[[], Any], texts: list[str], generator: torch.Generator
 ) -> list[str]:
-    """Move what was added from its start, run once, and see what has no gradient."""
+    """Perturb the added parameters, run once, and find those without a gradient."""
     slots = encoder.slots()
-    single: set[str] = set()  # attention whose query meets a single token: what it weighs cannot matter
+    single: set[str] = set()  # attention over a single token, whose scores cannot matter
     handles = []
     added: dict[str, nn.Parameter] = {}
     for layer, slot in slots.items():
@@ -237,7 +237,7 @@ def _gradients(
 
 
 class _Watch:
-    """Notes an attention that is called with one token per image."""
+    """Records attention modules that are called with one token per image."""
 
     def __init__(self, name: str, found: set[str]) -> None:
         self.name, self.found = name, found
@@ -248,7 +248,7 @@ class _Watch:
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
-    """All floating-point tensors of a ViT's output, however deep."""
+    """Yield all floating-point tensors of a ViT's output, at any depth."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output

@@ -1,4 +1,4 @@
-"""Wrap the image tower of every open_clip config: `python benchmarks/coverage/open_clip_models.py --out out.jsonl`.
+"""Wraps the image tower of every open_clip config: `python benchmarks/coverage/open_clip_models.py --out out.jsonl`.
 
 Towers are built from open_clip's own configs, without their text side. Those of up to `--largest` million parameters
 are run, on the smallest images that they take; larger ones are checked on the meta device, and run with two blocks
@@ -25,7 +25,7 @@ _SIZES = (64, 96, 112, 128, 160, 192, 224, 256)
 
 
 def build(name: str, device: str, **vision: Any) -> nn.Module:
-    """The image tower of a config, with random weights."""
+    """Build the image tower of a config with random weights."""
     config = open_clip.get_model_config(name)
     assert config is not None
     options = {**config["vision_cfg"], "timm_model_pretrained": False, **vision}
@@ -34,7 +34,7 @@ def build(name: str, device: str, **vision: Any) -> nn.Module:
 
 
 def smallest_input(name: str) -> int:
-    """The length of a side of the smallest images that a tower takes."""
+    """Return the side of the smallest images that a tower takes."""
     config = open_clip.get_model_config(name)
     assert config is not None
     own = config["vision_cfg"].get("image_size", 224)
@@ -78,7 +78,7 @@ def check_model(name: str, largest: int) -> Result:
 
 
 def main() -> None:
-    """Check the towers that the output file does not have yet."""
+    """Check the towers that are missing from the output file."""
     arguments = batch.options(__doc__).parse_args()
     largest = arguments.largest * 10**6
     batch.run(arguments, open_clip.list_models(), lambda name: check_model(name, largest).to_dict())

@@ -1,4 +1,4 @@
-"""From the results to what readers see: the table that the package carries, and the page of the documentation."""
+"""Writes the packaged table and the documentation page from the results."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _VERDICTS = ("wrapped", "refused", "failed")
 
 
 def results_file(library: str) -> Path:
-    """Where the results for a library are, one JSON object per line."""
+    """Return the file of the results for a library, one JSON object per line."""
     return RESULTS / f"{library}.jsonl"
 
 
 def read(library: str) -> list[dict[str, Any]]:
-    """The results for a library; the last one counts where a model has several."""
+    """Read the results for a library, the last of each model."""
     file = results_file(library)
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return list({line["name"]: line for line in map(json.loads, lines)}.values())
 
 
 def group(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of models of one class for which the same was found; models without attention are left out.
+    """Group models of one class with the same result into rows, without models that have no attention.
 
     Args:
         results: What `check` found, as JSON has it.
@@ -62,7 +62,7 @@ def group(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def one_line(reason: str) -> str:
-    """What an error says happened, without what was expected, what was got and what to do."""
+    """Return the problem that an error states, without its expected, got and fix lines."""
     text = re.split(r"\n\s+(?:Expected|Got|Fix|Known):", reason)[0]
     return re.sub(r"^\w+ (?:has no transformer blocks with an FFN|cannot be wrapped): ", "", " ".join(text.split()))[
         :300
@@ -70,14 +70,14 @@ def one_line(reason: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Version of each library when it was checked, or now."""
+    """Return the version of each library when it was checked, or the installed one."""
     file = RESULTS / "versions.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return {library: known.get(library) or metadata.version(DISTRIBUTIONS[library]) for library in LIBRARIES}
 
 
 def write() -> None:
-    """Write both from whatever results there are."""
+    """Write both from the results that exist."""
     table = {}
     for library in LIBRARIES:
         rows = group(read(library))
@@ -88,7 +88,7 @@ def write() -> None:
 
 
 def dumps(table: dict[str, dict[str, Any]]) -> str:
-    """JSON with a line for each row, so that a change of one is a change of one line."""
+    """Format JSON with one line per row, so that one changed row changes one line."""
     libraries = []
     for library, entry in sorted(table.items()):
         rows = ",\n".join(f"  {json.dumps(row)}" for row in entry["rows"])
@@ -99,7 +99,7 @@ def dumps(table: dict[str, dict[str, Any]]) -> str:
 
 
 def page(found: list[Coverage]) -> str:
-    """The page of the documentation.
+    """Return the page of the documentation.
 
     Args:
         found: What was found for each library.

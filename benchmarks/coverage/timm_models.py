@@ -1,4 +1,4 @@
-"""Wrap every timm model that has attention: `python benchmarks/coverage/timm_models.py --out timm.jsonl`.
+"""Wraps every timm model that has attention: `python benchmarks/coverage/timm_models.py --out timm.jsonl`.
 
 Every model is built as timm registers it. Those of up to `--largest` million parameters are run, on the smallest
 images that they take; larger ones are checked on the meta device, and, where timm lets the number of blocks be chosen,
@@ -29,7 +29,7 @@ _SIZES = (64, 96, 128, 160, 192, 224, 256)
 
 
 def has_attention(vit: nn.Module) -> bool:
-    """Whether tokens attend to one another somewhere in a model."""
+    """Return whether a model has attention between tokens."""
     names = {type(module).__name__ for module in vit.modules()}
     if type(vit).__name__ == "LowFormer":
         return True  # counted as one family, though two of its models come without
@@ -37,13 +37,13 @@ def has_attention(vit: nn.Module) -> bool:
 
 
 def build(name: str, device: str, **options: Any) -> nn.Module:
-    """A model with random weights and without a classifier's bias towards any input size."""
+    """Build a model with random weights."""
     with torch.device(device):
         return timm.create_model(name, pretrained=False, **options)
 
 
 def smallest_input(name: str, plain: nn.Module, **known: Any) -> tuple[dict[str, Any], tuple[int, int, int]]:
-    """Options for building a model, and the size of its images, that are as small as it takes.
+    """Return the smallest build options and image size that a model takes.
 
     Args:
         name: As timm lists it.
@@ -102,7 +102,7 @@ def _can_be_built(name: str, **options: Any) -> bool:
 
 
 def main() -> None:
-    """Check the models that the output file does not have yet."""
+    """Check the models that are missing from the output file."""
     parser = batch.options(__doc__)
     parser.add_argument("--models", default="*", help="pattern of names")
     arguments = parser.parse_args()

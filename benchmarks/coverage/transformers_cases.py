@@ -1,4 +1,4 @@
-"""Every vision tower of transformers: which classes there are, how to make each small, what to call it with."""
+"""Lists the vision towers of transformers: how to build a small one of each class, and its inputs."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ _IMAGES = inputs.images()
 
 @dataclass(frozen=True)
 class Case:
-    """How to make one class small and what to call it with.
+    """Describes a small model of one class and its inputs.
 
     Attributes:
         config: Fields of the config that the rules of `small_config` get wrong.
@@ -302,7 +302,7 @@ CASES: dict[str, Case] = {
 
 
 def all_cases() -> dict[str, tuple[str, str | None, Case]]:
-    """Folder, file and case of every class, by name of the class."""
+    """Return folder, file and case of every class, by class name."""
     found: dict[str, tuple[str, str | None, Case]] = {}
     for place, names in CLASSES.items():
         folder, _, file = place.partition("/")
@@ -312,7 +312,7 @@ def all_cases() -> dict[str, tuple[str, str | None, Case]]:
 
 
 def build(name: str) -> nn.Module:
-    """A small model of a class, with random weights."""
+    """Build a small model of a class with random weights."""
     folder, file, case = all_cases()[name]
     kind = load_class(folder, name, file)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Small models from the real config classes of transformers: a rule by the name of a field, and data for exceptions."""
+"""Builds small configs from the real config classes of transformers: a rule per field name, and data for exceptions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SUB_CONFIGS = (
 
 
 def small_config(config_class: Any, **overrides: Any) -> Any:
-    """A config of a model that runs in milliseconds.
+    """Return the config of a model that runs in milliseconds.
 
     Args:
         config_class: A config class of transformers.
@@ -65,7 +65,7 @@ def small_config(config_class: Any, **overrides: Any) -> Any:
 
 
 def _smaller(name: str, value: Any, default: dict[str, Any]) -> Any:
-    """What a field becomes; None where it keeps its default."""
+    """Return the value of a field; None if it keeps its default."""
     number = _NUMBERS.get(name)
     if isinstance(value, bool) or value is None:
         return None
@@ -79,7 +79,7 @@ def _smaller(name: str, value: Any, default: dict[str, Any]) -> Any:
 
 
 def _default(config_class: Any) -> dict[str, Any]:
-    """The fields of a default config, or of the class where that cannot be built."""
+    """Return the fields of a default config, or of the class if that cannot be built."""
     try:
         config = config_class()
     except Exception:
@@ -91,7 +91,7 @@ def _default(config_class: Any) -> dict[str, Any]:
 
 
 def load_class(model: str, class_name: str, module: str | None = None) -> Any:
-    """A class of transformers.
+    """Return a class of transformers.
 
     Args:
         model: Its folder.

@@ -1,4 +1,4 @@
-"""What each kind of vision tower of transformers is called with: small images of several sizes."""
+"""Makes the inputs of each kind of vision tower of transformers: small images of several sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Inputs = Callable[[nn.Module, Sequence[int]], Call]
 
 
 def _noise(number: int, *shape: int) -> Tensor:
-    """Image (or part of it) number so and so."""
+    """Return the image (or part of one) with a number."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(number))
 
 
@@ -33,29 +33,29 @@ def _grids(numbers: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def images(side: int = SIZE, **kwargs: Any) -> Inputs:
-    """Square images `(B, 3, side, side)`."""
+    """Return square images `(B, 3, side, side)`."""
     return lambda vit, numbers: ((_stack(numbers, 3, side, side),), dict(kwargs))
 
 
 def named_images(name: str, side: int = SIZE) -> Inputs:
-    """Square images by a keyword."""
+    """Return square images by keyword."""
     return lambda vit, numbers: ((), {name: _stack(numbers, 3, side, side)})
 
 
 def videos(frames: int = FRAMES, side: int = SIZE, **kwargs: Any) -> Inputs:
-    """Videos `(B, T, 3, side, side)`."""
+    """Return videos `(B, T, 3, side, side)`."""
     return lambda vit, numbers: ((_stack(numbers, frames, 3, side, side),), dict(kwargs))
 
 
 def tokens(*shape: int, **kwargs: Any) -> Inputs:
-    """What a part of a tower gets from the part before, `(B, *shape)`."""
+    """Return the inputs of a later part of a tower, `(B, *shape)`."""
     return lambda vit, numbers: ((_stack(numbers, *shape),), dict(kwargs))
 
 
 def packed(
     *, frames: int = 1, temporal: int = 1, patch: tuple[int, ...] | None = None, axes: int = 0, **arguments: Any
 ) -> Inputs:
-    """The patches of all images one after another, and `grid_thw`.
+    """Return the patches of all images in one sequence, and `grid_thw`.
 
     Args:
         frames: Of each image (or video).
@@ -77,7 +77,7 @@ def packed(
 
 
 def packed_sizes(vit: nn.Module, numbers: Sequence[int]) -> Call:
-    """Pixtral: images on a canvas, and how much of it each has."""
+    """Pixtral: images on a canvas, and the size of each."""
     pixels = torch.zeros(len(numbers), 3, SIZE, SIZE)
     for row, (number, (height, width)) in enumerate(zip(numbers, _grids(numbers), strict=True)):
         pixels[row, :, : height * PATCH, : width * PATCH] = _noise(number, 3, height * PATCH, width * PATCH)
@@ -98,7 +98,7 @@ def merged_patches(vit: nn.Module, numbers: Sequence[int]) -> Call:
 
 
 def padded(vit: nn.Module, numbers: Sequence[int]) -> Call:
-    """SigLIP 2: patches `(B, N, 3 * PATCH ** 2)` with noise where there is no patch, a mask and the grids."""
+    """SigLIP 2: patches `(B, N, 3 * PATCH ** 2)` with noise as padding, a mask and the grids."""
     most = max(height * width for height, width in _grids(numbers))
     pixels = torch.full((len(numbers), most, 3 * PATCH * PATCH), 3.0)
     mask = torch.zeros(len(numbers), most, dtype=torch.int64)
@@ -109,7 +109,7 @@ def padded(vit: nn.Module, numbers: Sequence[int]) -> Call:
 
 
 def canvas(vit: nn.Module, numbers: Sequence[int]) -> Call:
-    """Idefics 2 and 3: images on a canvas, and which of its patches are theirs, `(B, H, W)`."""
+    """Idefics 2 and 3: images on a canvas, and a mask of their patches, `(B, H, W)`."""
     rows = max(height for height, _ in _grids(numbers))
     columns = max(width for _, width in _grids(numbers))
     pixels = torch.full((len(numbers), 3, rows * PATCH, columns * PATCH), 3.0)
@@ -121,7 +121,7 @@ def canvas(vit: nn.Module, numbers: Sequence[int]) -> Call:
 
 
 def positions(vit: nn.Module, numbers: Sequence[int]) -> Call:
-    """Gemma 4: patches `(B, N, 3 * PATCH ** 2)` and where each is, -1 where there is none."""
+    """Gemma 4: patches `(B, N, 3 * PATCH ** 2)` and the position of each, -1 for padding."""
     most = max(height * width for height, width in _grids(numbers))
     pixels = torch.full((len(numbers), most, 3 * PATCH * PATCH), 3.0)
     where = torch.full((len(numbers), most, 2), -1)
@@ -133,7 +133,7 @@ def positions(vit: nn.Module, numbers: Sequence[int]) -> Call:
 
 
 def flattened(width: int) -> Inputs:
-    """Pix2Struct: patches with their row and column in front, zeros where there is none, and a mask."""
+    """Pix2Struct: patches with their row and column in front, zeros for padding, and a mask."""
 
     def make(vit: nn.Module, numbers: Sequence[int]) -> Call:
         most = max(rows * columns for rows, columns in _grids(numbers))
@@ -160,7 +160,7 @@ def padded_tokens(vit: nn.Module, numbers: Sequence[int]) -> Call:
 
 
 def tiles(vit: nn.Module, numbers: Sequence[int]) -> Call:
-    """Mllama: up to four tiles per image, and how many there are."""
+    """Mllama: up to four tiles per image, and their number."""
     count = torch.tensor([(2, 1, 4)[number % 3] for number in numbers])
     mask = (torch.arange(4) < count[:, None]).long()
     pixels = _stack(numbers, 1, 4, 3, SIZE, SIZE) * mask[:, None, :, None, None, None]
@@ -174,13 +174,13 @@ def prompted(vit: nn.Module, numbers: Sequence[int]) -> Call:
 
 
 def masked(vit: nn.Module, numbers: Sequence[int]) -> Call:
-    """ViT-MAE: images, and the noise that decides which patches are left out."""
+    """ViT-MAE: images, and the noise that decides which patches are dropped."""
     noise = torch.stack([_noise(number, (SIZE // PATCH) ** 2) for number in numbers])
     return (_stack(numbers, 3, SIZE, SIZE),), {"noise": noise}
 
 
 def audio_and_video(vit: nn.Module, numbers: Sequence[int]) -> Call:
-    """Perception Encoder: a sound and a video of the same length."""
+    """Perception Encoder: audio and video of the same length."""
     return (), {
         "input_values": _stack(numbers, 1, FRAMES * 1920),
         "pixel_values_videos": _stack(numbers, FRAMES, 3, SIZE, SIZE),

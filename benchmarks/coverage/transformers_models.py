@@ -1,4 +1,4 @@
-"""Every vision tower of transformers, small, through the same check, and what concerns transformers alone."""
+"""Checks a small model of every vision tower of transformers, with additional checks of its features."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALONE = 1e-4
 
 
 def names() -> list[str]:
-    """Classes to check."""
+    """Return the classes to check."""
     return list(all_cases())
 
 
@@ -63,7 +63,7 @@ def _wrapped(vit: nn.Module, case: Case) -> covft.ContextEncoder:
 
 
 def _hidden_states(vit: nn.Module, case: Case) -> Iterator[str]:
-    """As many hidden states as before, each as large."""
+    """Yield a problem if wrapping changes the number or shapes of the hidden states."""
     parameters = inspect.signature(vit.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if not takes_any and "output_hidden_states" not in parameters:
@@ -83,7 +83,7 @@ def _shapes(output: Any) -> list[tuple[int, ...]] | None:
 
 
 def _alone(vit: nn.Module, case: Case) -> Iterator[str]:
-    """The routing of three images in a batch is that of each of them by itself."""
+    """Yield a problem if images in a batch are routed differently from each of them alone."""
     encoder, texts = _wrapped(vit, case), ["one", "two", "three"]
     together = _routing(encoder, case, [0, 1, 2], texts)
     for number in range(3):
@@ -114,7 +114,7 @@ def _double(value: Any) -> Any:
 
 
 def main() -> None:
-    """Check the classes that the output file does not have yet."""
+    """Check the classes that are missing from the output file."""
     arguments = batch.options(__doc__, sized=False).parse_args()
     batch.run(arguments, names(), lambda name: run(name).to_dict(), key="class_name")
 

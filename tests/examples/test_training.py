@@ -48,6 +48,7 @@ def tuning(root):
     models, llava = root / "models", root / "llava"
     parts = ["--vision", models / "clip", "--language", models / "vicuna", "--text_encoder", models / "bert"]
     parts += ["--data", llava / "train.json", "--images", llava / "images", "--projector", root / "llava-pretrain"]
+    parts += ["--layers", "1-2"]
     return [*parts, "--learning_rate", 5e-3, "--router_lr", 1e-2, "--lr_scheduler_type", "constant", "--max_steps", 4]
 
 
@@ -141,6 +142,18 @@ def test_covft_changes_what_it_should(runs):
     found = losses(runs / "llava-covft")
     assert len(found) == 4
     assert found[-1] < found[0] - 0.3
+    settings = json.loads((runs / "llava-covft" / "covft" / "covft_config.json").read_text())["config"]
+    assert (settings["layers"], settings["feature_layer"]) == ([1, 2], -2)
+
+
+def test_a_run_starts_with_its_hyperparameters(runs):
+    from covft.integrations import RECIPES
+
+    ran = (runs / "log.txt").read_text().split("== ")
+    [section] = [part for part in ran if "llava/finetune.py" in part and "llava-resumed" in part]
+    assert section.count(f"llava-finetune: {RECIPES['llava-finetune'].source}\n") == 1, "by one process of two"
+    assert re.search(r"\n  learning_rate +0\.005  \(recipe: 2e-05\)\n", section)
+    assert re.search(r"\n  num_train_epochs +1\.0\n", section)
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(runs):
