@@ -1,11 +1,11 @@
-"""Makes a trained encoder cheaper at inference: low-rank experts, and experts that are skipped."""
+"""Makes inference with a trained encoder cheaper: low-rank experts and skipped experts."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,21 @@ from tqdm.auto import tqdm  # comes with huggingface_hub
 from covft.encoder import ContextEncoder
 from covft.errors import ConfigError, UnsupportedViTError
 from covft.nn.experts import Experts
-from covft.nn.low_rank import LowRankDifference, LowRankExperts
+from covft.nn.low_rank import LowRankExperts
+from covft.utils.parameters import count
 
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What compressing cost and saved.
+    """The savings and errors of `compress`.
 
     Attributes:
         rank: Rank of the differences.
         parameters_before: Parameters of all experts before.
-        parameters_after: Parameters of all experts after, what they share included.
-        weight_error: Per layer, how much of the experts' differences is lost: the norm of what is left over that of
-            the differences; 0 where the experts were equal.
-        output_error: Per layer, the relative error of what the experts make of the tokens of a given call; empty if
-            none was given.
-        feature_error: The relative error of what the ViT returns for that call; None if none was given.
+        parameters_after: Parameters of all experts after, the shared ones included.
+        weight_error: Error of the experts' differences by layer, relative to their norm; 0 for equal experts.
+        output_error: Relative error of the experts' outputs for the given call, by layer; empty without a call.
+        feature_error: Relative error of the ViT's output for that call; None without a call.
     """
 
     rank: int
@@ -44,17 +43,17 @@ class CompressionReport:
 def compress(
     encoder: ContextEncoder, rank: int, images: Any = None, text: Any = None, *, show: bool = False, **kwargs: Any
 ) -> CompressionReport:
-    """Store trained experts as one FFN that they share and differences of low rank, in place.
+    """Replace trained experts by a shared FFN and low-rank differences, in place.
 
-    Inference becomes cheaper: the shared products are computed once. The report says what is lost.
+    Inference becomes cheaper, since the shared products are computed once. The report has the error.
 
     Args:
         encoder: A wrapped ViT whose experts are copies of the FFN.
         rank: Rank of the differences, such as 64.
-        images: As for calling the encoder, to measure the error of outputs.
-        text: As for calling the encoder.
+        images: Images of a call of the encoder, to measure the error of outputs.
+        text: Text of that call.
         show: Whether to show a progress bar; a ViT-L takes some ten seconds.
-        **kwargs: As for calling the encoder, such as `grid_thw`.
+        **kwargs: Further arguments of that call, such as `grid_thw`.
 
     Returns:
         Parameters before and after, and errors of weights and outputs.
@@ -67,18 +66,15 @@ def compress(
     slots = encoder.slots()
     for layer, slot in slots.items():
         if not isinstance(slot.experts, Experts):
-            raise UnsupportedViTError(
-                f"The experts of block {layer} are of low rank already.", expected="whole experts"
-            )
+            problem = f"The experts of block {layer} are of low rank already."
+            raise UnsupportedViTError(problem, expected="full experts")
+    full: dict[int, Any] = {layer: slot.experts for layer, slot in slots.items()}
     thin = {
-        layer: LowRankExperts.of(list(slot.experts), rank)  # type: ignore[arg-type]
-        for layer, slot in tqdm(slots.items(), desc="compressing", unit="block", disable=not show)
+        layer: LowRankExperts.of(list(experts), rank)
+        for layer, experts in tqdm(full.items(), desc="compressing", unit="block", disable=not show)
     }
-    whole = {layer: slot.experts for layer, slot in slots.items()}
-    before = sum(parameter.numel() for experts in whole.values() for parameter in experts.parameters())
-    weight_error = {layer: _weight_error(whole[layer], thin[layer]) for layer in slots}
     seen: dict[int, tuple[Tensor, Any, Tensor]] = {}
-    features = None if images is None else _observed(encoder, whole, images, text, kwargs, seen)
+    features = None if images is None else _observed(encoder, full, images, text, kwargs, seen)
     for layer, slot in slots.items():
         slot.experts = thin[layer]
     encoder.covft_config = settings
@@ -86,25 +82,25 @@ def compress(
     after = None if images is None else _features(encoder(images, text, **kwargs))
     return CompressionReport(
         rank=rank,
-        parameters_before=before,
-        parameters_after=sum(parameter.numel() for experts in thin.values() for parameter in experts.parameters()),
-        weight_error=weight_error,
+        parameters_before=count(parameter for experts in full.values() for parameter in experts.parameters()),
+        parameters_after=count(parameter for experts in thin.values() for parameter in experts.parameters()),
+        weight_error={layer: _weight_error(full[layer], thin[layer]) for layer in slots},
         output_error=output_error,
         feature_error=None if features is None or after is None else _relative(after, features),
     )
 
 
 def skip_experts(encoder: ContextEncoder, below: float) -> None:
-    """Skip experts whose weight for an image is small, in eval mode; the other weights are scaled up.
+    """Skip experts whose weight for an image is small, in eval mode, and scale up the other weights.
 
-    Not exact, and off (0) unless asked for. Low-rank experts cost too little to be skipped.
+    This is not exact. Low-rank experts cost too little to be skipped.
 
     Args:
         encoder: A wrapped ViT.
-        below: Experts with smaller weights are skipped; 0 skips none.
+        below: Experts with smaller weights are skipped; 0, the initial value, skips none.
 
     Raises:
-        ConfigError: If it is not in [0, 1 / experts]: some expert has to be left.
+        ConfigError: If it is not in [0, 1 / experts]: some expert has to remain.
     """
     most = 1 / encoder.covft_config.experts
     if not 0 <= below <= most:
@@ -118,18 +114,12 @@ def skip_experts(encoder: ContextEncoder, below: float) -> None:
             slot.experts.skip_below = below
 
 
-def _weight_error(whole: Any, thin: LowRankExperts) -> float:
-    theirs = [thin.plan.weights(expert) for expert in whole]
-    means = thin.plan.weights(thin.shared)
+def _weight_error(full: Any, thin: LowRankExperts) -> float:
     left, total = 0.0, 0.0
-    for layer, difference in enumerate(thin.differences):
-        assert isinstance(difference, LowRankDifference)
-        mean = means[2 * layer]
-        for expert, own in enumerate(theirs):
-            weight = own[2 * layer]
-            assert weight is not None
-            assert mean is not None
-            wanted = weight.float() - mean.float()
+    layers = zip(*map(thin.plan.layers, (thin.shared, *full)), strict=True)
+    for difference, (mean, *own) in zip(cast(list[Any], thin.differences), layers, strict=True):
+        for expert, layer in enumerate(own):
+            wanted = layer.weight.float() - mean.weight.float()
             found = difference.up[expert].float() @ difference.down[expert].float()
             left += (wanted - found).square().sum().item()
             total += wanted.square().sum().item()
@@ -137,17 +127,12 @@ def _weight_error(whole: Any, thin: LowRankExperts) -> float:
 
 
 def _observed(
-    encoder: ContextEncoder,
-    whole: Mapping[int, nn.Module],
-    images: Any,
-    text: Any,
-    kwargs: Mapping[str, Any],
-    seen: dict[int, tuple],
+    encoder: ContextEncoder, full: Mapping[int, nn.Module], images: Any, text: Any, kwargs: Mapping[str, Any], seen: Any
 ) -> Tensor | None:
-    """What the ViT returns, and what goes into its experts and comes out of them."""
+    """Return the ViT's features, and add the inputs and outputs of its experts to `seen`, by layer."""
     handles = [
         experts.register_forward_hook(lambda _, args, output, layer=layer: seen.update({layer: (*args[:2], output)}))
-        for layer, experts in whole.items()
+        for layer, experts in full.items()
     ]
     try:
         return _features(encoder(images, text, **kwargs))

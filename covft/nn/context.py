@@ -169,11 +169,7 @@ class ContextExtractor(Protocol):
     needs_text: bool
 
     def __call__(
-        self,
-        tokens: Tensor,
-        text_BC: Tensor | None,
-        mask_BN: Tensor | None = None,
-        segments: Segments | None = None,
+        self, tokens: Tensor, text_BC: Tensor | None, mask_BN: Tensor | None = None, segments: Segments | None = None
     ) -> Tensor:
         """Return the context vectors, shape `(B, W)`, of tokens `(B, N, D)`, or `(T, D)` with segments."""
         ...
@@ -271,12 +267,7 @@ class ConcatContext(nn.Module):
 
 
 def make_context(
-    kind: str,
-    embed_dim: int,
-    text_dim: int | None,
-    *,
-    num_heads: int = 4,
-    **options: Unpack[RefinementOptions],
+    kind: str, embed_dim: int, text_dim: int | None, *, num_heads: int = 4, **options: Unpack[RefinementOptions]
 ) -> nn.Module:
     """Build the context that a setting names.
 

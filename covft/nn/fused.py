@@ -73,14 +73,13 @@ class _Mixture(torch.autograd.Function):
             for e, own in enumerate(_per_expert(weights, settings)):
                 *first, last, bias = map(settings.cast, own)
                 layers, between = pairs(first), settings.between[e]
-                widths = [matrix.shape[0] for matrix, _ in layers] if settings.keep_pre_activations else []
-                own_kept = [tokens_TD.new_empty(len(tokens_TD), width) for width in widths]
+                to_keep = layers if settings.keep_pre_activations else []
+                own_kept = [tokens_TD.new_empty(len(tokens_TD), len(matrix)) for matrix, _ in to_keep]
                 kept += own_kept
                 for rows in blocks:
-                    outs = [all_rows[rows] for all_rows in own_kept] or [None] * len(layers)
+                    x_TD, outs = tokens_TD[rows], [all_rows[rows] for all_rows in own_kept] or [None] * len(layers)
                     pre = [
-                        _affine(tokens_TD[rows], *layer, between.scale, out=out)
-                        for layer, out in zip(layers, outs, strict=True)
+                        _affine(x_TD, *layer, between.scale, out=out) for layer, out in zip(layers, outs, strict=True)
                     ]
                     output = _affine(between.scaled(*pre), last, bias, 1, 1 / between.scale)
                     if mixed_TD is None:

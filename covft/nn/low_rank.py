@@ -72,10 +72,7 @@ class LowRankDifference(nn.Module):
 class LowRankExperts(nn.Module):
     r"""FFNs that share their weights except for low-rank differences, mixed with one set of weights per image.
 
-    Args:
-        ffn: The shared FFN; it is copied, and the copy is frozen.
-        num_experts: Number of experts E.
-        rank: Rank Q of the differences.
+    The shared FFN is a frozen copy of the given one.
 
     Raises:
         UnsupportedViTError: If the FFN is not of the form linear, activation, linear.
@@ -142,16 +139,7 @@ class LowRankExperts(nn.Module):
         return self.shared
 
     def forward(self, x: Tensor, routing: Routing, *args: Any, **kwargs: Any) -> Tensor:
-        """Mix the experts.
-
-        Args:
-            x: Tokens, shape `(B, ..., D)`.
-            routing: One decision per image, weights that sum to 1; experts that were not chosen have weight 0.
-            *args: Refused: the plan of the FFN covers tokens only.
-            **kwargs: Refused.
-
-        Returns:
-            Tokens, same shape as `x`.
+        """Mix the experts for tokens of shape `(B, ..., D)`, same shape out; the weights of an image sum to 1.
 
         Raises:
             UnsupportedViTError: If the block passes more than tokens to its FFN.

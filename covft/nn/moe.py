@@ -133,7 +133,13 @@ class ContextualMoE(nn.Module):
             wide = torch.promote_types(x.dtype, torch.float32)
             return self.router(None, num_images, device=x.device, dtype=wide, seed=seed), None
         if self.needs_text:
-            text_BC = self._checked(x, text_BC, num_images)
+            if text_BC is None or text_BC.dim() != 2 or text_BC.shape[0] != num_images:
+                raise ShapeError(
+                    "Tokens and text features do not fit together.",
+                    expected=f"text features of shape ({num_images}, C), one row per image",
+                    got="none" if text_BC is None else tuple(text_BC.shape),
+                )
+            text_BC = text_BC.to(device=x.device, dtype=x.dtype)
         if segments is None and x.dim() != 3:
             tokens = x.flatten(1, -2)
         context_BW = self.context(tokens, text_BC, mask_BN, segments)
@@ -184,15 +190,6 @@ class ContextualMoE(nn.Module):
         """
         routing, _ = self.route(x, text_BC, mask_BN=mask_BN, segments=segments, seed=seed)
         return self.mix(x, routing, segments)
-
-    def _checked(self, x: Tensor, text_BC: Tensor | None, num_images: int) -> Tensor:
-        if text_BC is None or text_BC.dim() != 2 or text_BC.shape[0] != num_images:
-            raise ShapeError(
-                "Tokens and text features do not fit together.",
-                expected=f"text features of shape ({num_images}, C), one row per image",
-                got="none" if text_BC is None else tuple(text_BC.shape),
-            )
-        return text_BC.to(device=x.device, dtype=x.dtype)
 
 
 def _packed(x: Tensor, segments: Segments) -> Tensor:

@@ -61,7 +61,7 @@ class FFNPlan:
         except Exception as error:  # of a foreign FFN that wants more than tokens
             return None, f"it does not run on tokens alone ({type(error).__name__})"
         for plan in _candidates(trial, linears):
-            found = plan.run(trial, tokens)
+            found = run_ffn(tokens, plan.weights(trial), plan.between(trial))
             if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-4, atol=1e-5):
                 return replace(plan, quick_gelu=_if_quick_gelu(plan._activation_of(trial))), ""
         return None, _OTHER_FORM
@@ -69,8 +69,7 @@ class FFNPlan:
     @staticmethod
     def form_of(ffn: nn.Module) -> tuple[Any, ...]:
         """Return the key of FFNs of one ViT that share a plan: class, modules, functions."""
-        functions = tuple(id(value) for value in vars(ffn).values() if callable(value))
-        return (type(ffn), repr(ffn), functions)
+        return type(ffn), repr(ffn), tuple(id(value) for value in vars(ffn).values() if callable(value))
 
     def layers(self, ffn: nn.Module) -> list[Any]:
         """Return the linear layers of an FFN, the last one at the end."""
@@ -90,10 +89,6 @@ class FFNPlan:
     def _activation_of(self, ffn: nn.Module) -> Any:
         owner, _, name = self.activation.rpartition(".")
         return getattr(ffn.get_submodule(owner), name)
-
-    def run(self, ffn: nn.Module, tokens: Tensor) -> Tensor:
-        """Run an FFN by the plan."""
-        return run_ffn(tokens, self.weights(ffn), self.between(ffn))
 
     def applies_to(self, ffn: nn.Module) -> bool:
         """Return whether an FFN of this plan can be run by its weights alone now.

@@ -6,7 +6,7 @@ K top_k.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Router(Protocol):
         dtype: torch.dtype = torch.float32,
         seed: int | None = None,
     ) -> Routing:
-        """Decide for a batch; `dtype` is that of weights which follow from no context."""
+        """Decide for a batch; `dtype` is the type of weights that need no context, `seed` that of a draw."""
         ...
 
 
@@ -77,16 +77,8 @@ class DenseRouter(nn.Module):
         self.num_experts = num_experts
         self.gate = nn.Linear(context_dim, num_experts, **place)
 
-    def forward(
-        self,
-        context_BW: Tensor,
-        batch_size: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        seed: int | None = None,
-    ) -> Routing:
-        """Decide for a batch; weights are float32 or wider."""
+    def forward(self, context_BW: Tensor, batch_size: int, **_: Any) -> Routing:
+        """Decide for a batch by its context alone; weights are float32 or wider."""
         return self._decide(self.gate(context_BW))
 
     def _decide(self, logits_BE: Tensor) -> Routing:
@@ -164,15 +156,7 @@ class RandomRouter(nn.Module):
         dtype: torch.dtype = torch.float32,
         seed: int | None = None,
     ) -> Routing:
-        """Draw for a batch.
-
-        Args:
-            context_BW: Not used.
-            batch_size: Number of images B.
-            device: Device of the weights.
-            dtype: Type of the weights.
-            seed: Of the draw in training mode; None draws from torch's default generator.
-        """
+        """Draw for a batch; in training mode from `seed`, or from torch's default generator if it is None."""
         generator = None
         if not self.training:
             generator = torch.Generator().manual_seed(self.eval_seed)

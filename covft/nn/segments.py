@@ -21,7 +21,6 @@ class Segments:
         device: Device of the indices.
 
     Attributes:
-        lengths: Tokens of each image.
         ids_T: The image that each token belongs to, shape `(T,)`.
         mask_BN: True where `per_image` puts a token, shape `(B, N)`; None if all images are equally long.
 

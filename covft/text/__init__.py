@@ -1,7 +1,7 @@
-"""Text encoders: what turns the question into the features that the experts are routed by.
+"""Text encoders: they turn the question into the features that route the experts.
 
-All are frozen: in eval mode at every call, without gradient, in no state dict. Each distinct string is
-encoded once, alone, so that its features depend on nothing else.
+All are frozen: in eval mode at every call, without gradient, in no state dict. Each distinct string is encoded once,
+alone, so that its features depend on nothing else.
 """
 
 from covft.text.base import CachedTextEncoder, TextEncoder

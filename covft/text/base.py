@@ -1,4 +1,4 @@
-"""What every text encoder is, and the calls and checks that all of them share."""
+"""The interface of text encoders, and the calls and checks that all of them share."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ import contextlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from covft.errors import CoVFTError, ShapeError, TextEncoderError
 from covft.text.cache import DEFAULT_CACHE_BYTES, FeatureCache
 
 PROBES = ("a photo", "what is left of the cup?")
 
-Self = TypeVar("Self", bound="CachedTextEncoder")
-
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """Turns questions into features; frozen, and no part of any model's state.
+    """Turns questions into features; frozen, and not part of any model's state.
 
     Attributes:
-        name: What a saved config writes down; `as_text_encoder(name)` builds the encoder again where it can.
+        name: Its name in saved configs; `as_text_encoder(name)` rebuilds the encoder where it can.
         text_dim: Features per text, C.
     """
 
@@ -43,35 +42,35 @@ class TextEncoder(Protocol):
 class CachedTextEncoder(ABC):
     """Base of covft's text encoders: each string encoded alone, once, in eval mode, without gradient.
 
-    A plain object, not a module: `.train()`, `.to()`, `state_dict()` and optimizers of whatever holds it
-    never reach the text model. Copies share the model.
+    A plain object, not a module: `.train()`, `.to()`, `state_dict()` and optimizers of its holder never reach the text
+    model. Copies share the model.
 
     Args:
         name: See `TextEncoder`.
-        cache_bytes: Bound on the memory of the kept features (on the CPU); 0 keeps none.
+        cache_bytes: Bound on the memory of the cached features (on the CPU); 0 caches none.
     """
 
     name: str
     text_dim: int
+    max_length: int | None = None  # tokens per text; None is no limit
+    _owned: Any = None  # the model, if covft loaded it
+    _modules: Sequence[nn.Module] = ()  # what a text goes through; in eval mode at every call
     _probe_fix: str | None = None
+    _warned_about_length = False
 
     def __init__(self, name: str, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         self.name = name
         self.cache = FeatureCache(cache_bytes)
-        self._warned_about_length = False
 
     @property
     def device(self) -> torch.device:
-        """Where the text model runs and its features appear."""
-        return torch.device("cpu")
+        """Device of the text model and its features."""
+        parameters = (parameter for module in self._modules for parameter in module.parameters())
+        return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
     @abstractmethod
     def _encode_one(self, text: str) -> Tensor:
-        """Features of one text, shape `(1, C)`."""
-
-    def _text_modules(self) -> Iterable[nn.Module]:
-        """The modules that must be in eval mode during a call."""
-        return ()
+        """Return the features of one text, shape `(1, C)`."""
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Encode each text by itself; each distinct text runs once while it is cached.
@@ -83,8 +82,8 @@ class CachedTextEncoder(ABC):
             Features, shape `(S, C)`, without gradient, on `device`.
 
         Raises:
-            TextEncoderError: If an entry is no string, or empty, or its features are not finite.
-            ShapeError: If the model returned anything but `(1, C)` for one text.
+            TextEncoderError: If an entry is not a string, or empty, or its features are not finite.
+            ShapeError: If the model did not return `(1, C)` for one text.
         """
         return self._gather(check_texts(texts), self._encode_one)
 
@@ -101,19 +100,19 @@ class CachedTextEncoder(ABC):
             fix="pass the strings, or use a Hugging Face text encoder",
         )
 
-    def to(self: Self, device: torch.device | str) -> Self:
-        """Move a text model that covft loaded; one that the caller loaded stays where the caller put it."""
+    def to(self, device: torch.device | str) -> Self:
+        """Move a text model that covft loaded; one that the caller loaded stays where it is."""
+        if self._owned is not None:
+            self._owned.to(device)
         return self
 
     def _gather(self, keys: list[Any], compute: Callable[[Any], Tensor]) -> Tensor:
-        """One row per key, from the cache or computed alone."""
+        """Return one row per key, from the cache or computed alone."""
         if not keys:
             return torch.empty(0, self.text_dim, device=self.device)
         rows: dict[Hashable, Tensor] = {}
         with _undisturbed(self.device):
-            for key in keys:
-                if key in rows:
-                    continue
+            for key in dict.fromkeys(keys):
                 row = self.cache.get(key)
                 if row is None:
                     row = self._run(compute, key, self.text_dim)
@@ -123,24 +122,24 @@ class CachedTextEncoder(ABC):
             return torch.stack([rows[key].to(dtype) for key in keys]).to(self.device)
 
     def _run(self, compute: Callable[[Any], Tensor], key: Any, text_dim: int | None) -> Tensor:
-        """Features of one key, shape `(C,)`, checked, detached, on the CPU."""
-        for module in self._text_modules():
+        """Compute the features of one key, shape `(C,)`, checked, detached, on the CPU."""
+        for module in self._modules:
             module.eval()
         with _undisturbed(self.device):
             features = compute(key)
             check_features(features, text_dim, shown(key))
-            # A clone made here is an ordinary tensor even when the model ran in inference mode
-            # (sentence-transformers does), and owns no more memory than its row.
+            # A clone made here is an ordinary tensor even if the model ran in inference mode (sentence-transformers
+            # does), and owns no more memory than its row.
             return features[0].detach().to("cpu").clone()
 
     def _probe(self) -> int:
-        """The width C, found by encoding; two different texts must differ."""
-        self._warned_about_length = True  # nothing to warn of: these are our texts, not the caller's
+        """Find the width C by encoding; two different texts must differ."""
+        self._warned_about_length = True  # these are our texts, not the caller's
         one, two = (self._try(self._encode_one, text) for text in PROBES)
         self._warned_about_length = False
         if one.shape == two.shape and torch.equal(one, two):
             raise TextEncoderError(
-                f"{self.name} gives two different questions the same features, so it tells nothing.",
+                f"{self.name} gives two different questions the same features, so it cannot tell texts apart.",
                 expected="features that depend on the text",
                 got="equal features for " + " and ".join(repr(text) for text in PROBES),
                 fix='pooling="mean": the first token of a causal model sees no other token',
@@ -148,7 +147,7 @@ class CachedTextEncoder(ABC):
         return one.shape[0]
 
     def _try(self, compute: Callable[[Any], Tensor], key: Any) -> Tensor:
-        """Features of the first key ever, shape `(C,)`; whatever goes wrong means that this cannot encode."""
+        """Compute the features of the first key, shape `(C,)`; any failure means that this cannot encode."""
         try:
             return self._run(compute, key, None)
         except CoVFTError:
@@ -161,19 +160,21 @@ class CachedTextEncoder(ABC):
                 fix=self._probe_fix,
             ) from error
 
-    def _warn_cut(self, num_tokens: int, limit: int) -> None:
-        """Say once per encoder that texts are longer than the model reads."""
-        if self._warned_about_length:
-            return
-        self._warned_about_length = True
-        warnings.warn(
-            f"{self.name} reads at most {limit} tokens; a text of {num_tokens} tokens was cut. "
-            "Longer texts are cut without further warning.",
-            UserWarning,
-            stacklevel=2,
-        )
+    def _is_cut(self, num_tokens: int | None) -> bool:
+        """Return whether a text is longer than the model reads, and warn about the first one."""
+        if num_tokens is None or self.max_length is None or num_tokens <= self.max_length:
+            return False
+        if not self._warned_about_length:
+            self._warned_about_length = True
+            warnings.warn(
+                f"{self.name} reads at most {self.max_length} tokens; a text of {num_tokens} tokens was cut. "
+                "Longer texts are cut without further warning.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return True
 
-    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
     def __repr__(self) -> str:
@@ -181,17 +182,14 @@ class CachedTextEncoder(ABC):
 
 
 def check_texts(texts: Sequence[str]) -> list[str]:
-    """The texts as a list, each of them a question.
+    """Return the texts as a list of non-empty strings.
 
     Raises:
-        TextEncoderError: If an entry is no string or empty; the message names its index.
+        TextEncoderError: If an entry is not a string, or empty; the message names its index.
     """
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
         raise TextEncoderError(
-            "encode() takes a list of texts.",
-            expected="list[str]",
-            got=describe(texts),
-            fix="encoder.encode([text])",
+            "encode() takes a list of texts.", expected="list[str]", got=describe(texts), fix="encoder.encode([text])"
         )
     strings = list(texts)
     for index, text in enumerate(strings):
@@ -208,11 +206,11 @@ def check_texts(texts: Sequence[str]) -> list[str]:
 
 
 def check_features(features: object, text_dim: int | None, text: str) -> None:
-    """Refuse features that are no finite floating-point `(1, text_dim)`.
+    """Refuse features that are not finite floating-point numbers of shape `(1, text_dim)`.
 
     Raises:
-        ShapeError: If the shape is another.
-        TextEncoderError: If they are no tensor, no floating-point numbers, or not finite.
+        ShapeError: If the shape differs.
+        TextEncoderError: If they are not a tensor, not floating-point or not finite.
     """
     if not isinstance(features, Tensor):
         raise TextEncoderError("A text encoder must return a tensor.", expected="Tensor (S, C)", got=describe(features))
@@ -234,8 +232,19 @@ def check_features(features: object, text_dim: int | None, text: str) -> None:
         )
 
 
+def check_width(text_dim: int) -> int:
+    """Return the width C of text features.
+
+    Raises:
+        TextEncoderError: If it is not a positive whole number.
+    """
+    if isinstance(text_dim, bool) or text_dim < 1:
+        raise TextEncoderError("Text features need a width.", expected="an int >= 1", got=describe(text_dim))
+    return int(text_dim)
+
+
 def freeze(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter] = ()) -> None:
-    """Eval mode, and no gradient for the modules' parameters and those given besides."""
+    """Put modules into eval mode and freeze their parameters, and further parameters."""
     for module in modules:
         module.eval().requires_grad_(False)
     for parameter in parameters:
@@ -243,27 +252,25 @@ def freeze(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter] = ()
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """A value for a message, shortened."""
+    """Shorten a value for a message."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def describe(value: object) -> str:
-    """The type and a short form of a value, for a message."""
+    """Describe a value by its type and a short form, for a message."""
     return f"{type(value).__name__} {shown(value)}"
 
 
 def mro_modules(value: object) -> set[str]:
-    """Top-level modules of the classes of an object, so that a library is recognised without importing it."""
+    """Return the top-level modules of the classes of an object, to recognise a library without importing it."""
     return {cls.__module__.partition(".")[0] for cls in type(value).__mro__}
 
 
 @contextlib.contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """No gradient, no inference mode, no autocast: features must not depend on what surrounds the call."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
+    """Switch gradients, inference mode and autocast off: features must not depend on the caller's."""
+    with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
         for kind in {"cpu", "cuda", device.type}:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))

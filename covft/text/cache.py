@@ -1,4 +1,4 @@
-"""A bounded memory of the features of the texts seen last."""
+"""A bounded cache of text features."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ DEFAULT_CACHE_BYTES = 256 * 2**20
 
 
 class FeatureCache:
-    """Features per distinct key, least recently used dropped first, bounded in bytes.
+    """Features per distinct key, bounded in bytes; the least recently used are dropped first.
 
     Args:
-        max_bytes: Bound on features and keys together. 0 keeps nothing.
+        max_bytes: Bound on features and keys together; 0 caches nothing.
     """
 
     def __init__(self, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
@@ -27,15 +27,15 @@ class FeatureCache:
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self._rows: OrderedDict[Hashable, Tensor] = OrderedDict()
-        # Models are called from several threads (DataParallel, data pipelines); an eviction
-        # between a look-up and its move to the end would raise.
+        # Models are called from several threads (DataParallel, data pipelines); an eviction between a look-up and its
+        # move to the end would raise.
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def get(self, key: Hashable) -> Tensor | None:
-        """The features kept for a key, shape `(C,)`, or None."""
+        """Return the features of a key, shape `(C,)`, or None."""
         with self._lock:
             row = self._rows.get(key)
             if row is not None:
@@ -43,7 +43,7 @@ class FeatureCache:
             return row
 
     def put(self, key: Hashable, row: Tensor) -> None:
-        """Keep features of shape `(C,)`; what was used longest ago makes room."""
+        """Cache features of shape `(C,)`, and drop the least recently used to make room."""
         size = _entry_bytes(key, row)
         if size > self.max_bytes:
             return
@@ -57,7 +57,7 @@ class FeatureCache:
                 self.num_bytes -= _entry_bytes(old_key, old_row)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop everything."""
         with self._lock:
             self._rows.clear()
             self.num_bytes = 0

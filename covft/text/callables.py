@@ -1,8 +1,8 @@
-"""Any function from a list of texts to features, as a text encoder."""
+"""A function from texts to features as a text encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ class CallableTextEncoder(CachedTextEncoder):
     Args:
         function: Takes `list[str]` (S of them), returns a tensor or array `(S, C)`. A module is put into eval
             mode before each call.
-        text_dim: Features per text, C. Found by one call with a harmless text if not given.
-        name: For saved configs, by default `callable:` and the function's name.
-        cache_bytes: Bound on the memory of the kept features.
+        text_dim: Features per text, C; by default found with one call.
+        name: For saved configs; by default `callable:` and the function's name.
+        cache_bytes: Bound on the memory of the cached features.
 
     Raises:
-        TextEncoderError: If the call that looks for the width fails.
+        TextEncoderError: If the call that finds the width fails.
         ShapeError: If it does not return `(1, C)` for one text.
 
     Example:
@@ -47,16 +47,14 @@ class CallableTextEncoder(CachedTextEncoder):
         label = getattr(function, "__qualname__", type(function).__qualname__)
         super().__init__(name or f"callable:{label}", cache_bytes=cache_bytes)
         self.function = function
+        self._modules = [function] if isinstance(function, nn.Module) else []
         self._device = torch.device("cpu")
         self.text_dim = text_dim if text_dim is not None else self._try(self._encode_one, PROBES[0]).shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Where the function last returned its features."""
+        """Device of the features that the function last returned."""
         return self._device
-
-    def _text_modules(self) -> Iterable[nn.Module]:
-        return (self.function,) if isinstance(self.function, nn.Module) else ()
 
     def _encode_one(self, text: str) -> Tensor:
         features = self.function([text])

@@ -7,8 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from covft.errors import TextEncoderError
-from covft.text.base import CachedTextEncoder, describe
+from covft.text.base import CachedTextEncoder, check_width
 from covft.text.cache import DEFAULT_CACHE_BYTES
 
 
@@ -17,7 +16,7 @@ class HashTextEncoder(CachedTextEncoder):
 
     Args:
         text_dim: Features per text, C.
-        cache_bytes: Bound on the memory of the kept features.
+        cache_bytes: Bound on the memory of the cached features.
 
     Example:
         >>> HashTextEncoder(8).encode(["a", "b", "a"]).shape
@@ -25,10 +24,8 @@ class HashTextEncoder(CachedTextEncoder):
     """
 
     def __init__(self, text_dim: int, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
-        if isinstance(text_dim, bool) or text_dim < 1:
-            raise TextEncoderError("Text features need a width.", expected="an int >= 1", got=describe(text_dim))
+        self.text_dim = check_width(text_dim)
         super().__init__(f"hash:{text_dim}", cache_bytes=cache_bytes)
-        self.text_dim = int(text_dim)
 
     def _encode_one(self, text: str) -> Tensor:
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)

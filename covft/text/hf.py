@@ -1,8 +1,8 @@
-"""Text models of Hugging Face transformers: BERT kinds, CLIP and SigLIP, T5 encoders, language models."""
+"""Text models of Hugging Face transformers: BERT and its kin, CLIP, SigLIP, T5 encoders, language models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,25 +32,24 @@ POOLINGS = ("cls", "mean", "pooled")
 class HFTextEncoder(CachedTextEncoder):
     """A text model of transformers and its tokenizer.
 
-    The model is frozen in place: its text part is put into eval mode, before every call again, and its
-    parameters take no gradient. A model that is trained elsewhere at the same time is better passed as a
-    callable.
+    The model is frozen in place: its text part is put into eval mode, again before every call, and its parameters take
+    no gradient. If the model is trained elsewhere at the same time, pass it as a callable.
 
     Args:
-        model: A model id, a folder, or a loaded model. Of two towers (CLIP, SigLIP) only the text's is used
-            and frozen.
-        pooling: `"cls"`, the token that sums a text up ([CLS] of BERT kinds, the paper's choice; the end of
-            the text in CLIP); `"mean"` over the tokens of the text; or `"pooled"`, the model's own pooled
-            output. By default `"cls"` where there is such a token, else `"mean"`.
+        model: A model id, a folder, or a loaded model. Of two towers (CLIP, SigLIP) only the text tower is used and
+            frozen.
+        pooling: `"cls"`, the token that summarises a text ([CLS] of BERT, the paper's choice; the end of the text in
+            CLIP); `"mean"` over the tokens of the text; or `"pooled"`, the model's own pooled output. By default
+            `"cls"` where there is such a token, else `"mean"`.
         tokenizer: Its tokenizer; by default the one saved with the model.
-        max_length: Tokens per text; by default what the tokenizer and the position embeddings allow.
+        max_length: Tokens per text; by default the limit of the tokenizer and the position embeddings.
         normalize: Scale the features to length 1.
         revision: Branch, tag or commit of a model id.
-        cache_bytes: Bound on the memory of the kept features.
+        cache_bytes: Bound on the memory of the cached features.
 
     Raises:
-        TextEncoderError: If the model cannot be loaded or cannot encode a text, or if this pooling makes all
-            texts equal.
+        TextEncoderError: If the model cannot be loaded or cannot encode a text, or if this pooling makes all texts
+            equal.
         MissingDependencyError: If transformers is not installed and an id or folder is given.
     """
 
@@ -66,11 +65,9 @@ class HFTextEncoder(CachedTextEncoder):
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         if pooling is not None and pooling not in POOLINGS:
-            raise TextEncoderError(
-                f"pooling={pooling!r} is not known.", expected=" | ".join(POOLINGS), got=repr(pooling)
-            )
+            known = " | ".join(POOLINGS)
+            raise TextEncoderError(f"pooling={pooling!r} is not known.", expected=known, got=repr(pooling))
         loaded: Any = model
-        self._owned = isinstance(model, str)
         if isinstance(model, str):
             loaded = load_pretrained("AutoModel", model, revision=revision)
             if getattr(loaded, "vision_model", None) is not None and hasattr(loaded, "get_text_features"):
@@ -79,88 +76,64 @@ class HFTextEncoder(CachedTextEncoder):
         source = model if isinstance(model, str) else saved_name(model)
         super().__init__(source, cache_bytes=cache_bytes)
         self.model = text_part(loaded)
+        self._owned = self.model if isinstance(model, str) else None
         self.tokenizer = tokenizer or _saved_tokenizer(loaded)
         self.normalize = normalize
         self.revision: str | None = getattr(loaded.config, "_commit_hash", None) or revision
         self.max_length = max_length or length_limit(self.model, self.tokenizer)
         self.pooling = self._resolve(pooling)
-        # The name has all that the features depend on, so that a saved one gives the same features again.
-        self.name = with_options(
-            source,
-            pooling=self.pooling,
-            max_length=max_length,
-            normalize=normalize or None,
-            revision=revision,
-        )
+        # The name has everything that the features depend on, so that a saved one reproduces them.
+        options = {"max_length": max_length, "normalize": normalize or None, "revision": revision}
+        self.name = with_options(source, pooling=self.pooling, **options)
         self._modules = text_modules(self.model)
-        self.text_dim = self._probe() if self.tokenizer is not None else self._probe_tokens()
-        # Last: a model that cannot be used is left as it was.
+        probe_ids: TokenRow = ((0, 1), None)  # ids that every vocabulary has
+        self.text_dim = self._probe() if self.tokenizer is not None else len(self._try(self._encode_row, probe_ids))
+        # Last, so that a model that cannot be used stays as it was.
         freeze(self._modules)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the text model is."""
-        return next(parameter for module in self._modules for parameter in module.parameters()).device
-
-    def to(self, device: torch.device | str) -> HFTextEncoder:
-        """Move a model that covft loaded; one that the caller loaded stays where the caller put it."""
-        if self._owned:
-            self.model.to(device)
-        return self
-
     def encode_tokens(self, batch: Mapping[str, Any]) -> Tensor:
-        """Encode texts that are tokenised already, each by itself and without its padding.
+        """Encode a tokenised batch, each text by itself and without its padding.
 
         Args:
-            batch: `input_ids` (S, L) and `attention_mask` (S, L); without a mask the padding id of the
-                tokenizer marks padding. `token_type_ids` are used, other entries are not read.
+            batch: `input_ids` and `attention_mask`, shape `(S, L)`; without a mask the tokenizer's padding id marks
+                padding. `token_type_ids` are used, other entries are ignored.
 
         Returns:
             Features, shape `(S, C)`, as `encode` would return them.
 
         Raises:
             ShapeError: If the shapes differ, or a text is longer than the model reads.
-            TextEncoderError: If there are no ids, or a text is nothing but padding.
+            TextEncoderError: If there are no ids, or a text is all padding.
         """
-        rows = rows_of(batch, pad_id=self._padding_id(), limit=self.max_length)
-        return self._gather(rows, self._encode_row)
-
-    def _text_modules(self) -> Iterable[nn.Module]:
-        return self._modules
+        return self._gather(rows_of(batch, pad_id=self._padding_id(), limit=self.max_length), self._encode_row)
 
     def _resolve(self, pooling: str | None) -> str:
         if hasattr(self.model, "get_text_features") or self.model.config.model_type in OWN_POOLED_TOKEN:
             return "mean" if pooling == "mean" else "pooled"
         if pooling is not None:
             return pooling
-        return "cls" if self.tokenizer is None or self._cls_id is not None else "mean"
+        return "cls" if self.tokenizer is None or self._special("cls") is not None else "mean"
 
-    @property
-    def _cls_id(self) -> int | None:
-        return getattr(self.tokenizer, "cls_token_id", None)
+    def _special(self, kind: str) -> int | None:
+        return getattr(self.tokenizer, f"{kind}_token_id", None)
 
     def _padding_id(self) -> int | None:
-        """The id that is padding where there is no mask; None if it also ends a text, as in CLIP."""
-        pad_id = getattr(self.tokenizer, "pad_token_id", None)
+        """Return the padding id for batches without a mask; None if it also ends a text, as in CLIP."""
+        pad_id = self._special("pad")
         if pad_id is None:
             pad_id = getattr(text_config(self.model), "pad_token_id", None)
-        return None if pad_id == getattr(self.tokenizer, "eos_token_id", None) else pad_id
-
-    def _probe_tokens(self) -> int:
-        """The width C of a model without a tokenizer, found with token ids that every vocabulary has."""
-        return self._try(self._encode_row, ((0, 1), None)).shape[0]
+        return None if pad_id == self._special("eos") else pad_id
 
     def _encode_one(self, text: str) -> Tensor:
         if self.tokenizer is None:
             raise TextEncoderError(
-                f"{self.name} was given without a tokenizer, so it cannot read strings.",
+                f"{self.name} has no tokenizer, so it cannot encode strings.",
                 expected="a tokenizer, or a tokenised batch instead of strings",
                 got=repr(text),
                 fix="covft.text.HFTextEncoder(model, tokenizer=tokenizer)",
             )
         tokens = self.tokenizer(text, verbose=False)
-        if self.max_length is not None and len(tokens["input_ids"]) > self.max_length:
-            self._warn_cut(len(tokens["input_ids"]), self.max_length)
+        if self._is_cut(len(tokens["input_ids"])):
             tokens = self.tokenizer(text, truncation=True, max_length=self.max_length)
         return self._encode_row((tuple(tokens["input_ids"]), tokens.get("token_type_ids")))
 
@@ -169,7 +142,7 @@ class HFTextEncoder(CachedTextEncoder):
         length = len(ids)
         inputs: dict[str, Tensor] = {}
         if self.model.config.model_type in PADDED_TO_LIMIT:
-            pad_id = getattr(self.tokenizer, "pad_token_id", None)
+            pad_id = self._special("pad")
             pad_id = text_config(self.model).pad_token_id if pad_id is None else pad_id
             ids += [pad_id or 0] * ((self.max_length or length) - length)
         else:
@@ -186,7 +159,7 @@ class HFTextEncoder(CachedTextEncoder):
         source = pooled if self.pooling == "pooled" else hidden
         if source is None:
             raise TextEncoderError(
-                f"{self.name} has nothing for pooling={self.pooling!r}.",
+                f"{self.name} has no output for pooling={self.pooling!r}.",
                 expected="a pooled output" if self.pooling == "pooled" else "last_hidden_state",
                 got=type(self.model).__name__,
                 fix=f"pooling={'mean' if self.pooling == 'pooled' else 'pooled'!r}",
@@ -195,11 +168,12 @@ class HFTextEncoder(CachedTextEncoder):
             return source
         if self.pooling == "mean":
             return source[:, :length].mean(dim=1)
-        return source[:, ids.index(self._cls_id) if self._cls_id in ids else 0]
+        cls_id = self._special("cls")
+        return source[:, ids.index(cls_id) if cls_id in ids else 0]
 
 
 def _saved_tokenizer(model: Any) -> Any:
-    """The tokenizer where a loaded model came from, or None."""
+    """Load the tokenizer saved with a loaded model; None if there is none."""
     source = getattr(model.config, "name_or_path", None)
     try:
         return load_pretrained("AutoTokenizer", source) if source else None

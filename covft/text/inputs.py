@@ -1,4 +1,4 @@
-"""Checks the text features and the index that a caller brings.
+"""Checks of the text features and the index that a caller brings.
 
 Shapes: B images, S texts, C text_dim.
 """
@@ -14,14 +14,10 @@ from covft.errors import ShapeError
 
 
 def check_text_features(features: Tensor, text_dim: int | None) -> None:
-    """Refuse a tensor that is not text features.
-
-    Args:
-        features: What the caller gave, to be of shape `(S, C)`.
-        text_dim: Width C that is expected; None for any.
+    """Refuse a tensor that is not text features of shape `(S, C)`; any C passes if it is None.
 
     Raises:
-        ShapeError: If its shape or type is another.
+        ShapeError: If its shape or type differs.
     """
     if features.dim() != 2 or (text_dim is not None and features.shape[1] != text_dim):
         raise ShapeError(
@@ -42,12 +38,8 @@ def check_text_features(features: Tensor, text_dim: int | None) -> None:
 def as_index(index: Any, num_texts: int) -> Tensor:
     """Return which text each image has, shape `(B,)`, int64.
 
-    Args:
-        index: A tensor or sequence of whole numbers.
-        num_texts: Number of texts S.
-
     Raises:
-        ShapeError: If it is not one whole number per image, or points at texts that are not there.
+        ShapeError: If it is not one whole number per image, or points at missing texts.
     """
     index = torch.as_tensor(index)
     if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:

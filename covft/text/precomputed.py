@@ -1,4 +1,4 @@
-"""No text encoder at all: the caller brings features of a known width."""
+"""Features that the caller brings, in the place of a text encoder."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from covft.errors import TextEncoderError
-from covft.text.base import CachedTextEncoder, describe
+from covft.text.base import CachedTextEncoder, check_width, describe
 
 
 class PrecomputedFeatures(CachedTextEncoder):
-    """Stands where a text encoder would, when every call brings features (S, C).
+    """Takes the place of a text encoder where every call brings features `(S, C)`.
 
     Args:
         text_dim: Features per text, C.
@@ -23,19 +23,17 @@ class PrecomputedFeatures(CachedTextEncoder):
     """
 
     def __init__(self, text_dim: int) -> None:
-        if isinstance(text_dim, bool) or text_dim < 1:
-            raise TextEncoderError("Text features need a width.", expected="an int >= 1", got=describe(text_dim))
+        self.text_dim = check_width(text_dim)
         super().__init__(f"features:{text_dim}", cache_bytes=0)
-        self.text_dim = int(text_dim)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Refuse: there is no model that could read a text.
+        """Refuse texts, since there is no model to encode them.
 
         Raises:
             TextEncoderError: Always.
         """
         raise TextEncoderError(
-            "There is no text encoder here: the ViT was wrapped for features that the caller brings.",
+            "There is no text encoder: the ViT was wrapped for features that the caller brings.",
             expected=f"text features of shape (S, {self.text_dim})",
             got=describe(texts),
             fix="encoder(images, features), or wrap the ViT with a text encoder",

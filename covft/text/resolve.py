@@ -1,4 +1,4 @@
-"""One entry for everything that `covft.wrap` takes as a text encoder."""
+"""Resolves everything that `covft.wrap` takes as a text encoder."""
 
 from __future__ import annotations
 
@@ -27,35 +27,31 @@ ACCEPTED = (
 
 
 def as_text_encoder(obj: Any, *, pooling: str | None = None, revision: str | None = None) -> TextEncoder:
-    """Make a text encoder of whatever the caller has.
+    """Make a text encoder.
 
     Args:
-        obj: A model id or folder (one of sentence-transformers gives that library's features), to which
-            settings may be added, as in `"bert-base-uncased?pooling=mean"`; `"open_clip:NAME/TAG"`; a
-            loaded model of transformers, sentence-transformers or open_clip, or a pair of model and
-            tokenizer; a callable `list[str] -> (S, C)`; an int C for features that the caller brings; or an
-            object that is a `TextEncoder` already, which is returned as it is.
-        pooling: `"cls"`, `"mean"` or `"pooled"`, for models of transformers only. Given with a folder of
-            sentence-transformers, its transformer is used with this pooling instead.
+        obj: A model id or folder (one of sentence-transformers gives that library's features), with settings if needed,
+            as in `"bert-base-uncased?pooling=mean"`; `"open_clip:NAME/TAG"`; a loaded model of transformers,
+            sentence-transformers or open_clip, or a pair of model and tokenizer; a callable `list[str] -> (S, C)`; an
+            int C for features that the caller brings; or a `TextEncoder`, which is returned as it is.
+        pooling: `"cls"`, `"mean"` or `"pooled"`, for models of transformers only. A folder of sentence-transformers is
+            then loaded as a model of transformers.
         revision: Branch, tag or commit of a model id.
 
     Raises:
-        TextEncoderError: If it is none of these, or cannot be loaded, or has no choice of pooling.
-        MissingDependencyError: If a library is needed that is not installed.
+        TextEncoderError: If it is none of these, cannot be loaded, or has no choice of pooling.
+        MissingDependencyError: If a library is not installed.
 
     Example:
         >>> as_text_encoder(768).text_dim
         768
     """
-    if isinstance(obj, str):
-        return _from_string(obj, pooling, revision)
+    if isinstance(obj, str | os.PathLike):
+        return _from_string(os.fspath(obj), pooling, revision)
     if isinstance(obj, tuple) and len(obj) == 2 and isinstance(obj[0], nn.Module):
         return _from_module(obj[0], pooling, tokenizer=obj[1])
-    if isinstance(obj, os.PathLike):
-        return _from_string(os.fspath(obj), pooling, revision)
     if _is_text_encoder(obj):
-        encoder: Any = obj
-        return _without_pooling(pooling, lambda: encoder, obj)
+        return _without_pooling(pooling, lambda: obj, obj)
     if isinstance(obj, int) and not isinstance(obj, bool):
         return _without_pooling(pooling, lambda: PrecomputedFeatures(obj), obj)
     if isinstance(obj, nn.Module):
@@ -103,20 +99,16 @@ def _from_string(source: str, pooling: str | None, revision: str | None) -> Text
     pooling = pooling or options.get("pooling")
     modules = find_json(source, "modules.json", revision=revision) if pooling is None else None
     if modules is None:
-        return HFTextEncoder(
-            source,
-            pooling,
-            max_length=int(options["max_length"]) if "max_length" in options else None,
-            normalize=options.get("normalize") == "True",
-            revision=revision,
-        )
+        limit = int(options["max_length"]) if "max_length" in options else None
+        normalize = options.get("normalize") == "True"
+        return HFTextEncoder(source, pooling, max_length=limit, normalize=normalize, revision=revision)
     if importlib.util.find_spec("sentence_transformers") is not None:
         return SentenceTransformersEncoder(source, revision=revision)
     return _without_library(source, modules, revision)
 
 
 def _without_library(source: str, modules: list[dict[str, str]], revision: str | None) -> TextEncoder:
-    """A sentence-transformers model without that library: the same features, or an error."""
+    """Load a sentence-transformers model without that library: the same features, or an error."""
     kinds = {module["type"].rpartition(".")[2]: module["path"] for module in modules}
     settings = find_json(source, f"{kinds.get('Pooling')}/config.json", revision=revision) or {}
     on = {key.removeprefix("pooling_mode_") for key, value in settings.items() if value is True}
@@ -128,18 +120,13 @@ def _without_library(source: str, modules: list[dict[str, str]], revision: str |
             f"{source} is a model of sentence-transformers, which is not installed.",
             fix='pip install "covft[sentence-transformers]"',
         )
-    encoder = HFTextEncoder(
-        source,
-        modes[on.pop()],
-        max_length=limits.get("max_seq_length"),
-        normalize="Normalize" in kinds,
-        revision=revision,
-    )
-    encoder.name = source  # the same features under the same name, whichever library is there
+    limit, normalize = limits.get("max_seq_length"), "Normalize" in kinds
+    encoder = HFTextEncoder(source, modes[on.pop()], max_length=limit, normalize=normalize, revision=revision)
+    encoder.name = source  # the same name as with that library, since the features are the same
     return encoder
 
 
-def _without_pooling(pooling: str | None, make: Callable[[], TextEncoder], obj: Any) -> TextEncoder:
+def _without_pooling(pooling: str | None, make: Callable[[], Any], obj: Any) -> TextEncoder:
     if pooling is not None:
         raise TextEncoderError(
             f"pooling={pooling!r} does not apply to this text encoder, which pools by itself.",

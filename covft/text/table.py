@@ -1,4 +1,4 @@
-"""Features of known texts, computed beforehand and kept in a file."""
+"""Precomputed features of known texts, kept in a file."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ _CHUNK = 256  # texts between two steps of a progress bar
 
 
 class FeatureTable(CachedTextEncoder):
-    """Looks texts up instead of encoding them: for training over a data set, whose questions are known.
+    """Looks texts up instead of encoding them, for training on a data set whose questions are known.
 
-    It goes by the name of the encoder that made the features, so a tower that is trained with it is saved as one that
-    belongs to that encoder.
+    It has the name of the encoder that made the features, so a tower trained with it is saved under that encoder.
 
     Args:
         digests: SHA-256 of each text, shape `(S, 32)`, uint8.
         features: Features of each text, shape `(S, C)`.
-        name: Name of the encoder that made them.
+        name: Name of the encoder that made the features.
         fallback: Encodes texts that are not in the table; None makes them an error.
 
     Raises:
-        TextEncoderError: If the two do not fit together, or the fallback is of another width.
+        TextEncoderError: If the shapes do not match, or the fallback has another width.
 
     Example:
         >>> from covft.testing import HashTextEncoder
@@ -43,7 +42,7 @@ class FeatureTable(CachedTextEncoder):
     def __init__(self, digests: Tensor, features: Tensor, name: str, fallback: TextEncoder | None = None) -> None:
         if digests.shape != (len(features), 32) or features.dim() != 2 or not len(features):
             raise TextEncoderError(
-                "These are no features of texts.",
+                "These are not features of texts.",
                 expected="digests (S, 32) and features (S, C), S >= 1",
                 got=f"{tuple(digests.shape)} and {tuple(features.shape)}",
             )
@@ -70,13 +69,13 @@ class FeatureTable(CachedTextEncoder):
         """Encode texts, each distinct one once.
 
         Args:
-            text_encoder: What encodes them; see `covft.text.as_text_encoder`.
-            texts: Any number of texts, with repetitions.
-            path: Where to write the table, a `.safetensors` file; None keeps it in memory.
+            text_encoder: See `covft.text.as_text_encoder`.
+            texts: Any number of texts; they may repeat.
+            path: A `.safetensors` file to write; None keeps the table in memory.
             show: Whether to show a progress bar.
 
         Raises:
-            TextEncoderError: If a text is empty, or there is none.
+            TextEncoderError: If a text is empty, or there are no texts.
         """
         distinct = list(dict.fromkeys(check_texts(list(texts))))
         if not distinct:
@@ -87,19 +86,18 @@ class FeatureTable(CachedTextEncoder):
                 chunk = distinct[start : start + _CHUNK]
                 rows.append(text_encoder.encode(chunk).cpu())
                 bar.update(len(chunk))
-        table = cls(_digests(distinct), torch.cat(rows), text_encoder.name)
+        table = cls(_matrix(map(_digest, distinct)), torch.cat(rows), text_encoder.name)
         if path is not None:
             table.save(path)
         return table
 
     def save(self, path: str | Path) -> None:
-        """Write the table, aside and then renamed.
+        """Write the table atomically.
 
         Args:
             path: A `.safetensors` file.
         """
-        digests = torch.frombuffer(bytearray(b"".join(self._rows)), dtype=torch.uint8).view(-1, 32)
-        tensors = {"digests": digests, "features": self._features}
+        tensors = {"digests": _matrix(self._rows), "features": self._features}
         write_tensors(Path(path), tensors, covft="text features", name=self.name)
 
     @classmethod
@@ -107,37 +105,40 @@ class FeatureTable(CachedTextEncoder):
         """Read a table.
 
         Args:
-            path: What `save` wrote.
+            path: A file that `save` wrote.
             fallback: Encodes texts that are not in the table.
 
         Raises:
-            TextEncoderError: If the file is missing, cut short, or no table.
+            TextEncoderError: If the file is missing, truncated or not a table.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
                 if about.get("covft") != "text features":
                     raise TextEncoderError(
-                        f"{path} holds no text features.", expected="a file that `covft precompute` wrote"
+                        f"{path} does not hold text features.", expected="a file that `covft precompute` wrote"
                     )
                 return cls(file.get_tensor("digests"), file.get_tensor("features"), about["name"], fallback)
         except (OSError, SafetensorError) as error:
             raise TextEncoderError(f"{path} cannot be read.", got=str(error)) from error
 
     def _encode_one(self, text: str) -> Tensor:
-        row = self._rows.get(hashlib.sha256(text.encode()).digest())
+        row = self._rows.get(_digest(text))
         if row is not None:
             return self._features[row : row + 1]
         if self.fallback is None:
             raise TextEncoderError(
                 f"The table has no features of {shown(text)}.",
-                expected=f"one of the {len(self)} texts that were encoded beforehand",
+                expected=f"one of the {len(self)} precomputed texts",
                 got="another text",
-                fix="FeatureTable.load(path, fallback=text_encoder), or encode the texts of all data",
+                fix="FeatureTable.load(path, fallback=text_encoder), or precompute the texts of all data",
             )
         return self.fallback.encode([text])
 
 
-def _digests(texts: list[str]) -> Tensor:
-    joined = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
-    return torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, 32)
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _matrix(digests: Iterable[bytes]) -> Tensor:
+    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)

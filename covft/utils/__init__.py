@@ -1,1 +1,1 @@
-"""What every room may use: sharded weights, optional libraries."""
+"""Shared tools: sharded weights, files, parameters, command-line options, optional libraries."""

@@ -1,4 +1,4 @@
-"""Optional libraries: imported where they are needed, and missed with the name of the pip extra."""
+"""Optional libraries, imported where they are needed; a missing one is reported with its pip extra."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ from covft.errors import MissingDependencyError
 
 
 def import_library(module: str, extra: str, *, needed_by: str) -> Any:
-    """Import an optional library.
-
-    Args:
-        module: What to import.
-        extra: The pip extra of covft that brings it.
-        needed_by: Subject of the message, such as `"This text encoder"`.
-
-    Returns:
-        The module.
+    """Import a module of a pip extra of covft; `needed_by` is the subject of the message if it is missing.
 
     Raises:
         MissingDependencyError: If it is not installed.

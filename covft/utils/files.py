@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and checked when they are read."""
+"""Writes files completely or not at all, and checks them when they are read."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ from covft.utils.sharding import is_sharded
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], **about: str) -> dict[str, Any]:
-    """Write tensors to a file, aside and then renamed.
-
-    Args:
-        path: A `.safetensors` file; its folder is made if it does not exist.
-        tensors: By name, on any device.
-        **about: Texts that are kept beside them.
+    """Write tensors and metadata to a `.safetensors` file atomically, and make its folder if needed.
 
     Returns:
-        The file's statement, to be written down: `bytes` and `sha256`.
+        The file's statement for `read_tensors`: `bytes` and `sha256`.
 
     Raises:
-        CheckpointError: If a tensor is empty or a part of one.
+        CheckpointError: If a tensor is empty or a shard.
     """
-    _refuse_parts(tensors)
+    parts = [name for name, tensor in tensors.items() if is_sharded(tensor) or not tensor.numel()]
+    if parts:
+        raise CheckpointError(
+            "Sharded weights would be saved empty or in part.",
+            expected="full tensors",
+            got=f"{len(parts)} of {len(tensors)}: {', '.join(parts[:5])}",
+            fix="encoder.save_pretrained(folder) on every process",
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with written_aside(path) as aside:
-        save_file(whole, aside, {"format": "pt", **about})
+        save_file(on_cpu, aside, {"format": "pt", **about})
         return _statement(aside)
 
 
@@ -44,15 +46,10 @@ def _statement(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, stated: Mapping[str, Any], stated_in: str) -> dict[str, Tensor]:
-    """Read tensors from a file that is the one that was written.
-
-    Args:
-        path: A `.safetensors` file.
-        stated: Its statement, as `write_tensors` returned it.
-        stated_in: The file that has the statement.
+    """Read tensors from a file that still matches its statement, which stands in the file `stated_in`.
 
     Raises:
-        CheckpointError: If the file is missing, cut short, damaged, or of another save.
+        CheckpointError: If the file is missing, truncated, damaged, or of another save.
     """
     found = _statement(path) if path.is_file() else {"bytes": 0, "sha256": ""}
     if (found["bytes"], found["sha256"]) != (stated["bytes"], stated["sha256"]):
@@ -60,7 +57,7 @@ def read_tensors(path: Path, stated: Mapping[str, Any], stated_in: str) -> dict[
             f"{path} is not the file that {stated_in} was written for: cut short, damaged, or of another save.",
             expected=f"{stated['bytes']} bytes, sha256 {stated['sha256'][:12]}...",
             got=f"{found['bytes']} bytes, sha256 {found['sha256'][:12]}..." if path.is_file() else "no such file",
-            fix="save again, or copy the whole folder again",
+            fix="save again, or copy the complete folder again",
         )
     try:
         return load_file(path)
@@ -69,11 +66,7 @@ def read_tensors(path: Path, stated: Mapping[str, Any], stated_in: str) -> dict[
 
 
 def file_sha256(path: Path) -> str:
-    """The digest of a file, in hex.
-
-    Args:
-        path: The file; read in pieces.
-    """
+    """Return the digest of a file in hex, read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
@@ -81,27 +74,9 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _refuse_parts(tensors: Mapping[str, Tensor]) -> None:
-    parts = [name for name, tensor in tensors.items() if is_sharded(tensor) or not tensor.numel()]
-    if parts:
-        raise CheckpointError(
-            "Weights that are spread over processes would be saved empty or in part.",
-            expected="whole tensors",
-            got=f"{len(parts)} of {len(tensors)}: {', '.join(parts[:5])}",
-            fix="encoder.save_pretrained(folder) on every process",
-        )
-
-
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Write a file beside its place, and put it there only when it is whole and on the disk.
-
-    Args:
-        path: Where the file goes.
-
-    Yields:
-        Where to write it.
-    """
+    """Yield a path to write a file to, and rename it to `path` once it is complete and on disk."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield aside

@@ -15,15 +15,7 @@ from covft.errors import ConfigError
 
 
 class Option(NamedTuple):
-    """A setting on a command line.
-
-    Attributes:
-        name: Its field in `CoVFTConfig`.
-        parse: Makes a value of the text.
-        choices: The words it may have; empty for others.
-        default: Its default.
-        help: One sentence.
-    """
+    """A field of `CoVFTConfig` on a command line: `choices` is empty for other than words, `help` is one sentence."""
 
     name: str
     parse: Callable[[str], Any]
@@ -33,11 +25,7 @@ class Option(NamedTuple):
 
 
 def options(without: Collection[str] = ()) -> Iterator[Option]:
-    """Yield every setting as an option.
-
-    Args:
-        without: Fields to leave out.
-    """
+    """Yield every field as an option, but for those `without`."""
     hints, meanings = typing.get_type_hints(CoVFTConfig), _meanings()
     for field in dataclasses.fields(CoVFTConfig):
         if field.name in without:
@@ -48,13 +36,7 @@ def options(without: Collection[str] = ()) -> Iterator[Option]:
 
 
 def add_options(parser: argparse.ArgumentParser, prefix: str = "", without: Collection[str] = ()) -> None:
-    """Add every setting to a parser, as `--PREFIXname`; `given_options` reads those that were given.
-
-    Args:
-        parser: Any argument parser, that of transformers among them.
-        prefix: Such as `covft_`.
-        without: Fields to leave out.
-    """
+    """Add every field to an argument parser as `--PREFIXname`, but for those `without`; see `given_options`."""
     for option in options(without):
         default = "" if option.default is None else f" (default: {option.default})"
         parser.add_argument(
@@ -67,11 +49,7 @@ def add_options(parser: argparse.ArgumentParser, prefix: str = "", without: Coll
 
 
 def given_options(*namespaces: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
-    """Return the settings that were given on a command line, by field.
-
-    Args:
-        *namespaces: What the parser returned; several are read one after another.
-        prefix: As for `add_options`.
+    """Return the settings that were given on a command line, by field; a later namespace overrides an earlier one.
 
     Raises:
         ConfigError: If the layers cannot be read.
@@ -86,13 +64,10 @@ def given_options(*namespaces: argparse.Namespace, prefix: str = "") -> dict[str
 def parse_layers(text: str) -> tuple[int, ...]:
     """Read block indices: `11-22` (both ends included), `3,5,-2`, and mixtures.
 
-    A span has no negative end: `-2-5` could mean two things.
-
-    Args:
-        text: What stood on the command line.
+    Spans have no negative ends: `-2-5` could mean two things.
 
     Raises:
-        ConfigError: If it cannot be read.
+        ConfigError: If it is neither.
 
     Example:
         >>> parse_layers("3,11-13,-2")
@@ -117,7 +92,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def _meanings() -> dict[str, str]:
-    """Return the first sentence about each field, out of the docstring, which is where the fields are explained."""
+    """Return the first sentence about each field from the docstring of `CoVFTConfig`."""
     section = (inspect.getdoc(CoVFTConfig) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, flags=re.MULTILINE)
     return {name: re.split(r"(?<=\.)\s", " ".join(text.split()))[0].replace("`", "") for name, text in entries}

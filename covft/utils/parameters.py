@@ -1,4 +1,4 @@
-"""Counts parameters and groups them for optimizers, whole or sharded."""
+"""Counts parameters and groups them for optimizers, sharded or not."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from covft.utils.sharding import shape_of
 
 
 def count(parameters: Iterable[nn.Parameter]) -> int:
-    """Return how many numbers parameters hold, over all processes.
-
-    Args:
-        parameters: Any parameters; those that ZeRO-3 partitioned count by their full shape.
-    """
+    """Return how many numbers parameters hold over all processes, with the full shape of ZeRO-3's."""
     return sum(math.prod(shape_of(parameter)) for parameter in parameters)
 
 
@@ -30,16 +26,16 @@ def param_groups(
     decayed: Collection[str] | None = None,
     order: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Group trained parameters for an optimizer: one group per part, with and without decay.
+    """Group trained parameters for an optimizer: one group per part, with and without weight decay.
 
     Args:
-        named: Parameters by name; those that are not trained are left out.
-        part_of: The part that a name belongs to.
-        lr: Learning rate of every part without a rate of its own.
-        rates: Learning rate of each part; None or missing takes `lr`.
+        named: Parameters by name; frozen ones are left out.
+        part_of: Returns the part of a name.
+        lr: Learning rate of the parts that `rates` has no number for.
+        rates: Learning rate of each part, or None.
         weight_decay: Weight decay of the matrices; vectors and scalars have none.
         decayed: Names that may be decayed; None is all.
-        order: Parts in the order of their groups; None of them named keeps the order of `named`.
+        order: Order of the parts' groups; empty keeps the order of `named`.
 
     Returns:
         Dicts with `params`, `lr`, `weight_decay` and `name`; every trained parameter is in exactly one.

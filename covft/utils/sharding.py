@@ -1,7 +1,7 @@
-"""Weights that are spread over processes, made whole where covft copies, reads or writes them.
+"""Sharded weights, gathered where covft copies, reads or writes them.
 
-DeepSpeed's ZeRO-3 leaves an empty parameter behind, FSDP2 and tensor parallelism a DTensor. To make one whole
-is a collective: every process has to do it, in the same order, also those that drop the result.
+DeepSpeed's ZeRO-3 leaves an empty parameter, FSDP2 and tensor parallelism a DTensor. Gathering is a collective: every
+process has to do it, in the same order, even if it drops the result.
 """
 
 from __future__ import annotations
@@ -18,33 +18,31 @@ from torch import Tensor, nn
 
 
 def is_partitioned(tensor: Tensor) -> bool:
-    """Whether a tensor is a parameter of ZeRO-3 whose values are elsewhere at the moment."""
+    """Return whether a tensor is a parameter of ZeRO-3 whose values are elsewhere at the moment."""
     return is_zero(tensor) and tensor.ds_status.name != "AVAILABLE"  # type: ignore[attr-defined]
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor has to be made whole before it can be read."""
+    """Return whether a tensor has to be gathered before it can be read."""
     return is_partitioned(tensor) or _is_dtensor(tensor)
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of the whole tensor."""
+    """Return the shape of the unsharded tensor."""
     return tuple(tensor.ds_shape if is_zero(tensor) else tensor.shape)  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def gathered(parameters: Iterable[Tensor], *, changed: bool = False) -> Iterator[None]:
-    """Hold parameters of ZeRO-3 whole; others are left as they are.
+    """Gather parameters of ZeRO-3, the same on every process, for a while; others are left as they are.
 
-    Args:
-        parameters: Any parameters; every process names the same.
-        changed: Whether their values are changed meanwhile; those of process 0 count.
+    If they are `changed` meanwhile, the values of process 0 are kept.
 
     Example:
         >>> with gathered([torch.nn.Parameter(torch.ones(2))]):
         ...     pass
     """
-    # One that is whole already may be held by a caller: only to change it, it has to be taken apart again.
+    # A caller may hold one gathered already; only to be changed it has to be partitioned again.
     zero = [p for p in parameters if (is_zero(p) if changed else is_partitioned(p))]
     if not zero:
         yield
@@ -55,11 +53,9 @@ def gathered(parameters: Iterable[Tensor], *, changed: bool = False) -> Iterator
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole tensor, without gradient; itself where it is not sharded.
+    """Return the unsharded tensor, without gradient; itself where it is not sharded.
 
-    Args:
-        tensor: A parameter or buffer as the module holds it. A state dict's copy of a parameter of ZeRO-3 is an
-            ordinary empty tensor, so take it with `keep_vars=True`.
+    A state dict's copy of a parameter of ZeRO-3 is an ordinary empty tensor: take the state dict with `keep_vars=True`.
     """
     if is_partitioned(tensor):
         with gathered([tensor]):
@@ -68,12 +64,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def assign(tensor: Tensor, value: Tensor) -> None:
-    """Put a whole value into a tensor, in place.
-
-    Args:
-        tensor: As the module holds it, sharded or not.
-        value: Of the whole shape, the same on every process.
-    """
+    """Copy an unsharded value, the same on every process, into a tensor, sharded or not."""
     with torch.no_grad(), gathered([tensor], changed=True):
         if _is_dtensor(tensor):
             from torch.distributed.tensor import distribute_tensor
@@ -84,11 +75,7 @@ def assign(tensor: Tensor, value: Tensor) -> None:
 
 
 def whole_copy(module: nn.Module) -> nn.Module:
-    """A module with ordinary parameters on the CPU, of one that ZeRO-3 partitioned; any other module itself.
-
-    Args:
-        module: Such as an FFN.
-    """
+    """Copy a module that ZeRO-3 partitioned to one with ordinary parameters on the CPU; return any other itself."""
     parameters = list(module.parameters())
     if not any(is_zero(p) for p in parameters):
         return module
@@ -97,13 +84,9 @@ def whole_copy(module: nn.Module) -> nn.Module:
 
 
 def partition_like(like: Iterable[Tensor], module: nn.Module) -> None:
-    """Let ZeRO-3 partition a new module if it partitioned the weights that the module was made from.
+    """Let ZeRO-3 partition a new module, with the values of process 0, if it partitioned the parameters `like`.
 
-    DeepSpeed's engine would do so too, but all new modules together may be more than a device holds.
-
-    Args:
-        like: Parameters of the old module.
-        module: The new module; the values of process 0 count.
+    DeepSpeed's engine would do so too, but all new modules together may exceed the memory of a device.
     """
     zero = next((p for p in like if is_zero(p)), None)
     if zero is not None:
@@ -112,9 +95,9 @@ def partition_like(like: Iterable[Tensor], module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def unpartitioned() -> Iterator[None]:
-    """Let transformers load models whole, also while a DeepSpeed config of `TrainingArguments` asks for ZeRO-3.
+    """Let transformers load models unsharded, even while a DeepSpeed config of `TrainingArguments` asks for ZeRO-3.
 
-    For small frozen models that stay outside of the engine, which alone would gather them.
+    For small frozen models outside the engine, which alone would gather them.
     """
     integration: Any = sys.modules.get("transformers.integrations.deepspeed")
     if integration is None or not integration.is_deepspeed_zero3_enabled():
@@ -129,28 +112,24 @@ def unpartitioned() -> Iterator[None]:
 
 
 def in_engine(module: nn.Module) -> bool:
-    """Whether a DeepSpeed engine works on a module: its optimizer then keeps values of its own.
-
-    Args:
-        module: A model or a part of one.
-    """
+    """Return whether a DeepSpeed engine works on a module: its optimizer then keeps values of its own."""
     return any(type(m._parameters).__name__ == "ZeROOrderedDict" for m in module.modules()) or any(
         hasattr(p, "_hp_mapping") for p in module.parameters()
     )
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes: the first of all, or the only one."""
+    """Return whether this is the process that writes: the first of all, or the only one."""
     return not is_distributed() or torch.distributed.get_rank() == 0
 
 
 def is_distributed() -> bool:
-    """Whether there are several processes that talk to each other."""
+    """Return whether torch.distributed is initialised."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def is_zero(tensor: Tensor) -> bool:
-    """Return whether DeepSpeed's ZeRO-3 manages a tensor, wherever its values are now."""
+    """Return whether DeepSpeed's ZeRO-3 manages a tensor, wherever its values are."""
     return hasattr(tensor, "ds_id")
 
 

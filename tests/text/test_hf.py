@@ -71,7 +71,7 @@ def test_the_pooled_output_is_selectable(make_bert, bert_tokenizer):
     torch.testing.assert_close(encoder.encode(TEXTS[:1]), expected, rtol=0, atol=1e-6)
     bare = make_bert()
     bare.pooler = None
-    with pytest.raises(TextEncoderError, match="nothing for pooling='pooled'"):
+    with pytest.raises(TextEncoderError, match="no output for pooling='pooled'"):
         HFTextEncoder(bare, "pooled", bert_tokenizer)
 
 
@@ -135,7 +135,7 @@ def test_tokens_need_no_tokenizer_but_strings_do(make_bert, bert_tokenizer):
     assert encoder.text_dim == 16
     batch = bert_tokenizer(TEXTS, padding=True, return_tensors="pt")
     assert encoder.encode_tokens(batch).shape == (3, 16)
-    with pytest.raises(TextEncoderError, match="without a tokenizer"):
+    with pytest.raises(TextEncoderError, match="has no tokenizer"):
         encoder.encode(TEXTS)
 
 

@@ -77,7 +77,7 @@ def test_load__what_is_no_table(tmp_path):
     for name, problem in (
         ("short", "cannot be read"),
         ("nothing", "cannot be read"),
-        ("other", "holds no text features"),
+        ("other", "does not hold text features"),
     ):
         with pytest.raises(TextEncoderError, match=problem):
             FeatureTable.load(tmp_path / f"{name}.safetensors")
