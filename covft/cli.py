@@ -224,7 +224,8 @@ def _added(encoder: Any, block: Any, text_dim: int, num_tokens: int | None) -> d
 
 
 def _matrix_elements(module: Any) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
+    named = module.named_parameters()  # biases of low-rank experts are stacked, so they have two axes as well
+    return sum(p.numel() for name, p in named if p.dim() > 1 and not name.endswith("bias"))
 
 
 def _print_facts(console: Console, facts: dict[str, Any]) -> None:

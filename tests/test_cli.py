@@ -238,3 +238,14 @@ def test_a_missing_library_of_the_command_names_the_extra():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 'pip install "covft[cli]"' in done.stdout
+
+
+def test_describe_counts_low_rank_experts(clip_l):
+    block = gather(clip_l, text_dim=768, expert_rank=8)["blocks"][11]["added"]
+    shared, weights, thin = 8_393_728, 8_388_608, 8 * (1024 + 4096) * 2
+    assert block["parameters"]["experts"] == shared + 4 * (thin + 4096 + 1024)  # a bias of their own each
+    assert block["flops"]["experts"] == 2 * 577 * (weights + 4 * thin)
+    whole = gather(clip_l, text_dim=768)["blocks"][11]["added"]
+    for name in ("image_refinement", "text_refinement", "attention", "router"):
+        assert block["parameters"][name] == whole["parameters"][name]
+        assert block["flops"][name] == whole["flops"][name]

@@ -211,3 +211,12 @@ def test_reference_is_the_released_implementation():
         "layers": list(range(11, 23)),
         "experts": 2,
     }
+
+
+def test_a_mixture_by_itself_has_the_defaults_of_the_settings():
+    from covft.nn import ContextualMoE
+
+    shown = inspect.signature(ContextualMoE).parameters
+    for name, value in CoVFTConfig().of_each_block().items():
+        assert shown[name].default == value, name
+    assert shown["num_experts"].default == CoVFTConfig().experts

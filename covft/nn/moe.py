@@ -62,7 +62,7 @@ class ContextualMoE(nn.Module):
         num_heads: int = 4,
         eval_seed: int = 0,
         expert_rank: int | None = None,
-        recompute: str = "none",
+        recompute: str = "all",
         plans: dict[Any, Any] | None = None,
     ) -> None:
         super().__init__()

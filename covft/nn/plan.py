@@ -50,7 +50,10 @@ class FFNPlan:
         if reason:
             return None, reason
         # Its own weights may be zero, or so small that any plan would fit.
-        trial, generator = copy.deepcopy(ffn).cpu().float(), torch.Generator().manual_seed(0)
+        trial, generator = copy.deepcopy(ffn), torch.Generator().manual_seed(0)
+        # On the meta device there is nothing to copy, and nothing is needed: the weights are drawn here.
+        trial = trial.to_empty(device="cpu") if _is_meta(trial) else trial.cpu()
+        trial = trial.float()
         for parameter in trial.parameters():
             parameter.uniform_(-1, 1, generator=generator).mul_(parameter.shape[-1] ** -0.5)
         linears = _linears(trial)
@@ -144,14 +147,18 @@ def pairs(tensors: Sequence[Any]) -> list[tuple[Any, Any]]:
     return list(zip(tensors[::2], tensors[1::2], strict=True))
 
 
+def _is_meta(ffn: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in ffn.parameters())
+
+
 def _linears(ffn: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in ffn.named_modules() if type(module) is nn.Linear}
 
 
 def _unfused_reason(ffn: nn.Module, linears: dict[str, nn.Linear]) -> str:
     parameters = list(ffn.parameters())
-    if any(parameter.is_meta for parameter in parameters):
-        return "its weights are on the meta device"
+    if _is_meta(ffn) and next(ffn.buffers(), None) is not None:
+        return "its buffers are on the meta device"
     if not 2 <= len(linears) <= 3:
         return _OTHER_FORM
     if {id(p) for p in parameters} != {id(p) for module in linears.values() for p in module.parameters()}:
