@@ -142,7 +142,7 @@ def test_covft_changes_what_it_should(runs):
     found = losses(runs / "llava-covft")
     assert len(found) == 4
     assert found[-1] < found[0] - 0.3
-    settings = json.loads((runs / "llava-covft" / "covft" / "covft_config.json").read_text())["config"]
+    settings = json.loads((runs / "llava-covft" / "covft" / "covft_config.json").read_text())["covft"]
     assert (settings["layers"], settings["feature_layer"]) == ([1, 2], -2)
 
 
