@@ -147,7 +147,7 @@ def test_rows_without_an_instruction(llava_code, llava_home, monkeypatch):
     model, tokenizer, conversation = attached(llava_home)
     batch = batch_of(tokenizer, conversation, [QUESTIONS[0], ""], [1, 1])
     images = torch.randn(2, 3, SIZE, SIZE)
-    with pytest.raises(MissingContextError, match=r"user turns in row \d are empty"):
+    with pytest.raises(MissingContextError, match="user turns in row 1 of the prompt are empty"):
         model(**batch, images=images)
     model, tokenizer, conversation = attached(llava_home, empty_instruction="describe the image.")
     seen = texts_seen(model, monkeypatch)
