@@ -1,1 +1,1 @@
-"""Speed and memory, as ratios in one run: against the obvious implementation and against the arithmetic."""
+"""Speed and memory, relative to the obvious implementation and to the arithmetic, within one run."""

@@ -26,7 +26,7 @@ from benchmarks.speed.cases import (
 )
 from benchmarks.speed.report import page, plots
 
-# Images of a process in LLaVA's instruction tuning.
+# Images per process in LLaVA's instruction tuning.
 BATCH = 16
 DTYPES = (torch.float32, torch.bfloat16)
 EXPERTS = (1, 2, 4, 8, 16)
@@ -99,9 +99,9 @@ def main(
     ] = None,
     runs: Annotated[int, typer.Option(help="Measured runs of each way.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
-    tiny: Annotated[bool, typer.Option(help="Sizes that say nothing, to try the command.")] = False,
+    tiny: Annotated[bool, typer.Option(help="Meaningless sizes, to try the command.")] = False,
 ) -> None:
-    """Measure, and write results.json, a page and plots; parts that were measured before are kept."""
+    """Measure, and write results.json, a page and plots; parts measured earlier are kept."""
     console = Console()
     file = output / "results.json"
     for name in part or PARTS:
@@ -119,7 +119,7 @@ def main(
 
 
 def _write(file: Path, records: list[Record], part: str, runs: int, device: str) -> None:
-    """Put what was measured in the place of what was measured before of the same part."""
+    """Replace the earlier records of a part."""
     file.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(file.read_text())["records"] if file.exists() else []
     result = {

@@ -1,9 +1,9 @@
-"""The obvious implementation of the equations, to measure against.
+"""The obvious implementation of the equations, as the baseline.
 
-It does what equations 7 to 10 of the paper say, with torch's own modules: every expert runs, the outputs are stacked,
-weighed and summed; the context is drawn by `nn.MultiheadAttention` over all tokens, with the text beside every token.
+It follows equations 7 to 10 of the paper with torch's own modules: every expert runs, the outputs are stacked, weighted
+and summed; the context comes from `nn.MultiheadAttention` over all tokens, each joined with the text.
 
-Shapes: B images, N tokens, D embed_dim, C text_dim, E experts.
+Shapes: B images, N tokens of an image, D embed_dim, C text_dim, E experts, J = D + C.
 """
 
 from __future__ import annotations
@@ -33,25 +33,10 @@ class Refinement(nn.Module):
 
 
 class ObviousMoE(nn.Module):
-    """Equations 7 to 10 for one block.
-
-    Args:
-        ffn: The pretrained FFN.
-        embed_dim: Width D of the tokens.
-        text_dim: Width C of the text features.
-        num_experts: Number of experts E.
-        top_k: Experts per image; None weighs all.
-        num_heads: Heads of the attention.
-    """
+    """Equations 7 to 10 for one block; all experts count if `top_k` is None."""
 
     def __init__(
-        self,
-        ffn: nn.Module,
-        embed_dim: int,
-        text_dim: int,
-        num_experts: int,
-        top_k: int | None = None,
-        num_heads: int = 4,
+        self, ffn: nn.Module, embed_dim: int, text_dim: int, num_experts: int, top_k: int | None, num_heads: int
     ) -> None:
         super().__init__()
         self.experts = nn.ModuleList(copy.deepcopy(ffn) for _ in range(num_experts))
@@ -64,8 +49,8 @@ class ObviousMoE(nn.Module):
     def forward(self, x_BND: Tensor, text_BC: Tensor) -> Tensor:
         image_BND = self.image(x_BND)
         query_B1C = self.text(text_BC)[:, None]
-        pairs_BNW = torch.cat([image_BND, query_B1C.expand(-1, x_BND.shape[1], -1)], dim=-1)
-        context_B1C, _ = self.attention(query_B1C, pairs_BNW, pairs_BNW, need_weights=False)
+        pairs_BNJ = torch.cat([image_BND, query_B1C.expand(-1, x_BND.shape[1], -1)], dim=-1)
+        context_B1C, _ = self.attention(query_B1C, pairs_BNJ, pairs_BNJ, need_weights=False)
         weights_BE = self.gate(context_B1C[:, 0]).softmax(dim=-1)
         if self.top_k is not None:
             best, chosen = weights_BE.topk(self.top_k, dim=-1)
@@ -76,11 +61,7 @@ class ObviousMoE(nn.Module):
     @classmethod
     @torch.no_grad()
     def like(cls, moe: ContextualMoE) -> ObviousMoE:
-        """With the weights of covft's own, so that both give the same numbers.
-
-        Args:
-            moe: A mixture with the paper's context.
-        """
+        """Make one with the weights of covft's mixture, which has the paper's context, so that outputs are equal."""
         context: Any = moe.context
         assert isinstance(context, CrossAttentionContext)
         router: Any = moe.router
@@ -110,12 +91,7 @@ class ObviousMoE(nn.Module):
 
 
 class ObviousSlot(nn.Module):
-    """The obvious implementation in the place of a block's FFN, with the text of the call that is running.
-
-    Args:
-        moe: What runs.
-        conditioning: That of the encoder.
-    """
+    """The obvious implementation in the place of a block's FFN, with the text of the current call."""
 
     def __init__(self, moe: ObviousMoE, conditioning: Conditioning) -> None:
         super().__init__()

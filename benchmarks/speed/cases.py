@@ -1,4 +1,4 @@
-"""What is measured: one block and a whole tower at the size of CLIP-L/14-336, in each of their ways to run."""
+"""The measured cases: one block and the tower at the size of CLIP-L/14-336, in each of their ways to run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ TINY = Size(32, 64, 4, 4, 32, 8, 16, (1, 2))
 
 
 def clip(size: Size) -> Any:
-    """Hugging Face's CLIP tower with random weights."""
+    """Build Hugging Face's CLIP tower with random weights."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
@@ -68,20 +68,14 @@ def clip(size: Size) -> Any:
 
 
 def clip_ffn(size: Size) -> nn.Module:
-    """One FFN of it."""
+    """Build one FFN of that tower."""
     return clip(Size(**{**size.__dict__, "depth": 1})).encoder.layers[0].mlp
 
 
 class Block:
     """One adapted block's FFN slot, the obvious implementation with the same weights, and a batch for both.
 
-    Args:
-        size: Sizes.
-        batch: Images.
-        experts: Number of experts.
-        routing: `"dense"` or `"sparse"` (top 2).
-        dtype: Type of weights and tokens.
-        device: Where they are.
+    The routing is `"dense"` or `"sparse"` (top 2).
     """
 
     def __init__(
@@ -105,7 +99,7 @@ class Block:
         self.text = torch.randn(batch, size.text_dim, device=device, dtype=dtype)
 
     def ways(self, names: tuple[str, ...], compiled: bool = False) -> dict[str, Callable[[], Tensor]]:
-        """Forwards by name: `plain` (the FFN alone), `baseline`, and covft by what backward recomputes."""
+        """Return forwards by name: `plain` (the FFN alone), `baseline`, and covft by what backward recomputes."""
         found: dict[str, Callable[[], Tensor]] = {}
         for name in names:
             module = {"plain": self.ffn, "baseline": self.baseline}.get(name, self.moe)
@@ -121,7 +115,7 @@ class Block:
         return run(self.x, self.text)
 
     def parameters(self) -> list[Tensor]:
-        """All weights."""
+        """Return all weights."""
         return [*self.ffn.parameters(), *self.moe.parameters(), *self.baseline.parameters()]
 
     def forget(self) -> None:
@@ -130,7 +124,7 @@ class Block:
             tensor.grad = None
 
     def with_backward(self, forward: Callable[[], Tensor]) -> Callable[[], None]:
-        """Forward and backward."""
+        """Return a run of forward and backward."""
 
         def run() -> None:
             output = forward()
@@ -140,10 +134,10 @@ class Block:
         return run
 
     def check(self) -> float:
-        """The largest difference between covft and the baseline, of output and of gradients, relative; on two images.
+        """Return the largest relative difference of outputs and gradients to the baseline, on two images.
 
         Raises:
-            RuntimeError: If it is more than rounding: then there is nothing to time.
+            RuntimeError: If it exceeds rounding, so that timing is pointless.
         """
         results = []
         batch = self.x, self.text
@@ -179,20 +173,7 @@ def measure_block(
     runs: int = 5,
     device: str = "cpu",
 ) -> Iterator[Record]:
-    """Time, bytes and operations of the ways to run one block.
-
-    Args:
-        size: Sizes.
-        batch: Images.
-        experts: Number of experts.
-        routing: `"dense"` or `"sparse"`.
-        dtype: Type of weights and tokens.
-        compiled: Whether each way is compiled.
-        names: Which ways.
-        backward: Whether backward is measured, too.
-        runs: Measured runs of each.
-        device: Where it runs.
-    """
+    """Measure time, bytes and operations of the ways to run one block."""
     block = Block(size, batch, experts, routing, dtype, device)
     difference = block.check()
     ways = block.ways(names, compiled)
@@ -223,14 +204,7 @@ def measure_block(
 
 
 class Tower:
-    """A whole tower in each of the ways to tune it, and a batch of images with their text features.
-
-    Args:
-        size: Sizes.
-        batch: Images.
-        dtype: Type of weights and images.
-        device: Where it is.
-    """
+    """A tower in each of the ways to tune it, and a batch of images with their text features."""
 
     def __init__(self, size: Size, batch: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         self.size, self.dtype, self.device = size, dtype, device
@@ -239,11 +213,11 @@ class Tower:
         self.text = torch.randn(batch, size.text_dim, device=device, dtype=dtype)
 
     def plain(self) -> nn.Module:
-        """The tower as it is, all of it trainable (full fine-tuning)."""
+        """Build the plain tower, entirely trainable (full fine-tuning)."""
         return clip(self.size).to(self.device, self.dtype)
 
     def wrapped(self, **settings: Any) -> covft.ContextEncoder:
-        """The tower under CoVFT, with experts that differ."""
+        """Build the tower under CoVFT, with experts that differ."""
         torch.manual_seed(0)
         encoder = covft.wrap(self.plain(), self.size.text_dim, layers=self.size.layers, **settings)
         with torch.no_grad():
@@ -253,7 +227,7 @@ class Tower:
         return encoder
 
     def obvious(self) -> covft.ContextEncoder:
-        """The same with the obvious implementation in every slot."""
+        """Build the same with the obvious implementation in every slot."""
         encoder = self.wrapped()
         for layer, slot in encoder.slots().items():
             path = encoder.spec.blocks[layer].mlp_path
@@ -262,12 +236,12 @@ class Tower:
         return encoder
 
     def forward(self, model: nn.Module) -> Callable[[], Tensor]:
-        """Features of the penultimate layer, as LLaVA reads them."""
+        """Return a forward to the features of the penultimate layer, as LLaVA reads them."""
         args = (self.images, self.text) if isinstance(model, covft.ContextEncoder) else (self.images,)
         return lambda: model(*args, output_hidden_states=True).hidden_states[-2]
 
     def step(self, model: nn.Module) -> Callable[[], None]:
-        """Forward and backward."""
+        """Return a run of forward and backward."""
         forward = self.forward(model)
 
         def run() -> None:
@@ -279,14 +253,7 @@ class Tower:
 
 
 def measure_tower(size: Size, *, batch: int = 1, runs: int = 5, device: str = "cpu") -> Iterator[Record]:
-    """Time, bytes and operations of a tower, beside the floor: the plain tower's, scaled by the operations needed.
-
-    Args:
-        size: Sizes.
-        batch: Images.
-        runs: Measured runs of each.
-        device: Where it runs.
-    """
+    """Measure time, bytes and operations of a tower, and its floor: the plain tower's time, scaled by operations."""
     tower = Tower(size, batch, device=device)
     own = tower.wrapped()
     models: dict[str, nn.Module] = {
@@ -296,14 +263,7 @@ def measure_tower(size: Size, *, batch: int = 1, runs: int = 5, device: str = "c
 
 
 def measure_variants(size: Size, *, batch: int = 1, runs: int = 5, device: str = "cpu") -> Iterator[Record]:
-    """As `measure_tower`, of towers that compute something else; one after the other, as they are large.
-
-    Args:
-        size: Sizes.
-        batch: Images.
-        runs: Measured runs of each.
-        device: Where it runs.
-    """
+    """Measure towers that compute something else, one after the other since they are large."""
     tower = Tower(size, batch, device=device)
     variants: dict[str, dict[str, Any]] = {
         "feature_layer=-2": {"feature_layer": -2},
@@ -319,7 +279,7 @@ def measure_variants(size: Size, *, batch: int = 1, runs: int = 5, device: str =
 
 def _measure_towers(tower: Tower, models: dict[str, nn.Module], runs: int) -> Iterator[Record]:
     def in_its_way(name: str, function: Callable[[], Any]) -> Callable[[], Any]:
-        """Several names may share a model: it is set before each run."""
+        """Set the model before each run, since several names may share it."""
         if name == "baseline" or not isinstance(encoder := models[name], covft.ContextEncoder):
             return function
         recompute = name.partition("recompute=")[2] or "all"
@@ -334,14 +294,14 @@ def _measure_towers(tower: Tower, models: dict[str, nn.Module], runs: int) -> It
     steps = {name: in_its_way(name, tower.step(model)) for name, model in models.items()}
     for name, model in models.items():
         model.train()
-        forwards[name]()  # blocks that are left out show their form in the first run
+        forwards[name]()  # skipped blocks learn the form of their output in the first run
     if "baseline" in models:
         _check_towers(forwards)
     with torch.no_grad():
         forward = interleaved(forwards, runs, device=tower.device)
         operations = {name: flops(run) for name, run in forwards.items()}
     both = interleaved(steps, runs, device=tower.device)
-    # What has to be computed: nothing twice.
+    # Required operations: nothing is recomputed.
     needed: dict[str, int] = {}
     for name, model in models.items():
         if isinstance(model, covft.ContextEncoder) and name != "baseline":
@@ -378,15 +338,7 @@ def _check_towers(forwards: dict[str, Callable[[], Tensor]]) -> None:
 def measure_compressed(
     size: Size, *, rank: int = 64, steps: int = 8, runs: int = 5, device: str = "cpu"
 ) -> Iterator[Record]:
-    """A tower with compressed experts after a short training, beside the plain one.
-
-    Args:
-        size: Sizes.
-        rank: Of the differences.
-        steps: Optimizer steps before.
-        runs: Measured runs of each.
-        device: Where it runs.
-    """
+    """Measure a tower with compressed experts after a short training, and the plain one."""
     tower = Tower(size, 1, device=device)
     torch.manual_seed(0)
     plain = tower.plain().eval()
@@ -426,13 +378,7 @@ def measure_compressed(
 
 
 def measure_wrap(size: Size, *, runs: int = 5, device: str = "cpu") -> Iterator[Record]:
-    """Time of wrap(), and the memory that it takes.
-
-    Args:
-        size: Sizes.
-        runs: Measured runs.
-        device: Where the tower is.
-    """
+    """Measure the time and memory of wrap()."""
     seconds: dict[str, list[float]] = {"first touch": [], "median": []}
     added, peak = 0, None
     for run in range(runs + 1):
@@ -446,7 +392,7 @@ def measure_wrap(size: Size, *, runs: int = 5, device: str = "cpu") -> Iterator[
             wrapped.append(covft.wrap(vit, size.text_dim, layers=size.layers))
 
         peak = peak_memory(lambda wrap=wrap, times=times: times.append(seconds_of(wrap, device)), device)
-        # The FFNs that were there are kept for unwrap(), so all of this is new.
+        # unwrap() keeps the original FFNs, so all of this is new.
         added = sum(parameter.nbytes for slot in wrapped[0].slots().values() for parameter in slot.parameters())
         seconds["median" if run else "first touch"] += times
     yield {

@@ -1,4 +1,4 @@
-"""Time, bytes and floating-point operations of functions that are compared with one another."""
+"""Time, bytes and floating-point operations of functions to compare."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Timing:
 def interleaved(
     functions: dict[str, Callable[[], Any]], runs: int = 5, warm_up: int = 1, device: str = "cpu"
 ) -> dict[str, Timing]:
-    """Time functions in turns, so that whatever the machine does besides meets all of them alike.
+    """Time functions in turns, so that other load of the machine affects all of them alike.
 
     Args:
         functions: By name.
         runs: Measured runs of each.
-        warm_up: Runs of each before.
-        device: Where they run. On a GPU its own events take the time.
+        warm_up: Unmeasured runs of each, before.
+        device: Where they run; a GPU is timed by its own events.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for run in range(warm_up + runs):
@@ -58,12 +58,7 @@ def interleaved(
 
 
 def seconds_of(function: Callable[[], Any], device: str = "cpu") -> float:
-    """Time one run.
-
-    Args:
-        function: What runs.
-        device: Where it runs.
-    """
+    """Time one run of a function, in seconds."""
     if not device.startswith("cuda"):
         start = time.perf_counter()
         function()
@@ -78,14 +73,10 @@ def seconds_of(function: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def peak_memory(function: Callable[[], Any], device: str = "cpu") -> int | None:
-    """Bytes that the process, or the GPU, held at most while a function ran, above what it held before.
-
-    Args:
-        function: What runs.
-        device: Where it runs.
+    """Return the peak memory of a function in bytes, above what the process or GPU held before.
 
     Returns:
-        None where it cannot be told: on a CPU it takes Linux.
+        None where it cannot be measured: on a CPU that takes Linux.
     """
     gc.collect()
     if device.startswith("cuda"):
@@ -95,7 +86,7 @@ def peak_memory(function: Callable[[], Any], device: str = "cpu") -> int | None:
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - held
-    _trim()  # what was freed, but kept for later, would hide what is needed now
+    _trim()  # freed memory that the process keeps would hide the peak
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         held = _status("VmRSS")
@@ -107,27 +98,19 @@ def peak_memory(function: Callable[[], Any], device: str = "cpu") -> int | None:
 
 
 def touch_memory(size: int) -> None:
-    """Use memory and give it back, so that a virtual machine has it when it is measured.
+    """Touch and free so many bytes, so that a virtual machine has the memory when it is measured.
 
-    The host of one hands out a page when it is first touched, which can take longer than to fill it. What the process
-    itself pays for new memory is still measured.
-
-    Args:
-        size: Bytes.
+    Its host provides a page at the first touch, which can take longer than filling it. The process's own cost of new
+    memory is still measured.
     """
     blocks = [torch.ones(1 << 22) for _ in range(0, size, 1 << 24)]
     del blocks
     _trim()
 
 
-def bytes_for_backward(function: Callable[[], Any], besides: Iterable[Tensor] = ()) -> int:
-    """What autograd keeps of a forward, in bytes; each storage counts once.
-
-    Args:
-        function: Runs the forward, and returns its output.
-        besides: Tensors that are there anyway, such as parameters.
-    """
-    there = {tensor.untyped_storage().data_ptr() for tensor in besides}
+def bytes_for_backward(function: Callable[[], Any], existing: Iterable[Tensor] = ()) -> int:
+    """Return the bytes that autograd keeps of a forward, except those of existing tensors; each storage counts once."""
+    there = {tensor.untyped_storage().data_ptr() for tensor in existing}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -144,19 +127,15 @@ def bytes_for_backward(function: Callable[[], Any], besides: Iterable[Tensor] = 
 
 
 def flops(function: Callable[[], Any]) -> int:
-    """Floating-point operations of a function: two per multiplication and addition of matrix products.
-
-    Args:
-        function: Anything that runs on tensors.
-    """
-    # The counter sees nothing of the fused attention that CPUs have.
+    """Count the floating-point operations of a function: two per multiply-add of its matrix products."""
+    # The counter does not see the fused attention of CPUs.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
 
 def _trim() -> None:
-    """Give freed memory back to the system, where the C library can."""
+    """Return freed memory to the system, where the C library can."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,4 +1,4 @@
-"""The measurements as tables and pictures."""
+"""The measurements as tables and plots."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ Record = dict[str, Any]
 
 
 def rows_of(records: list[Record], **wanted: Any) -> list[Record]:
-    """Records with these values."""
+    """Return the records with these values."""
     return [r for r in records if all(r.get(key) == value for key, value in wanted.items())]
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [f"| {' | '.join(header)} |", f"|{'---|' + '---:|' * (len(header) - 1)}"]
     lines += [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
     return "\n".join(lines)
 
 
 def ratio(records: list[Record], key: str, *, name: str, **where: Any) -> float:
-    """What a record has of what the baseline of its run has; `key` is a time's, or that of a number."""
+    """Return a time or number of a record relative to the baseline of its run."""
     own, base = (rows_of(records, name=each, **where)[0] for each in (name, "baseline"))
     return _value(own, key) / _value(base, key)
 
@@ -36,7 +36,7 @@ def _times(record: Record, base: Record, key: str) -> list[str]:
 
 
 def block_table(records: list[Record], **where: Any) -> str:
-    """Ways to run one block, as ratios to the baseline of the same run."""
+    """Tabulate the ways to run one block, as ratios to the baseline of the same run."""
     found = rows_of(records, **where)
     base = next(r for r in found if r["name"] == "baseline")
     rows = []
@@ -68,7 +68,7 @@ def block_table(records: list[Record], **where: Any) -> str:
 
 
 def batches_table(records: list[Record]) -> str:
-    """Forward and backward of one block over the batch, as ratios to the baseline."""
+    """Tabulate forward and backward of one block over the batch, as ratios to the baseline."""
     found = [r for part in ("batches", "block") for r in rows_of(records, part=part)]
     batches = sorted({r["batch"] for r in found})
     rows = []
@@ -82,7 +82,7 @@ def batches_table(records: list[Record]) -> str:
 
 
 def tower_table(records: list[Record]) -> str:
-    """A whole tower, beside its floor."""
+    """Tabulate the tower and its floor."""
     rows = [
         [
             r["name"],
@@ -102,7 +102,7 @@ def tower_table(records: list[Record]) -> str:
 
 
 def experts_table(records: list[Record]) -> str:
-    """Time of one block's forward over the number of experts."""
+    """Tabulate the time of one block's forward over the number of experts."""
     found = rows_of(records, part="experts")
     counts = sorted({r["experts"] for r in found})
     rows = []
@@ -113,7 +113,7 @@ def experts_table(records: list[Record]) -> str:
 
 
 def overhead_table(records: list[Record]) -> str:
-    """The paper's Table 8: what CoVFT costs beside freezing and full fine-tuning, for the tower alone."""
+    """Tabulate CoVFT against freezing and full fine-tuning, for the tower alone; the paper's Table 8."""
     found = {r["name"]: r for r in rows_of(records, kind="tower")}
     plain, own = found["plain"], found["covft"]
 
@@ -151,7 +151,7 @@ def overhead_table(records: list[Record]) -> str:
 
 
 def goals_table(records: list[Record]) -> str:
-    """What was aimed at, and what was measured of it."""
+    """Tabulate the goals and their measurements."""
     rows: list[list[str]] = []
 
     def add(what: str, goal: float, found: float, unit: str = "") -> None:
@@ -164,37 +164,43 @@ def goals_table(records: list[Record]) -> str:
         for name, (wide, narrow, kept) in goals.items():
             for dtype, goal in (("float32", wide), ("bfloat16", narrow)):
                 found = ratio(blocks, "forward_backward", name=name, dtype=dtype)
-                add(f"Block, {name}, {dtype}: time of the baseline's", goal, found)
+                add(f"Block, {name}, {dtype}: time, relative to the baseline's", goal, found)
             add(
-                f"Block, {name}: bytes kept of the baseline's", kept, ratio(blocks, "bytes", name=name, dtype="float32")
+                f"Block, {name}: bytes kept, relative to the baseline's",
+                kept,
+                ratio(blocks, "bytes", name=name, dtype="float32"),
             )
     for dtype in ("float32", "bfloat16"):
         compiled = rows_of(records, part="compiled", dtype=dtype)
         if compiled:
             found = ratio(compiled, "forward_backward", name="all")
-            add(f"Block, compiled, {dtype}: time of the compiled baseline's", 1, found)
+            add(f"Block, compiled, {dtype}: time, relative to the compiled baseline's", 1, found)
     for r in rows_of(records, part="tower"):
         if r["name"] == "covft":
-            add("Tower, forward: of the floor", 1.10, _value(r, "forward") / r["floor"])
+            add("Tower, forward: time, relative to the floor", 1.10, _value(r, "forward") / r["floor"])
         if r["name"].startswith("covft"):
             name = r["name"].partition("recompute=")[2] or "all"
             found = _value(r, "forward_backward") / r["floor_step"]
-            add(f"Tower, {name}, forward and backward: of the floor", 1.15, found)
+            add(f"Tower, {name}, forward and backward: time, relative to the floor", 1.15, found)
     experts = {(r["routing"], r["experts"]): _value(r, "forward") for r in rows_of(records, part="experts")}
     if ("sparse", 4) in experts:
-        add("Sparse, 2 of 4 experts: time of dense", 0.65, experts["sparse", 4] / experts["dense", 4])
-        add("Sparse, 2 of 16 experts: time of 2 of 4", 1.10, experts["sparse", 16] / experts["sparse", 4])
+        add("Sparse, 2 of 4 experts: time, relative to dense", 0.65, experts["sparse", 4] / experts["dense", 4])
+        add("Sparse, 2 of 16 experts: time, relative to 2 of 4", 1.10, experts["sparse", 16] / experts["sparse", 4])
     for r in rows_of(records, kind="compressed"):
-        add("Compressed, forward: of the plain tower's", 1.5, _value(r, "compressed") / _value(r, "plain"))
+        add(
+            "Compressed, forward: time, relative to the plain tower's",
+            1.5,
+            _value(r, "compressed") / _value(r, "plain"),
+        )
     for r in rows_of(records, kind="wrap"):
         add("wrap() of the tower", 2, r["median"], " s")
         if r["peak"] is not None:
-            add("wrap(): memory, of the parameters added", 1.1, r["peak"] / r["added"])
+            add("wrap(): memory, relative to the added parameters", 1.1, r["peak"] / r["added"])
     return table(["", "at most", "measured", ""], rows)
 
 
 def plots(records: list[Record], folder: Path) -> list[Path]:
-    """Pictures: time and bytes of the ways to run a block, time over the number of experts."""
+    """Plot time and bytes of the ways to run a block, and time over the number of experts."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -234,16 +240,16 @@ def plots(records: list[Record], folder: Path) -> list[Path]:
 
 
 def page(result: dict[str, Any]) -> str:
-    """The whole result as a page."""
+    """Write the result as a Markdown page."""
     records: list[Record] = result["records"]
     parts = [
         "# Speed and memory",
         "",
         f"Made by `python -m benchmarks.speed` on {result['date']}, {result['machine']}: CLIP-L/14 at 336 pixels, 4 "
-        f"experts. Every figure is the median of {result['runs']} runs that took turns; ratios are within one run, so "
-        "what the machine does besides meets both sides. The numbers of both sides are compared before they are timed. "
+        f"experts. Every figure is the median of {result['runs']} interleaved runs; ratios are within one run, so "
+        "other load of the machine affects both sides. The outputs of both sides are compared before they are timed. "
         "*baseline* is the obvious implementation of the equations (`benchmarks/speed/baseline.py`): every expert "
-        "runs, outputs are stacked, weighed and summed, and `nn.MultiheadAttention` runs over all tokens. *none*, "
+        "runs, outputs are stacked, weighted and summed, and `nn.MultiheadAttention` runs over all tokens. *none*, "
         "*activation* and *all* are covft by [what backward recomputes](../guides/cheaper.md); *plain* is one FFN.",
         "",
         "## Goals",
@@ -257,22 +263,27 @@ def page(result: dict[str, Any]) -> str:
             batch = found[0]["batch"]
             parts += [f"## One block, {dtype}, {batch} images", "", block_table(records, part="block", dtype=dtype), ""]
     if rows_of(records, part="block"):
-        parts += ["![Time and bytes, of the baseline's](block.svg)", "", *_best(rows_of(records, part="block")), ""]
+        parts += [
+            "![Time and bytes, relative to the baseline](block.svg)",
+            "",
+            *_best(rows_of(records, part="block")),
+            "",
+        ]
     if rows_of(records, part="batches"):
         parts += [
             "## Over the batch",
             "",
-            "Forward and backward of one block, of the baseline's time in the same run. Matrix products take nine "
-            "tenths of the time on this CPU, and all but those of the attention are the same on both sides. How far "
-            "apart the sides are depends on how much memory each allocates anew, and on how well the library's "
-            "products suit the number of rows.",
+            "Forward and backward of one block, relative to the baseline in the same run. Matrix products take nine "
+            "tenths of the time on this CPU, and all except those of the attention are the same on both sides. The "
+            "difference depends on how much memory each side allocates, and on how well the library's products suit "
+            "the number of rows.",
             "",
             batches_table(records),
             "",
         ]
     if rows_of(records, part="compiled"):
         parts += ["## One block, compiled", ""]
-        parts += ["The compiler decides by itself what backward recomputes; the setting makes no difference.", ""]
+        parts += ["The compiler itself decides what backward recomputes; the setting makes no difference.", ""]
         for dtype in ("float32", "bfloat16"):
             parts += [f"{dtype}:", "", block_table(records, part="compiled", dtype=dtype), ""]
     if rows_of(records, part="experts"):
@@ -290,15 +301,15 @@ def page(result: dict[str, Any]) -> str:
             "## The whole tower",
             "",
             "One image, float32, 12 of 24 blocks adapted, features of `hidden_states[-2]`. The floor is the time of "
-            "the plain tower, scaled by the floating-point operations that the method needs; nothing is counted twice, "
-            "so what `recompute` makes again is part of the ratio.",
+            "the plain tower, scaled by the floating-point operations that the method needs, each counted once, so the "
+            "ratio includes what `recompute` repeats.",
             "",
             tower_table(records),
             "",
             "## The overhead table of the paper",
             "",
-            "Table 8 of the paper has the whole model on eight GPUs; this is the tower alone, one image, on one "
-            "machine. In pre-training the tower is frozen for every method. The peak includes the gradients.",
+            "Table 8 of the paper is for the complete model on eight GPUs; this is the tower alone, one image, on one "
+            "machine. In pre-training every method freezes the tower. The peak includes the gradients.",
             "",
             overhead_table(records),
             "",
@@ -307,11 +318,11 @@ def page(result: dict[str, Any]) -> str:
         parts += [
             "## Compressed experts",
             "",
-            f"After {r['steps']} steps of training, `compress({r['rank']})` makes a forward "
-            f"{_value(r, 'compressed') / _value(r, 'plain'):.2f} times that of the plain tower. The features differ "
-            f"from those of the whole experts by {r['feature_error']:.1e} relative; of the experts' differences, "
-            f"{max(r['weight_error'].values()):.2f} is lost in the worst block. Parameters of the experts: "
-            f"{r['parameters_before'] / 1e6:.0f} M before, {r['parameters_after'] / 1e6:.0f} M after. To compress took "
+            f"After {r['steps']} steps of training, a forward after `compress({r['rank']})` takes "
+            f"{_value(r, 'compressed') / _value(r, 'plain'):.2f} times as long as that of the plain tower. The "
+            f"relative error of the features is {r['feature_error']:.1e}; that of the experts' differences is "
+            f"{max(r['weight_error'].values()):.2f} in the worst block. Parameters of the experts: "
+            f"{r['parameters_before'] / 1e6:.0f} M before, {r['parameters_after'] / 1e6:.0f} M after. Compression took "
             f"{r['seconds']:.0f} s.",
             "",
         ]
@@ -321,15 +332,15 @@ def page(result: dict[str, Any]) -> str:
             "## wrap()",
             "",
             f"{r['median']:.2f} s for the whole tower, for {r['added'] / 1e9:.2f} GB of added parameters{memory}. On a "
-            "virtual machine whose host hands out memory at the first touch, a process that never had as much pays "
-            f"for that, too: {r['first_touch']:.2f} s here.",
+            "virtual machine whose host provides memory at the first touch, the first call in a process takes longer: "
+            f"{r['first_touch']:.2f} s here.",
             "",
         ]
     return "\n".join(parts)
 
 
 def _best(blocks: list[Record]) -> list[str]:
-    """Which setting has the best product of time and bytes."""
+    """Name the setting with the best product of time and bytes."""
     products = {
         name: ratio(blocks, "forward_backward", name=name, dtype="float32")
         * ratio(blocks, "bytes", name=name, dtype="float32")
@@ -337,4 +348,4 @@ def _best(blocks: list[Record]) -> list[str]:
     }
     listed = ", ".join(f"{product:.2f} for `{name}`" for name, product in products.items())
     best = min(products, key=lambda name: products[name])
-    return [f"The product of time and bytes, of the baseline's, is {listed}; so the default is `{best}`."]
+    return [f"The product of time and bytes, relative to the baseline, is {listed}; so the default is `{best}`."]
