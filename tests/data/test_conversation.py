@@ -165,7 +165,7 @@ def test_packaged_templates_write_what_the_models_read(ours, theirs):
     tokenizer = build_tokenizer(theirs)
     own, _ = answer_spans(tokenizer, chat(QUESTIONS, ANSWERS), chat_template=CHAT_TEMPLATES[ours])
     text = "".join(piece for piece, _ in expected(theirs, QUESTIONS, ANSWERS))
-    assert own == text.removesuffix("<|endoftext|>")  # Phi-3's own puts the end of the text behind the last turn
+    assert own == text.removesuffix("<|endoftext|>")  # Phi-3's own ends the text after the last turn
 
 
 def test_packaged_chatml(qwen):

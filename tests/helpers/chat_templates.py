@@ -49,7 +49,7 @@ QWEN_2 = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-# The end of the text stands behind the last turn only, so no rendered beginning is a beginning of the whole.
+# Only the last turn is followed by the end of the text, so a rendered prefix is not a prefix of the conversation.
 PHI_3 = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + '\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
