@@ -64,6 +64,9 @@ def main() -> None:
     parser.set_defaults(**recipe.arguments)
     add_options(parser, without=("feature_layer",))
     args, training, *settings = parser.parse_args_into_dataclasses()
+    options = given_options(*settings)
+    if options and args.method != "covft":
+        parser.error(f"--{next(iter(options))} is an option of --method covft")
     if training.process_index == 0:
         print(recipe.describe(training))
     set_seed(training.seed)  # the same new weights on every process
@@ -93,7 +96,6 @@ def main() -> None:
         )
         model = get_peft_model(model, adapters)
     if args.method == "covft":
-        options = given_options(*settings)
         attach(model, args.text_encoder, tokenizer=tokenizer, **options)
     train_only(model, PARTS[args.method], dtype=torch.float32)
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import runpy
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,16 @@ def test_deepspeed_files_take_batches_and_types_from_the_trainer(stage):
     values = [v["enabled"] if isinstance(v, dict) else v for v in flat.values()]
     assert set(values) == {"auto"}
     assert {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"} <= set(config)
+
+
+@pytest.mark.parametrize(
+    ("script", "data"),
+    [("llava", ["--data", "rows.json", "--images", "images"]), ("internvl", ["--meta", "meta.json"])],
+)
+def test_options_of_the_tower_are_refused_where_it_is_frozen(script, data, monkeypatch, capsys, tmp_path):
+    path = Path(__file__).resolve().parents[2] / "examples" / script / "finetune.py"
+    arguments = [*data, "--output_dir", str(tmp_path), "--method", "frozen", "--experts", "2", "--bf16", "False"]
+    monkeypatch.setattr("sys.argv", [str(path), *arguments])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(path), run_name="__main__")
+    assert "--experts is an option of --method covft" in capsys.readouterr().err
