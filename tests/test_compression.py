@@ -1,4 +1,4 @@
-"""What makes a wrapped ViT cheaper and what it costs: recompute, low-rank experts, compression, skipped experts."""
+"""Cheaper wrapped ViTs and their errors: recompute, low-rank experts, compression, skipped experts."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_expert_rank__is_saved_and_loaded(tmp_path):
     assert torch.equal(called(again, tower), called(encoder, tower))
 
 
-def test_expert_rank__a_number_that_cannot_be():
+def test_expert_rank__of_zero_is_refused():
     with pytest.raises(ConfigError, match="expert_rank"):
         covft.CoVFTConfig(expert_rank=0)
 
@@ -199,7 +199,7 @@ def test_compress__full_rank_is_exact_and_the_report_is_true(tmp_path):
     experts = [p.numel() for name, p in twin.named_parameters() if ".experts." in name]
     assert report.parameters_after == sum(experts) < report.parameters_before
     assert report.parameters_before == 2 * 3 * sum(p.numel() for p in base.blocks[1].mlp.parameters())
-    # It is an encoder like others: saved, loaded, unwrapped.
+    # It can be saved, loaded and unwrapped like any encoder.
     twin.save_pretrained(tmp_path)
     again = covft.load(tmp_path, copy.deepcopy(base), TEXTS)
     assert torch.equal(features(again(images, QUESTIONS)), found)
@@ -207,7 +207,7 @@ def test_compress__full_rank_is_exact_and_the_report_is_true(tmp_path):
     assert torch.equal(plain(images), base(images))
 
 
-def test_compress__what_cannot_be_compressed_stays_as_it_was():
+def test_compress__changes_nothing_if_it_is_refused():
     tower = TOWERS[0]
     encoder = wrapped(tower, expert_rank=2)
     with pytest.raises(UnsupportedViTError, match="of low rank already"):
@@ -218,7 +218,7 @@ def test_compress__what_cannot_be_compressed_stays_as_it_was():
     assert all(isinstance(slot.experts, Experts) for slot in encoder.slots().values())
 
 
-def test_compress__without_a_call_reports_the_weights_alone():
+def test_compress__without_a_call_reports_only_the_weights():
     encoder = wrapped(TOWERS[0])
     report = covft.compress(encoder, 4)
     assert report.output_error == {}

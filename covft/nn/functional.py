@@ -20,9 +20,6 @@ def wide_softmax(logits: Tensor) -> Tensor:
     """Take the softmax over the last axis in float32 or wider, whatever the type of the logits.
 
     Half-precision weights would not sum to 1 closely enough to leave a wrapped ViT's output unchanged.
-
-    Returns:
-        Probabilities in [0, 1], shape of `logits`, float32 or float64.
     """
     return F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 

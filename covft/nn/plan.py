@@ -17,6 +17,12 @@ from covft.utils.sharding import is_zero
 _HALVES = "_halves"
 _QUICK = 1.702
 _OTHER_FORM = "another form than linear, activation, linear"
+# Kinds by the number of the first linear layers, and their width relative to the input of the last one.
+_KINDS: dict[tuple[float, ...], tuple[str, ...]] = {
+    (1, 1): ("plain",),
+    (1, 2): ("gate_first" + _HALVES, "gate_last" + _HALVES),
+    (2, 1): ("gate_first", "gate_last"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,7 @@ class FFNPlan:
     @classmethod
     @torch.no_grad()
     def of(cls, ffn: nn.Module) -> tuple[FFNPlan | None, str]:
-        """Find the plan of an FFN, by running a copy with random weights on a few tokens.
-
-        Returns:
-            The plan and an empty string, or None and the reason why there is none.
-        """
+        """Find the plan of an FFN, or the reason for having none; a copy with random weights is run on a few tokens."""
         reason = _unfused_reason(ffn, _linears(ffn))
         if reason:
             return None, reason
@@ -111,10 +113,7 @@ class Between:
 
     QuickGELU, written out, takes three operations, and backward six. But 1.702 x sigmoid(1.702 x) is a SiLU, which is
     one operation in either direction: `scaled` takes and returns `scale` times what `__call__` does, and the matrix
-    products before and after it apply and remove the factor.
-
-    Attributes:
-        scale: 1.702 for QuickGELU, else 1.
+    products before and after it apply and remove the factor. For other activations `scale` is 1.
     """
 
     def __init__(self, activation: Callable[[Tensor], Tensor], kind: str, *, quick: bool = False) -> None:
@@ -186,15 +185,8 @@ def _candidates(ffn: nn.Module, linears: dict[str, nn.Linear]) -> Iterator[FFNPl
         into, out = [linears[name] for name in first], linears[last]
         if {layer.in_features for layer in into} != {width} or out.out_features != width:
             continue
-        widths = {layer.out_features for layer in into}
-        kinds: tuple[str, ...] = ()
-        if len(into) == 1 and widths == {out.in_features}:
-            kinds = ("plain",)
-        elif len(into) == 1 and widths == {2 * out.in_features}:
-            kinds = ("gate_first" + _HALVES, "gate_last" + _HALVES)
-        elif len(into) == 2 and widths == {out.in_features}:
-            kinds = ("gate_first", "gate_last")
-        for kind, activation in itertools.product(kinds, activations):
+        ratios = {layer.out_features / out.in_features for layer in into}
+        for kind, activation in itertools.product(_KINDS.get((len(into), *ratios), ()), activations):
             yield FFNPlan(tuple(first), last, activation, kind)
 
 

@@ -233,11 +233,7 @@ def check_features(features: object, text_dim: int | None, text: str) -> None:
 
 
 def check_width(text_dim: int) -> int:
-    """Return the width C of text features.
-
-    Raises:
-        TextEncoderError: If it is not a positive whole number.
-    """
+    """Return the width C of text features; refuse one that is not a positive whole number."""
     if isinstance(text_dim, bool) or text_dim < 1:
         raise TextEncoderError("Text features need a width.", expected="an int >= 1", got=describe(text_dim))
     return int(text_dim)

@@ -96,12 +96,10 @@ def rows_of(batch: Mapping[str, Any], *, pad_id: int | None, limit: int | None) 
         None if batch.get(name) is None else _matrix(name, batch[name], like=ids)
         for name in ("token_type_ids", "attention_mask")
     )
-    if mask is not None:
-        keep = mask != 0
-    else:
-        keep = torch.ones_like(ids, dtype=torch.bool) if pad_id is None else ids != pad_id
+    if mask is None:
+        mask = torch.ones_like(ids) if pad_id is None else ids != pad_id
     rows: list[TokenRow] = []
-    for index, kept in enumerate(keep):
+    for index, kept in enumerate(mask != 0):
         row = tuple(ids[index][kept].tolist())
         if not row:
             raise TextEncoderError(

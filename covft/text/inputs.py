@@ -14,11 +14,7 @@ from covft.errors import ShapeError
 
 
 def check_text_features(features: Tensor, text_dim: int | None) -> None:
-    """Refuse a tensor that is not text features of shape `(S, C)`; any C passes if it is None.
-
-    Raises:
-        ShapeError: If its shape or type differs.
-    """
+    """Refuse a tensor that is not text features of shape `(S, C)`; any C passes if it is None."""
     if features.dim() != 2 or (text_dim is not None and features.shape[1] != text_dim):
         raise ShapeError(
             "These are not text features for this encoder.",

@@ -68,9 +68,8 @@ class OpenCLIPTextEncoder(CachedTextEncoder):
                 got=f"a vocabulary of {vocabulary}" if vocabulary else type(self.model).__name__,
                 fix="covft.text.OpenCLIPTextEncoder(model, open_clip.get_tokenizer(NAME))",
             )
-        return import_library("open_clip", "open_clip", needed_by="This text encoder").SimpleTokenizer(
-            context_length=self.max_length or 77
-        )
+        library = import_library("open_clip", "open_clip", needed_by="This text encoder")
+        return library.SimpleTokenizer(context_length=self.max_length or 77)
 
     def _encode_one(self, text: str) -> Tensor:
         self._is_cut(_num_tokens(self.tokenizer, text))

@@ -44,7 +44,9 @@ class SentenceTransformersEncoder(CachedTextEncoder):
                 expected="SentenceTransformer",
                 got=type(loaded).__name__,
             )
-        super().__init__(model if isinstance(model, str) else _saved_name(loaded), cache_bytes=cache_bytes)
+        config = getattr(getattr(loaded[0], "auto_model", None), "config", None)
+        saved = getattr(config, "name_or_path", None) or f"sentence_transformers:{type(loaded).__name__}"
+        super().__init__(model if isinstance(model, str) else saved, cache_bytes=cache_bytes)
         self.model, self._modules = loaded, [loaded]
         self.revision = revision
         self.max_length = getattr(loaded, "max_seq_length", None)
@@ -54,8 +56,3 @@ class SentenceTransformersEncoder(CachedTextEncoder):
     def _encode_one(self, text: str) -> Tensor:
         self._is_cut(count_tokens(getattr(self.model, "tokenizer", None), text))
         return self.model.encode([text], convert_to_tensor=True, show_progress_bar=False)
-
-
-def _saved_name(model: Any) -> str:
-    config = getattr(getattr(model[0], "auto_model", None), "config", None)
-    return getattr(config, "name_or_path", None) or f"sentence_transformers:{type(model).__name__}"

@@ -47,8 +47,7 @@ def gathered(parameters: Iterable[Tensor], *, changed: bool = False) -> Iterator
     if not zero:
         yield
         return
-    deepspeed: Any = importlib.import_module("deepspeed")
-    with deepspeed.zero.GatheredParameters(zero, modifier_rank=0 if changed else None):
+    with importlib.import_module("deepspeed").zero.GatheredParameters(zero, modifier_rank=0 if changed else None):
         yield
 
 

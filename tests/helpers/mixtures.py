@@ -36,7 +36,7 @@ def feed_forward(embed_dim, ffn_dim, dtype=torch.float64):
 
 
 def random_moe(shape, context="cve", routing="dense", activation="gelu"):
-    """A mixture whose every parameter is random: experts apart, biases and norms off their start."""
+    """A mixture whose parameters are all random: different experts, biases and norms off their initial values."""
     moe = ContextualMoE(
         feed_forward(shape["D"], shape["F"]),
         embed_dim=shape["D"],

@@ -1,6 +1,6 @@
 """Equations (7) to (10) of the CoVFT paper, written out one image, one head and one expert at a time.
 
-Nothing here is shared with `covft.nn` but the parameters: the norms and activations are formulas, the
+Only the parameters are shared with `covft.nn`: the norms and activations are formulas, the
 attention is torch's own `nn.MultiheadAttention` over explicit keys and values, one per token, and the
 parameters that `covft` leaves out because they cancel are filled with random numbers.
 """

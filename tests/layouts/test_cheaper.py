@@ -1,4 +1,4 @@
-"""Low-rank experts, compression and skipped experts on every layout of tokens, not on plain `(B, N, D)` alone."""
+"""Low-rank experts, compression and skipped experts on every layout of tokens, not only on plain `(B, N, D)`."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _known(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def state(module: nn.Module) -> dict[str, Any]:
-    """All that a call that is refused must not change."""
+    """Everything that a refused call must not change."""
     return {
         "modules": {name: id(child) for name, child in module.named_modules()},
         "trained": {name: parameter.requires_grad for name, parameter in module.named_parameters()},
@@ -152,7 +152,7 @@ def state(module: nn.Module) -> dict[str, Any]:
 
 
 def check_alone(case: Case, encoder: covft.ContextEncoder, given: Inputs, text: Tensor) -> None:
-    """What an image of a batch gives is what the image alone gives."""
+    """Check that an image of a batch has the output of the image alone."""
     for number, wanted in enumerate(case.per_image(encoder(given[0], text, **given[1]))):
         first, rest = case.alone(given, number)
         found = features(encoder(first, text[number : number + 1], **rest))
@@ -185,8 +185,8 @@ def test_expert_rank__starts_as_the_vit_or_is_refused(case):
 
 @pytest.mark.parametrize("routing", ["dense", "sparse"])
 @every_low_rank_case
-def test_expert_rank__is_the_whole_experts_that_it_stands_for(case, routing):
-    """Outputs and gradients, against whole experts of the weights $W + B_e A_e$, called one by one."""
+def test_expert_rank__equals_full_experts_of_the_same_weights(case, routing):
+    """Outputs and gradients, against full experts of the weights $W + B_e A_e$, called one by one."""
     thin = case.wrapped(case.build(), expert_rank=2, routing=routing)
     perturb(thin, 0.3)
     whole = case.wrapped(covft.unwrap(copy.deepcopy(thin)), routing=routing, recompute="none")
@@ -228,7 +228,7 @@ def test_expert_rank__is_the_whole_experts_that_it_stands_for(case, routing):
 
 
 @every_low_rank_case
-def test_expert_rank__an_image_is_what_it_is_alone(case):
+def test_expert_rank__an_image_does_not_depend_on_its_batch(case):
     encoder = case.wrapped(case.build(), expert_rank=2)
     perturb(encoder, 0.3)
     check_alone(case, encoder, case.inputs(), texts())
@@ -294,7 +294,7 @@ def test_compress__a_low_rank_loses_something_for_every_layout(case):
 
 
 @every_case
-def test_skip_experts__an_image_is_what_it_is_alone(case):
+def test_skip_experts__an_image_does_not_depend_on_its_batch(case):
     encoder = case.wrapped(case.build())
     perturb(encoder, 0.5)
     given, text = case.inputs(), texts()
@@ -316,7 +316,7 @@ def test_skip_experts__an_image_is_what_it_is_alone(case):
 
 @every_case
 def test_skip_experts__the_others_weights_are_scaled_up(case):
-    """What experts return, against those that are left, each called by itself on everything."""
+    """Outputs against those of the remaining experts, each called on everything."""
     encoder = case.wrapped(case.build())
     perturb(encoder, 0.5)
     calls = []

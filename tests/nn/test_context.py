@@ -43,7 +43,7 @@ def test_refinement_is_a_residual_then_a_norm(activation):
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 @pytest.mark.parametrize(("recompute", "kept"), [("none", 8), ("activation", 5), ("all", 3)])
-def test_refinement_may_be_computed_again_in_backward(recompute, kept, activation):
+def test_refinement_may_be_recomputed_in_backward(recompute, kept, activation):
     block = shaken(ResidualRefinement(D, activation=activation, **float64))
     v = torch.randn(2, 5, D, requires_grad=True, **float64)
     inputs = [v, *block.parameters()]
@@ -61,7 +61,7 @@ def test_refinement_may_be_computed_again_in_backward(recompute, kept, activatio
         output = block(v)
     for one, other in zip(torch.autograd.grad(output, inputs, upstream), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
-    if activation == "gelu":  # in units of the tokens: they, what goes into the norm, up to two of twice the width
+    if activation == "gelu":  # in units of the tokens: they, the norm's input, up to two of twice the width
         assert sum(sizes.values()) // (v.numel() * 8) <= kept
 
 
@@ -108,7 +108,7 @@ def test_padded_keys_are_those_of_a_key_padding_mask():
     torch.testing.assert_close(ours(tokens, text, mask), wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_what_was_left_out_of_the_attention_is_dead():
+def test_the_parameters_left_out_of_the_attention_are_dead():
     """The text columns of the keys and the key bias change no output and get no gradient."""
     theirs = reference_attention()
     tokens, text = torch.randn(3, 7, D, **float64), torch.randn(3, C, **float64)
@@ -139,14 +139,14 @@ def test_attention_starts_like_multihead_attention():
         (ours.v_proj_image_weight, theirs.v_proj_weight),
         (ours.v_proj_text.weight, theirs.v_proj_weight),
     ]
-    for mine, other in pairs:  # uniform: the spread tells the bound
+    for mine, other in pairs:  # uniform, so the spread shows the bound
         assert abs(mine.abs().max() / other.abs().max() - 1) < 0.02
         assert abs(mine.std() / other.std() - 1) < 0.1
     for bias in (ours.q_proj.bias, ours.v_proj_text.bias, ours.out_proj.bias):
         assert not bias.any()
 
 
-def test_widths_and_what_each_context_looks_at():
+def test_each_context_has_its_width_and_sees_its_inputs():
     tokens, text = torch.randn(2, 5, D), torch.randn(2, C)
     table = {
         CrossAttentionContext(D, C): (C, True, True),

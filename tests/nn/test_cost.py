@@ -1,4 +1,4 @@
-"""Counts on paper against the modules themselves, without memory for a single weight."""
+"""Analytic counts against the modules themselves."""
 
 import pytest
 import torch

@@ -8,7 +8,7 @@ from covft.nn import Experts, Routing
 
 
 class Scaled(nn.Module):
-    """An FFN that wants more than the tokens."""
+    """An FFN that takes more than the tokens."""
 
     def __init__(self, width=4):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The mixture that keeps little for backward: the same numbers as experts run one by one."""
+"""The fused mixture: the same numbers as experts run one by one, with less kept for backward."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.ffns import FFNS, D, E, Gated, experts_like, one_by_one
 @pytest.mark.parametrize("shape", [(2, 5, D), (3, D), (2, 2, 3, D)], ids=str)
 @pytest.mark.parametrize("name", FFNS)
 def test_mix__values_and_all_gradients_are_those_of_the_experts(name, shape, keep, rows, monkeypatch):
-    monkeypatch.setattr(fused, "_ROWS", rows)  # worked on in blocks, the last one smaller, or at once
+    monkeypatch.setattr(fused, "_ROWS", rows)  # in blocks, the last one smaller, or at once
     ffn = FFNS[name]()
     plan, reason = FFNPlan.of(ffn)
     assert plan is not None, reason
@@ -54,7 +54,7 @@ def test_mix__agrees_with_finite_differences(keep):
 
 
 @pytest.mark.parametrize("frozen", ["x", "weights", "experts", "one expert", "biases"])
-def test_mix__what_is_frozen_gets_no_gradient(frozen, monkeypatch):
+def test_mix__frozen_inputs_get_no_gradient(frozen, monkeypatch):
     monkeypatch.setattr(fused, "_ROWS", 3)
     ffn = FFNS["mlp"]()
     plan, _ = FFNPlan.of(ffn)
@@ -76,7 +76,7 @@ def test_mix__what_is_frozen_gets_no_gradient(frozen, monkeypatch):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_mix__without_any_image(keep):
+def test_mix__runs_without_any_image(keep):
     ffn = FFNS["mlp"]()
     plan, _ = FFNPlan.of(ffn)
     experts = experts_like(ffn)
@@ -90,7 +90,7 @@ def test_mix__without_any_image(keep):
 
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("name", ["mlp", "gate first", "one bias"])
-def test_mix__under_autocast_computes_in_its_type(name, keep, monkeypatch):
+def test_mix__computes_in_the_type_of_autocast(name, keep, monkeypatch):
     monkeypatch.setattr(fused, "_ROWS", 4)
     ffn = FFNS[name]()
     plan, _ = FFNPlan.of(ffn)
@@ -113,7 +113,7 @@ def test_mix__under_autocast_computes_in_its_type(name, keep, monkeypatch):
         assert (one - other).abs().max() <= (plain - other).abs().max() + 0.03 * scale
 
 
-def test_mix__keeps_the_tokens_and_what_it_says():
+def test_mix__keeps_the_tokens_and_if_asked_the_pre_activations():
     ffn = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
     plan, _ = FFNPlan.of(ffn)
     experts = [copy.deepcopy(ffn) for _ in range(E)]
@@ -168,7 +168,7 @@ def test_mix__can_be_differentiated_twice(name):
         output.sum().backward(create_graph=True)
 
 
-def test_mix__weights_that_changed_since_are_noticed():
+def test_mix__refuses_weights_that_changed_since_forward():
     ffn = FFNS["mlp"]()
     plan, _ = FFNPlan.of(ffn)
     experts = experts_like(ffn)

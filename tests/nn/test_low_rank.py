@@ -1,4 +1,4 @@
-"""Experts of low rank: the numbers of whole experts whose weights are W + B A."""
+"""Low-rank experts: the numbers of full experts whose weights are W + B A."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NAMES = ("mlp", "mlp without biases", "one bias", "gate first", "gate last", "ha
 
 
 def written_out(experts):
-    """Whole FFNs with the weights that the low-rank experts stand for."""
-    whole = []
+    """Full FFNs with the weights that the low-rank experts represent."""
+    full = []
     for expert in range(len(experts)):
         ffn = copy.deepcopy(experts.shared)
         with torch.no_grad():
@@ -27,8 +27,8 @@ def written_out(experts):
                 layer.weight += difference.up[expert] @ difference.down[expert]
                 if layer.bias is not None:
                     layer.bias += difference.bias[expert]
-        whole.append(ffn)
-    return whole
+        full.append(ffn)
+    return full
 
 
 def routing(images, dtype=torch.float64):
@@ -69,20 +69,20 @@ def test_start__the_experts_are_the_ffn_and_only_the_differences_train(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_of__full_rank_is_exact_and_less_is_the_best_there_is(name):
+def test_of__full_rank_is_exact_and_a_lower_one_the_best_approximation(name):
     ffn = FFNS[name]()
-    whole = [copy.deepcopy(ffn).double() for _ in range(E)]
-    for expert in whole:
+    full = [copy.deepcopy(ffn).double() for _ in range(E)]
+    for expert in full:
         for parameter in expert.parameters():
             nn.init.normal_(parameter)
     x, decided = torch.randn(2, 5, D, dtype=torch.float64), routing(2)
-    wanted = one_by_one(x, decided.weights_BE, whole)
-    exact = LowRankExperts.of(whole, rank=min(D, 10))
+    wanted = one_by_one(x, decided.weights_BE, full)
+    exact = LowRankExperts.of(full, rank=min(D, 10))
     assert torch.allclose(exact(x, decided), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
-    thin = LowRankExperts.of(whole, rank=2)
+    thin = LowRankExperts.of(full, rank=2)
     name_of = (*thin.plan.first, thin.plan.last)
     for layer, difference in zip(name_of, thin.differences, strict=True):
-        theirs = torch.stack([expert.get_submodule(layer).weight for expert in whole])
+        theirs = torch.stack([expert.get_submodule(layer).weight for expert in full])
         for expert in range(E):
             left = theirs[expert] - theirs.mean(0) - difference.up[expert] @ difference.down[expert]
             values = torch.linalg.svdvals(theirs[expert] - theirs.mean(0))

@@ -48,7 +48,7 @@ def test_outputs_and_gradients_are_those_of_the_equations(context, routing, shap
 @pytest.mark.parametrize("context", CONTEXTS)
 @settings(max_examples=15, deadline=None)
 @given(shape=shapes(), data=st.data())
-def test_padding_behind_the_mask_is_as_if_it_were_not_there(context, shape, data):
+def test_masked_tokens_change_nothing(context, shape, data):
     torch.manual_seed(shape["seed"])
     moe = random_moe(shape, context)
     x, text = random_inputs(shape)
@@ -72,7 +72,7 @@ def test_an_experts_gradient_is_its_weight_times_its_gradient_alone(num_images):
     shape = {"B": num_images, "N": 5, "D": 6, "C": 8, "F": 9, "E": 4, "K": 2, "H": 4}
     moe = random_moe(shape)
     with torch.no_grad():
-        moe.router.gate.weight *= 0.2  # so that every expert has a share worth speaking of
+        moe.router.gate.weight *= 0.2  # so that every expert has a noticeable share
     x, text = random_inputs(shape)
     direction = torch.randn_like(x)
     weights = moe.route(x, text)[0].weights_BE.detach()
@@ -112,7 +112,7 @@ def test_submodules_that_a_variant_does_not_use_do_not_exist(context, routing):
     assert moe.needs_text == (learned and context != "image")
 
 
-def test_the_text_may_be_left_out_where_nothing_looks_at_it():
+def test_the_text_may_be_left_out_where_it_is_not_used():
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     for context, routing in [("image", "dense"), ("image", "sparse"), ("cve", "uniform"), ("cve", "random")]:
         moe = ContextualMoE(feed_forward(6, 9), embed_dim=6, text_dim=None, routing=routing, context=context)

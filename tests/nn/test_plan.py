@@ -14,7 +14,7 @@ from tests.helpers.ffns import FFNS, HIDDEN, D, E, Halves, HalvesWithModule, Qui
 
 
 class OwnQuickGELU(nn.Module):
-    """Of another library, and not quite written like ours."""
+    """QuickGELU of another library, written differently."""
 
     def forward(self, x):
         return torch.sigmoid(x * 1.702).mul(x)
@@ -35,7 +35,7 @@ def test_plan__knows_quick_gelu_by_its_values(act, scale):
     assert torch.allclose(between.scaled(scale * x) / scale, act(x), rtol=1e-12, atol=1e-14)
 
 
-def test_plan__an_activation_that_was_put_in_later_counts():
+def test_plan__uses_an_activation_that_was_replaced_later():
     ffn = FFNS["one bias"]()
     plan, _ = FFNPlan.of(ffn)
     experts = experts_like(ffn)
@@ -46,7 +46,7 @@ def test_plan__an_activation_that_was_put_in_later_counts():
     assert torch.allclose(found, one_by_one(x, weights, experts), rtol=1e-12, atol=1e-12)
 
 
-def test_plan__takes_no_part_of_the_random_numbers_and_changes_nothing():
+def test_plan__draws_no_global_random_numbers_and_changes_nothing():
     ffn = FFNS["mlp"]()
     before = {name: p.clone() for name, p in ffn.named_parameters()}
     state = torch.get_rng_state()
@@ -88,7 +88,7 @@ class NeedsMore(Scaled):
     [
         (Scaled(), "another form"),
         (Residual(), "another form"),
-        (Halves(last=True), "another form"),  # its activation is nowhere to be found
+        (Halves(last=True), "another form"),  # its activation is not an attribute
         (NeedsMore(), "tokens alone"),
         (nn.Sequential(nn.Linear(D, HIDDEN), nn.GELU(), nn.Dropout(0.1), nn.Linear(HIDDEN, D)), "dropout"),
         (nn.Sequential(nn.Linear(D, HIDDEN), nn.GELU(), nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, D)), "weights outside"),
@@ -98,7 +98,7 @@ class NeedsMore(Scaled):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_plan__what_it_cannot_take_apart_it_names(ffn, reason):
+def test_plan__refuses_other_forms_with_a_reason(ffn, reason):
     plan, why = FFNPlan.of(ffn)
     assert plan is None
     assert reason in why
@@ -114,7 +114,7 @@ def test_plan__does_not_apply_where_modules_have_to_run_themselves():
     assert plan.applies_to(ffn)
     assert not plan.applies_to(_with_norm(ffn))
     other = copy.deepcopy(ffn)
-    other[0] = type("Adapter", (nn.Linear,), {})(D, HIDDEN)  # as peft and quantisation put there
+    other[0] = type("Adapter", (nn.Linear,), {})(D, HIDDEN)  # as peft and quantisation do
     assert not plan.applies_to(other)
     sharded = copy.deepcopy(ffn)
     sharded[0].weight.ds_id = 1

@@ -70,7 +70,7 @@ def test_merging_divides_the_tokens_of_every_image_alike():
     segments = Segments([16, 8])
     assert segments.merged(6).lengths == (4, 2)
     assert segments.merged(12).lengths == (8, 4)
-    # What no merging explains is left as it is, for the check of the tokens to find.
+    # A number that no merging explains changes nothing, and the check of the tokens refuses it.
     assert all(segments.merged(num_tokens) is segments for num_tokens in (24, 23, 8, 5, 1, 0))
 
 
@@ -103,7 +103,7 @@ def test_outputs_and_gradients_are_those_of_the_equations(context, routing, lead
     assert_same_gradients(moe, ours, theirs)
 
 
-def test_what_does_not_fit_is_refused():
+def test_other_numbers_of_tokens_or_texts_are_refused():
     moe = ContextualMoE(feed_forward(6, 9, torch.float32), embed_dim=6, text_dim=8)
     segments = Segments([2, 3])
     with pytest.raises(ShapeError, match="5 tokens, of 2 images"):

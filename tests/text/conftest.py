@@ -36,7 +36,7 @@ def make_bert():
             "attention_probs_dropout_prob": 0.5,
         }
         model = BertModel(BertConfig(**{**settings, **options}))
-        for parameter in model.parameters():  # the usual 0.02 would hide differences behind the norms
+        for parameter in model.parameters():  # the usual 0.02 would hide differences after the norms
             torch.nn.init.normal_(parameter, std=0.3)
         return model.train()
 

@@ -13,7 +13,7 @@ from covft.text import CachedTextEncoder, CallableTextEncoder, TextEncoder
 
 
 class Counting:
-    """A text model that writes down how it was called."""
+    """A text model that records its calls."""
 
     def __init__(self, text_dim=6):
         self.text_dim = text_dim
@@ -32,7 +32,7 @@ def counting():
     return model, encoder
 
 
-def test_every_encoder_is_a_text_encoder_and_no_module(counting):
+def test_every_encoder_is_a_text_encoder_and_not_a_module(counting):
     for encoder in (counting[1], HashTextEncoder(4)):
         assert isinstance(encoder, TextEncoder)
         assert not isinstance(encoder, nn.Module)
@@ -64,14 +64,14 @@ def test_the_cache_is_bounded_and_all_rows_still_come_back():
     assert model.calls == [["question 10"]]
 
 
-def test_kept_features_own_no_more_than_their_row():
+def test_cached_features_own_no_more_than_their_row():
     table = torch.randn(1000, 8)
     encoder = CallableTextEncoder(lambda texts: table[:1], name="table")
     encoder.encode(["a"])
     assert encoder.cache.get("a").untyped_storage().nbytes() == 8 * 4
 
 
-def test_changing_what_came_back_does_not_change_what_is_kept(counting):
+def test_changing_the_features_does_not_change_the_cached_ones(counting):
     encoder = counting[1]
     before = encoder.encode(["abc"]).clone()
     encoder.encode(["abc"]).zero_()
@@ -86,7 +86,7 @@ def test_an_empty_question_is_refused_by_its_index(counting, empty):
 
 
 @pytest.mark.parametrize("wrong", [None, 3, b"bytes", ["nested"]])
-def test_what_is_no_string_is_refused_by_its_index(counting, wrong):
+def test_an_entry_that_is_not_a_string_is_refused_by_its_index(counting, wrong):
     with pytest.raises(TextEncoderError, match="Text 1 is not a string"):
         counting[1].encode(["a", wrong])
 
@@ -109,7 +109,7 @@ def test_features_of_another_shape_are_refused(shape):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_refused_and_not_kept(value):
+def test_features_that_are_not_finite_are_refused_and_not_cached(value):
     encoder = CallableTextEncoder(lambda texts: torch.full((1, 6), value), text_dim=6)
     with pytest.raises(TextEncoderError, match="'what\\?' are not finite"):
         encoder.encode(["what?"])
@@ -122,7 +122,7 @@ def test_features_of_another_type_are_refused(features):
         CallableTextEncoder(lambda texts: features, text_dim=6).encode(["a"])
 
 
-def test_features_never_depend_on_what_surrounds_the_call():
+def test_features_do_not_depend_on_the_callers_modes():
     linear = nn.Linear(8, 8)
     seen = torch.randn(1, 8)
 
@@ -133,7 +133,7 @@ def test_features_never_depend_on_what_surrounds_the_call():
     assert not plain.requires_grad
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(encoder().encode(["a"]), plain)
-    # Features first seen during an evaluation must be good for a training later.
+    # Features first computed during evaluation must work in training later.
     kept = encoder()
     with torch.inference_mode():
         features = kept.encode(["a"])

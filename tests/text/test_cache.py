@@ -1,3 +1,5 @@
+"""The bounded cache of text features."""
+
 import sys
 
 import pytest
@@ -11,7 +13,7 @@ def _bytes(key, row):
     return sys.getsizeof(key) + row.numel() * row.element_size()
 
 
-def test_what_was_used_longest_ago_makes_room():
+def test_the_least_recently_used_entry_is_dropped():
     row = torch.zeros(10)
     cache = FeatureCache(max_bytes=2 * _bytes("a", row))
     cache.put("a", row)
@@ -46,7 +48,7 @@ def test_an_entry_larger_than_the_cache_evicts_nothing():
     assert cache.get("large") is None
 
 
-def test_zero_keeps_nothing_and_less_is_refused():
+def test_zero_caches_nothing_and_less_is_refused():
     cache = FeatureCache(0)
     cache.put("a", torch.zeros(1))
     assert len(cache) == 0

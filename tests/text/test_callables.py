@@ -1,3 +1,5 @@
+"""Functions as text encoders."""
+
 import numpy as np
 import pytest
 import torch
@@ -53,7 +55,7 @@ def test_one_row_for_a_list_is_refused_at_once():
         CallableTextEncoder(lambda texts: torch.ones(3))
 
 
-def test_what_cannot_be_called_is_refused():
+def test_an_object_that_is_not_callable_is_refused():
     with pytest.raises(TextEncoderError, match="not callable"):
         CallableTextEncoder("embed")
 

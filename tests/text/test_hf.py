@@ -91,7 +91,7 @@ def test_too_long_texts_are_cut_with_one_warning(make_bert, bert_tokenizer):
     long = " ".join(["cup"] * 100)
     with pytest.warns(UserWarning, match="at most 64 tokens; a text of 102 tokens"):
         features = encoder.encode([long])
-    # 62 words and the two marks are what is read.
+    # The model reads 62 words and the two marks.
     torch.testing.assert_close(features, encoder.encode([" ".join(["cup"] * 62)]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -212,7 +212,7 @@ def test_clip_takes_the_end_of_the_text(clip):
         torch.testing.assert_close(encoder.encode([text]), end)
     padded = tokenizer(["a cup", "left of"], padding="max_length", return_tensors="pt")
     torch.testing.assert_close(encoder.encode_tokens(padded), encoder.encode(["a cup", "left of"]))
-    del padded["attention_mask"]  # the end mark is also the padding: it must not be taken away
+    del padded["attention_mask"]  # the end mark is also the padding id: it must not be dropped
     torch.testing.assert_close(encoder.encode_tokens(padded), encoder.encode(["a cup", "left of"]))
 
 

@@ -1,3 +1,5 @@
+"""The text encoder for features that the caller brings."""
+
 import pytest
 
 from covft.errors import TextEncoderError
@@ -13,6 +15,6 @@ def test_it_has_a_width_and_refuses_texts():
 
 
 @pytest.mark.parametrize("width", [0, -1, True])
-def test_a_width_that_is_none_is_refused(width):
+def test_a_width_below_one_is_refused(width):
     with pytest.raises(TextEncoderError, match="an int >= 1"):
         PrecomputedFeatures(width)

@@ -1,3 +1,5 @@
+"""Everything that can be passed as a text encoder."""
+
 import importlib.util
 import json
 import shutil
@@ -49,7 +51,7 @@ def test_a_module_of_the_users_own_is_called():
     assert isinstance(as_text_encoder(Model()), CallableTextEncoder)
 
 
-def test_what_is_a_text_encoder_stays_itself():
+def test_a_text_encoder_is_returned_as_it_is():
     class Own:
         name = "own"
         text_dim = 3
@@ -111,7 +113,7 @@ def test_pooling_asks_for_the_transformer_itself(minilm_folder):
 
 
 @pytest.mark.parametrize("other", [768, len, HashTextEncoder(4)])
-def test_pooling_is_refused_where_there_is_none(other):
+def test_pooling_is_refused_by_encoders_without_a_choice(other):
     with pytest.raises(TextEncoderError, match="does not apply"):
         as_text_encoder(other, pooling="mean")
 

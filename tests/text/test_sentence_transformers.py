@@ -1,3 +1,5 @@
+"""Models of sentence-transformers: the real MiniLM."""
+
 import warnings
 
 import pytest

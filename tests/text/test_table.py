@@ -1,4 +1,4 @@
-"""Features that were computed beforehand: the encoder's own, from a file that is whole."""
+"""Precomputed features: equal to the encoder's own, from a complete file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_precompute__more_texts_than_one_step():
     assert torch.equal(table.encode(texts[::-1]), HashTextEncoder(4).encode(texts[::-1]))
 
 
-def test_table__a_text_that_is_not_in_it(tmp_path):
+def test_table__a_missing_text_is_refused_or_encoded_by_the_fallback(tmp_path):
     table = FeatureTable.precompute(HashTextEncoder(16), TEXTS, tmp_path / "texts.safetensors")
     with pytest.raises(TextEncoderError, match=r"no features of 'who\?'"):
         table.encode([TEXTS[0], "who?"])
@@ -55,7 +55,7 @@ def test_table__a_text_that_is_not_in_it(tmp_path):
         FeatureTable.load(tmp_path / "texts.safetensors", fallback=HashTextEncoder(8))
 
 
-def test_table__stands_where_its_encoder_stood(tmp_path):
+def test_table__replaces_its_encoder(tmp_path):
     tower = TOWERS[0]
     torch.manual_seed(0)
     vit = tower.build().eval()
@@ -67,7 +67,7 @@ def test_table__stands_where_its_encoder_stood(tmp_path):
     assert encoder.text_name == HashTextEncoder(16).name
 
 
-def test_load__what_is_no_table(tmp_path):
+def test_load__refuses_other_files(tmp_path):
     from safetensors.torch import save_file
 
     FeatureTable.precompute(HashTextEncoder(16), TEXTS, tmp_path / "texts.safetensors")

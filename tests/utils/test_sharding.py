@@ -1,4 +1,4 @@
-"""Sharded weights: gathered where they are copied, read or written, and refused by name where that cannot be.
+"""Sharded weights: gathered where they are copied, read or written, and refused by name where that is impossible.
 
 A stand-in with DeepSpeed's interface partitions parameters within one process. `tests/distributed/` runs the same on
 several processes, with DeepSpeed itself where it is installed.
@@ -46,7 +46,7 @@ class Status(enum.Enum):
 
 
 class GatheredParameters:
-    """As DeepSpeed's: no nesting, and what is changed without a rank to take it from is lost."""
+    """As DeepSpeed's: no nesting, and changes without a rank to take them from are lost."""
 
     def __init__(self, params, modifier_rank=None):
         self.params, self.modifier_rank = [p for p in params if hasattr(p, "ds_id")], modifier_rank
@@ -104,7 +104,7 @@ def perturbed(encoder):
 # One tensor
 
 
-def test_gathered__is_whole_inside_and_partitioned_again_outside():
+def test_gathered__is_full_inside_and_partitioned_again_outside():
     linear = nn.Linear(3, 2)
     value = linear.weight.detach().clone()
     partition(linear.parameters())
@@ -177,7 +177,7 @@ def test_wrap__upcycles_what_zero_partitioned(settings):
     assert [name for name, p in spread.vit.named_parameters() if p.requires_grad] == trained
     assert plain.original.values.keys() == spread.original.values.keys()
     assert all(torch.equal(spread.original.values[name], v) for name, v in plain.original.values.items())
-    # The originals are whole on every process, since Trainer saves on one that nobody else waits for.
+    # The originals are full on every process, since Trainer saves on one without the others.
     assert all(parameter.numel() for ffn in spread.original.ffns.values() for parameter in ffn.parameters())
 
 
@@ -198,7 +198,7 @@ def test_save__of_partitioned_weights_is_that_of_plain_ones(tmp_path):
 def test_load__onto_partitioned_weights(tmp_path):
     vit = ToyViT()
     plain = wrapped(copy.deepcopy(vit))
-    plain.vit.patches.bias.requires_grad_(True)  # of the caller's own
+    plain.vit.patches.bias.requires_grad_(True)  # by the caller
     perturbed(plain).save_pretrained(tmp_path)
     spread = covft.load(tmp_path, partitioned(vit), WIDTH)
     expected, found = plain.vit.state_dict(), spread.vit.state_dict(keep_vars=True)
@@ -216,7 +216,7 @@ def test_load__onto_other_partitioned_weights_is_refused(tmp_path):
         covft.load(tmp_path, partitioned(ToyViT()), WIDTH)
 
 
-def test_fingerprint__is_that_of_the_whole_weights():
+def test_fingerprint__is_that_of_the_full_weights():
     vit = ToyViT()
     expected = fingerprint(vit.state_dict().items())
     assert fingerprint(partitioned(vit).state_dict(keep_vars=True).items()) == expected
@@ -238,7 +238,7 @@ def test_save__takes_what_another_library_gathered(tmp_path):
     plain.save_pretrained(tmp_path / "plain")
     spread = wrapped(partitioned(vit))
     gatherer, state = covft.checkpoints.saving.save, plain.vit.state_dict()
-    for nothing in (state, {}):  # processes that do not write have nothing to wait for, and often nothing at all
+    for nothing in (state, {}):  # processes that do not write need not wait, and often have nothing
         gatherer(spread, tmp_path / "other", gathered=nothing, writes=False)
     assert not (tmp_path / "other").exists()
     gatherer(spread, tmp_path / "spread", gathered=state)
@@ -250,7 +250,7 @@ def test_save__takes_what_another_library_gathered(tmp_path):
         gatherer(spread, tmp_path / "spread", gathered=state)
 
 
-# What cannot be
+# What is refused
 
 
 def test_wrap__inside_an_engine_is_refused_and_changes_nothing():
@@ -318,7 +318,7 @@ def test_unpartitioned__switches_zero_off_in_transformers_and_on_again(monkeypat
 # The meta device
 
 
-def test_meta__a_whole_vit_is_wrapped_and_gets_its_values_later(tmp_path):
+def test_meta__a_vit_is_wrapped_and_gets_its_values_later(tmp_path):
     real = perturbed(wrapped(ToyViT())).eval()
     with torch.device("meta"):
         vit = ToyViT()
@@ -331,7 +331,7 @@ def test_meta__a_whole_vit_is_wrapped_and_gets_its_values_later(tmp_path):
     images, text = torch.randn(2, 3, 16, 16), torch.randn(2, WIDTH)
     with torch.no_grad():
         assert torch.equal(encoder(images, text), real(images, text))
-    # What the FFNs were at the time of wrap() is not known here, so nothing is made up.
+    # The FFNs at the time of wrap() are unknown here, so nothing is invented.
     with pytest.raises(CheckpointError, match=r"blocks\.1\.mlp\.0\.weight|norm1\.weight"):
         encoder.save_pretrained(tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,3 +1,5 @@
+"""The text encoder without a model."""
+
 import hashlib
 
 import pytest
@@ -14,7 +16,7 @@ def test_features_are_a_function_of_the_text():
     assert not torch.allclose(features[0], features[1])
 
 
-def test_nothing_but_the_text_counts():
+def test_features_depend_on_the_text_alone():
     """Not the global seed, and not Python's own hash, which differs from process to process."""
     seed = int.from_bytes(hashlib.sha256(b"a cup").digest()[:8], "big", signed=True)
     expected = torch.randn(1, 3, generator=torch.Generator().manual_seed(seed))
@@ -22,6 +24,6 @@ def test_nothing_but_the_text_counts():
     assert torch.equal(HashTextEncoder(3).encode(["a cup"]), expected)
 
 
-def test_a_width_that_is_none_is_refused():
+def test_a_width_of_zero_is_refused():
     with pytest.raises(TextEncoderError, match="an int >= 1"):
         HashTextEncoder(0)
