@@ -37,7 +37,7 @@ from covft.utils.sharding import in_engine, is_partitioned, unpartitioned
 
 @dataclass(frozen=True)
 class WrapPlan:
-    """What is going to change in a ViT, all of it checked.
+    """A checked plan of what to change in a ViT.
 
     Attributes:
         vit: The ViT, as it is.

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.coverage import transformers_inputs as inputs
 from benchmarks.coverage.transformers_configs import DEPTH, PATCH, SIZE, WIDTH, load_class, small_config
 
-# Vision base classes by folder; a file of another name stands behind a slash.
+# Vision base classes by folder; a file of another name stands after a slash.
 CLASSES = {
     "aimv2": "Aimv2VisionModel",
     "altclip": "AltCLIPVisionModel",

@@ -328,13 +328,13 @@ FAMILIES: tuple[ViTFamily, ...] = (
             (
                 "seggpt",
                 "SegGptModel",
-                "images and their examples are rows of one batch, all examples behind all images",
+                "images and their examples are rows of one batch, all examples after all images",
                 "a ViT of images alone, such as transformers.ViTModel",
             ),
             (
                 "table_transformer",
                 "TableTransformerModel",
-                "it is a convnet, and the layers behind it have no FFN module",
+                "it is a convnet, and the layers after it have no FFN module",
                 "a ViT, such as transformers.ViTModel",
             ),
         )

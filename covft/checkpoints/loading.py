@@ -23,7 +23,7 @@ from covft.utils.sharding import assign, full, in_engine, shape_of, unpartitione
 
 @dataclass(frozen=True)
 class SavedEncoder:
-    """What a saved folder holds.
+    """The contents of a saved folder.
 
     Attributes:
         folder: Where it was read.

@@ -1,4 +1,4 @@
-"""How the text of a call reaches the FFNs, in the forward pass and in every recomputation of it.
+"""Carries the text of a call to the FFNs, in the forward pass and in every recomputation of it.
 
     scope.py        the text that holds for a call, and its transport to the FFNs
     frames.py       every private name of torch that this needs, with a self-check

@@ -26,7 +26,7 @@ from covft.nn.segments import Segments
 
 
 class Scope:
-    """What holds for the FFNs that run inside it.
+    """Text, and what else applies to the FFNs that run inside it.
 
     Args:
         text_features: Shape `(S, C)`, one row per text; None where no text was given.

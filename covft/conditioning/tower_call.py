@@ -1,4 +1,4 @@
-"""What one call of the tower tells about its images: how many there are, and which tokens are theirs.
+"""Reads from a call of the tower how many images there are, and which tokens belong to each.
 
 Shapes: B images, N tokens of an image, D embed_dim.
 """
@@ -19,7 +19,7 @@ from covft.nn.segments import Segments
 
 
 class TowerCall:
-    """What one run of the tower knows about its batch.
+    """The batch of one run of the tower.
 
     Args:
         format: How images reach the tower.

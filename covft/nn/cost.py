@@ -1,4 +1,4 @@
-"""What an adapted block costs: parameters and arithmetic, counted on paper.
+"""Counts the parameters and the arithmetic of an adapted block.
 
 Shapes: N tokens of an image (prefix tokens included), D embed_dim, C text_dim, W context_dim, H heads, E experts.
 """

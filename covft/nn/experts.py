@@ -65,7 +65,7 @@ class Experts(nn.ModuleList):
 
     @property
     def summary(self) -> str:
-        """What backward recomputes, and why the experts are called one by one if they are, for `print`."""
+        """Recomputation, and the reason for calling experts one by one if there is one, for `print`."""
         return f"recompute={self.recompute!r}" + ("" if self.plan else f", one by one: {self.unfused_reason}")
 
     def forward(self, x: Tensor, routing: Routing, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the modules share: small pure functions, and the keywords of where parameters are."""
+"""Small pure functions that the modules share, and keywords for the device and type of parameters."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from covft.nn.router import Routing
 
 
 class LowRankDifference(nn.Module):
-    """What experts add to one linear layer: `B_e A_e` to its weight, and a vector to its bias.
+    """Adds `B_e A_e` to the weight of one linear layer for each expert, and a vector to its bias.
 
     Attributes:
         down: The matrices A, shape `(E, Q, in_features)`, random.
@@ -130,7 +130,7 @@ class LowRankExperts(nn.Module):
 
     @property
     def summary(self) -> str:
-        """How the experts are made, for `print`."""
+        """The form of the experts, for `print`."""
         return f"expert_rank={self.rank}"
 
     @property

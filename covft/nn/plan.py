@@ -1,4 +1,4 @@
-"""How an FFN computes: `FFNPlan.of` guesses it from the shapes of its layers and checks it on random tokens."""
+"""Finds out how an FFN computes, from the shapes of its layers, and checks that on random tokens."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class FFNPlan:
 
 
 class Between:
-    """What comes between the linear layers; see `FFNPlan.kind`.
+    """The function between the linear layers; see `FFNPlan.kind`.
 
     QuickGELU, written out, takes three operations, and backward six. But 1.702 x sigmoid(1.702 x) is a SiLU, which is
     one operation in either direction: `scaled` takes and returns `scale` times what `__call__` does, and the matrix

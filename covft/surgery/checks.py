@@ -1,4 +1,4 @@
-"""What cannot be wrapped or unwrapped, refused before anything changes."""
+"""Refuses what cannot be wrapped or unwrapped, before anything changes."""
 
 from __future__ import annotations
 

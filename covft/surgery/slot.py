@@ -19,7 +19,7 @@ from covft.surgery.save_guard import refuse_runtime_names
 
 @dataclass
 class Original:
-    """What `unwrap` needs to restore the ViT; not part of any state dict.
+    """Originals that `unwrap` restores; not part of any state dict.
 
     Attributes:
         ffns: The modules that were replaced, by dotted path: FFNs, and both halves of split ones.

@@ -15,7 +15,7 @@ from covft.utils.parameters import count
 
 
 class TextSource(NamedTuple):
-    """Which text encoder the router knows.
+    """The text encoder that the router was trained with.
 
     Attributes:
         name: What `as_text_encoder` builds it from, where it can; None where no text is used.
