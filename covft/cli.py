@@ -16,7 +16,6 @@ from typing import Annotated, Any
 from covft import __version__
 from covft.errors import ConfigError, CoVFTError, MissingDependencyError
 from covft.utils.options import options, parse_layers
-from covft.utils.parameters import count
 
 try:
     import typer
@@ -191,6 +190,7 @@ def gather(source: str, *, text_dim: int, tokens: int | None = None, **settings:
 def _added(encoder: Any, block: Any, text_dim: int, num_tokens: int | None) -> dict[str, Any]:
     """Count parameters and FLOPs of one adapted block, by part, and those of the FFN that it replaces."""
     from covft.nn.cost import count_flops, count_parameters
+    from covft.utils.parameters import count
 
     config = encoder.covft_config
     experts = encoder.vit.get_submodule(block.mlp_path).experts

@@ -213,6 +213,7 @@ def test_every_setting_that_the_text_names_exists():
     known |= {*inspect.signature(covft.attach).parameters, *inspect.signature(covft.CoVFTCallback).parameters}
     known |= {field.name for field in dataclasses.fields(covft.integrations.MLLMTrainingArguments)}
     known |= {"index", "use_reentrant", "preserve_rng_state", "attn_implementation", "fullgraph", "title", "max_length"}
+    known |= set(inspect.signature(covft.data.Collator).parameters)
     pages = [FENCE.sub("", page.read_text(encoding="utf-8")) for page in PAGES]
     named = {name for text in pages for name in re.findall(r"`(?:[^`]*[ (,])?(\w+)=[^`=]*`", text)}
     assert len(named) > 8

@@ -149,7 +149,7 @@ def test_rows_are_counted_by_the_tower_or_by_the_texts():
         assert not torch.allclose(block(rows), alone)
     with pytest.raises(MissingContextError):
         block(rows)
-    with encoder.condition(text[:2]), pytest.raises(ShapeError, match=r"rows .* are not those of the images"):
+    with encoder.condition(text[:2]), pytest.raises(ShapeError, match=r"rows .* cannot be split among the images"):
         block(rows[:7])
     encoder = build("(BP)ND", context="image")
     with pytest.raises(ShapeError, match="how many images there are is not known"):

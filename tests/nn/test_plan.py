@@ -83,6 +83,21 @@ class NeedsMore(Scaled):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class Buffered(nn.Sequential):
+    """Something whose values nobody knows may count."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(D, HIDDEN, device="meta"), nn.GELU(), nn.Linear(HIDDEN, D, device="meta"))
+        self.register_buffer("scale", torch.ones(D, device="meta"))
+
+
+def test_plan__is_found_without_weights():
+    for name, make in FFNS.items():
+        wanted, _ = FFNPlan.of(make())
+        if next(make().buffers(), None) is None:
+            assert FFNPlan.of(make().to("meta")) == (wanted, ""), name
+
+
 @pytest.mark.parametrize(
     ("ffn", "reason"),
     [
@@ -94,7 +109,7 @@ class NeedsMore(Scaled):
         (nn.Sequential(nn.Linear(D, HIDDEN), nn.GELU(), nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, D)), "weights outside"),
         (nn.Sequential(nn.Linear(D, HIDDEN), nn.PReLU(), nn.Linear(HIDDEN, D)), "weights outside"),
         (nn.Sequential(nn.Conv2d(D, HIDDEN, 1), nn.GELU(), nn.Conv2d(HIDDEN, D, 1)), "another form"),
-        (nn.Sequential(nn.Linear(D, HIDDEN, device="meta"), nn.GELU(), nn.Linear(HIDDEN, D, device="meta")), "meta"),
+        (Buffered(), "buffers are on the meta device"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -30,7 +30,7 @@ def test_refused__and_nothing_is_changed():
         detach(model)
     with pytest.raises(ConfigError, match="turns='second'"):
         attach(model, TEXTS, tokenizer=mllm.tokenizer, turns="second")
-    with pytest.raises(ConfigError, match="no tokenizer"):
+    with pytest.raises(ConfigError, match="not a tokenizer"):
         attach(model, TEXTS, tokenizer="a name")
     with pytest.raises(covft.errors.LayerIndexError):
         attach(model, TEXTS, tokenizer=mllm.tokenizer, layers=[9])
