@@ -92,12 +92,7 @@ for name, code in json.load(sys.stdin).items():
             errors[name] = traceback.format_exc()
 pathlib.Path(sys.argv[1], "errors.json").write_text(json.dumps(errors))
 """
-# Scripts that take the settings from covft.utils.options.
-SCRIPTS = [
-    name
-    for name in ("examples/llava/finetune.py", "examples/internvl/finetune.py")
-    if "add_options" in (ROOT / name).read_text(encoding="utf-8")
-]
+SCRIPTS = ["examples/llava/finetune.py", "examples/internvl/finetune.py"]
 
 
 @pytest.fixture(scope="module")

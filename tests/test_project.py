@@ -1,6 +1,7 @@
 """Guards the package and the repository: cost of the import, public names, versions, files."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -379,3 +380,32 @@ def test_private_names_of_torch_are_in_one_file():
 
 def modules():
     return {path.stem for path in (ROOT / "covft").iterdir() if path.suffix == ".py" or path.is_dir()}
+
+
+# ------------------------------------------------------------------------- names in messages
+
+
+def resolves(dotted):
+    """Whether `covft.a.b` is a module, or an attribute of one."""
+    found = covft
+    for depth, part in enumerate(dotted.split(".")[1:], 2):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            try:
+                found = importlib.import_module(".".join(dotted.split(".")[:depth]))
+            except ImportError:
+                return False
+    return True
+
+
+def test_every_name_of_covft_in_a_message_or_docstring_exists():
+    assert resolves("covft.integrations.mllm.overrides.OVERRIDES")
+    assert not resolves("covft.not_there")
+    missing = []
+    for path in (ROOT / "covft").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = re.findall(r"(?<![\w./-])covft(?:\.[A-Za-z_]\w*)+", node.value)
+                missing += [f"{path.relative_to(ROOT)}: {name}" for name in named if not resolves(name)]
+    assert missing == []
