@@ -205,7 +205,10 @@ def test_never_runs__in_a_copy(name, twin_of, called):
         assert_close(answers(twin, images), answers(originals[0], images), rtol=0, atol=0)
 
 
-@every_tower
+@pytest.mark.parametrize(
+    "name",  # twenty seconds each
+    [name if name in ("hf-clip", "timm-clip") else pytest.param(name, marks=pytest.mark.slow) for name in TOWERS],
+)
 def test_never_runs__compiled(name):
     encoder, _, images = skipping(name, layers=[1], experts=2)
     twin, text = copy.deepcopy(encoder), encoder.encode_text(QUESTIONS)
