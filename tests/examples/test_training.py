@@ -23,6 +23,8 @@ EVERYWHERE = ["--use_cpu", "True", "--bf16", "False", "--report_to", "none", "--
 EVERYWHERE += ["--per_device_train_batch_size", "2", "--global_batch_size", "4", "--disable_tqdm", "True"]
 NEVER = ["--save_strategy", "no"]
 
+ADAPTED = ["--layers", "1-2"]
+
 
 def launch(plan, log, config=CPU, *flags):
     """Run a plan in two processes."""
@@ -44,11 +46,10 @@ def script(name, *arguments):
 
 
 def tuning(root):
-    """The arguments by which all of LLaVA is tuned here."""
+    """The arguments by which all of LLaVA is tuned here, whatever becomes of its tower."""
     models, llava = root / "models", root / "llava"
     parts = ["--vision", models / "clip", "--language", models / "vicuna", "--text_encoder", models / "bert"]
     parts += ["--data", llava / "train.json", "--images", llava / "images", "--projector", root / "llava-pretrain"]
-    parts += ["--layers", "1-2"]
     return [*parts, "--learning_rate", 5e-3, "--router_lr", 1e-2, "--lr_scheduler_type", "constant", "--max_steps", 4]
 
 
@@ -72,7 +73,8 @@ def train_everything(root):
     write_internvl(internvl)
 
     parts = ["--vision", models / "clip", "--language", models / "vicuna", "--images", llava / "images", *EVERYWHERE]
-    tune = [*tuning(root), *EVERYWHERE]
+    plain = [*tuning(root), *EVERYWHERE]
+    tune = [*plain, *ADAPTED]
     small = ["--meta", internvl / "meta.json", "--vision", models / "internvit", "--language", models / "phi"]
     small += [*EVERYWHERE, *NEVER, "--max_tiles", 2, "--max_steps", 4]
     launch(
@@ -86,7 +88,7 @@ def train_everything(root):
             ["copy", str(root / "llava-covft" / "checkpoint-2"), str(root / "llava-resumed" / "checkpoint-2")],
             script("llava/finetune.py", *tune, "--output_dir", root / "llava-resumed", "--save_steps", 2, "--resume"),
             script("llava/finetune.py", *tune, "--output_dir", root / "llava-lora", *NEVER, "--lora_r", 4),
-            script("llava/finetune.py", *tune, "--output_dir", root / "llava-full", *NEVER, "--method", "full"),
+            script("llava/finetune.py", *plain, "--output_dir", root / "llava-full", *NEVER, "--method", "full"),
             script("internvl/pretrain.py", *small, "--output_dir", root / "internvl-pretrain", "--dtype", "float32"),
             script(
                 "internvl/finetune.py",
@@ -178,7 +180,9 @@ def test_what_shards_ends_where_ddp_does(runs, tmp_path, monkeypatch, name, writ
     config = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{name}.yaml").read_text())
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "num_processes": 2, "mixed_precision": "no"}))
     gpus = ["--ddp_backend", "gloo", "--dataloader_pin_memory", "False", *EVERYWHERE[2:]]
-    step = script("llava/finetune.py", *tuning(runs), *gpus, "--output_dir", tmp_path / "tuned", "--save_steps", 2)
+    step = script(
+        "llava/finetune.py", *tuning(runs), *ADAPTED, *gpus, "--output_dir", tmp_path / "tuned", "--save_steps", 2
+    )
     flags = ["--as-gpus"] if name == "fsdp2" else []
     launch([step], tmp_path / "log.txt", tmp_path / "config.yaml", *flags)
     assert (tmp_path / "tuned" / "checkpoint-2" / written).exists(), "it was sharded"
