@@ -61,8 +61,8 @@ class Collator:
         """Pad and stack the samples.
 
         Returns:
-            `input_ids`, `labels`, `attention_mask` (B, L); `pixel_values` (T, 3, H, W), the tiles of all rows;
-            `context_index` (T,), the row of each tile (the `index` of a `ContextEncoder`); `image_flags` (T,), 1 for an
+            `input_ids`, `labels`, `attention_mask` (R, L); `pixel_values` (B, 3, H, W), the tiles of all rows;
+            `context_index` (B,), the row of each tile (the `index` of a `ContextEncoder`); `image_flags` (B,), 1 for an
             image and 0 for a dummy; `num_tiles`, a list per row; `context_text`, B strings.
 
         Raises:
@@ -132,7 +132,7 @@ def drop_dummies(features: torch.Tensor, image_flags: torch.Tensor) -> tuple[tor
 
     Args:
         features: Features of all tiles, shape `(T, ...)`.
-        image_flags: 1 for an image, 0 for a dummy, shape `(T,)`.
+        image_flags: 1 for an image, 0 for a dummy, shape `(B,)`.
 
     Returns:
         The features of the real tiles, and a zero computed from those of the dummies. Added to the loss or to any

@@ -24,7 +24,7 @@ def without_dummies(model: nn.Module, image_flags: Tensor | None) -> Iterator[No
 
     Args:
         model: The base model, whose forward calls its own `get_image_features`.
-        image_flags: 1 for an image and 0 for a dummy, shape `(T,)`; None if there are no dummies.
+        image_flags: 1 for an image and 0 for a dummy, shape `(B,)`; None if there are no dummies.
     """
     if image_flags is None or bool(image_flags.bool().all()):
         yield
