@@ -63,7 +63,7 @@ class Collator:
         Returns:
             `input_ids`, `labels`, `attention_mask` (R, L); `pixel_values` (B, 3, H, W), the tiles of all rows;
             `context_index` (B,), the row of each tile (the `index` of a `ContextEncoder`); `image_flags` (B,), 1 for an
-            image and 0 for a dummy; `num_tiles`, a list per row; `context_text`, B strings.
+            image and 0 for a dummy; `num_tiles`, a list per row; `context_text`, R strings.
 
         Raises:
             ShapeError: If images differ in size, or there are neither images nor `image_shape`.
