@@ -92,7 +92,7 @@ def loss_of(model: nn.Module, rank: int, world: int) -> torch.Tensor:
 
 
 def trained_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Gradients of all that is trained, made whole; a parameter without one is an error."""
+    """Gradients of all that is trained, unsharded; a parameter without one is an error."""
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
