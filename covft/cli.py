@@ -106,8 +106,8 @@ def describe(
     everything: Annotated[
         str | None, typer.Option("--all", help="Instead of a model: all of timm, open_clip or transformers.")
     ] = None,
-    text_dim: Annotated[int, typer.Option(help="Width of the text features.")] = 768,
-    tokens: Annotated[int | None, typer.Option(help="Tokens per image, where the model does not say.")] = None,
+    text_dim: Annotated[int, typer.Option(min=1, help="Width of the text features.")] = 768,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per image, where the model does not say.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     settings: Any = None,
 ) -> None:

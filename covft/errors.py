@@ -1,6 +1,7 @@
 """The errors that covft raises, each a `CoVFTError` and the builtin exception that fits.
 
     CoVFTError
+    ├── ArgumentError(TypeError)              an argument of another kind than the function takes
     ├── ConfigError(ValueError)               a setting that cannot work
     ├── UnknownViTError(LookupError)          no adapter knows how this model is built
     ├── UnsupportedViTError(ValueError)       known, but it cannot be wrapped as it stands
@@ -26,6 +27,7 @@ Every message says what was asked, what was expected, what was got, and what to 
 from __future__ import annotations
 
 __all__ = [
+    "ArgumentError",
     "CheckpointError",
     "CoVFTError",
     "ConfigError",
@@ -81,6 +83,10 @@ class CoVFTError(Exception):
         lines = [self.problem]
         lines += [f"  {name + ':':<9} {value}" for name, value in rows if value is not None]
         return "\n".join(lines)
+
+
+class ArgumentError(CoVFTError, TypeError):
+    """An argument of another kind than the function takes."""
 
 
 class ConfigError(CoVFTError, ValueError):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from covft.errors import ConfigError
 from covft.nn.router import Routing
 from covft.text.hashed import HashTextEncoder
 from covft.utils.extras import import_library
@@ -56,6 +57,9 @@ class ToyViT(nn.Module):
         image_size: Height and width of the images in pixels.
         patch_size: Height and width of a patch in pixels.
 
+    Raises:
+        ConfigError: If a size cannot be used.
+
     Example:
         >>> ToyViT()(torch.rand(2, 3, 16, 16)).shape
         torch.Size([2, 5, 16])
@@ -65,6 +69,16 @@ class ToyViT(nn.Module):
         self, width: int = 16, depth: int = 4, num_heads: int = 4, image_size: int = 16, patch_size: int = 8
     ) -> None:
         super().__init__()
+        sizes = {"width": width, "depth": depth, "num_heads": num_heads, "image_size": image_size}
+        wrong = [
+            f"{name}={size}" for name, size in {**sizes, "patch_size": patch_size}.items() if not 1 <= size <= 4096
+        ]
+        if wrong or width % num_heads:
+            raise ConfigError(
+                "This ViT cannot be built.",
+                expected="sizes from 1 to 4096, and num_heads that divides width",
+                got=", ".join(wrong) or f"width={width}, num_heads={num_heads}",
+            )
         self.image_size = image_size
         self.patch_size = patch_size
         self.patches = nn.Conv2d(3, width, patch_size, patch_size)

@@ -10,6 +10,7 @@ from covft import errors
 from covft.errors import CoVFTError
 
 BUILTINS = {
+    "ArgumentError": TypeError,
     "ConfigError": ValueError,
     "UnknownViTError": LookupError,
     "UnsupportedViTError": ValueError,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
@@ -103,6 +103,7 @@ class ViTSpec:
         return f"{self.library} {self.class_name}, {self.depth} blocks"
 
 
+@runtime_checkable
 class Adapter(Protocol):
     """Describes one kind of ViT. Implement it for a model that covft does not know.
 

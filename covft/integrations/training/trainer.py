@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ class MLLMTrainingArguments(TrainingArguments):
         group_by_modality_length: Whether to batch rows with images and rows without separately, by similar length.
 
     Raises:
-        ConfigError: If the global batch cannot be divided evenly among the processes.
+        ConfigError: If the global batch cannot be divided evenly among the processes, or a rate cannot be used.
     """
 
     global_batch_size: int | None = field(default=None, metadata={"help": "Rows per step over all processes."})
@@ -60,6 +61,7 @@ class MLLMTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_numbers()
         if self.global_batch_size is None:
             return
         at_once = self.train_batch_size * self.world_size
@@ -72,6 +74,21 @@ class MLLMTrainingArguments(TrainingArguments):
                 fix="per_device_train_batch_size=...",
             )
         self.gradient_accumulation_steps = self.global_batch_size // at_once
+
+    def _check_numbers(self) -> None:
+        """Refuse what transformers takes without a look: a rate that is not a number trains nothing, or breaks all."""
+        rates = ("learning_rate", "weight_decay", "experts_lr", "router_lr", "norms_lr", "vision_lr", "projector_lr")
+        for name in rates:
+            value = getattr(self, name)
+            plain = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+            if not plain and not (value is None and name.endswith("_lr")):
+                raise ConfigError(f"{name}={value!r} cannot be used.", expected="a finite number >= 0", got=repr(value))
+        if not isinstance(self.group_by_modality_length, bool):
+            value = repr(self.group_by_modality_length)
+            raise ConfigError(f"group_by_modality_length={value} is not a choice.", expected="True or False", got=value)
+        size = self.global_batch_size
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool)):
+            raise ConfigError(f"global_batch_size={size!r} cannot be used.", expected="a whole number", got=repr(size))
 
 
 class MLLMTrainer(Trainer):

@@ -1,0 +1,318 @@
+"""One good call of every public function, and a value of every kind to put into its arguments."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import covft
+from covft import adapters, checkpoints, data, integrations, testing, text
+from covft.adapters.sources import load_vit
+
+VALUES: dict[str, Any] = {
+    "none": None,
+    "true": True,
+    "one": 1,
+    "negative": -7,
+    "huge": 10**30,
+    "fraction": 2.5,
+    "nan": float("nan"),
+    "word": "nonsense",
+    "nothing": "",
+    "nul": "a\0b",
+    "bytes": b"bytes",
+    "list": [1, None],
+    "empty": [],
+    "dict": {"a": 1},
+    "set": {"a"},
+    "object": object(),
+    "class": dict,
+    "function": lambda *args, **kwargs: None,
+    "tensor": torch.ones(2),
+    "module": nn.Linear(2, 2),
+}
+# By a word in an annotation: the values above that are of its kind. A value of its kind may still be refused.
+_NUMBERS = {"one", "negative", "huge"}
+_KINDS: dict[str, set[str]] = {
+    "None": {"none"},
+    "bool": {"true"},
+    "int": _NUMBERS,
+    "float": _NUMBERS | {"fraction"},
+    "str": {"word", "nothing", "nul"},
+    "Path": {"word"},
+    "Sequence": {"empty"},
+    "Iterable": {"empty", "set", "dict"},
+    "Collection": {"empty", "set", "dict"},
+    "list": {"empty"},
+    "Mapping": {"dict"},
+    "dict": {"dict"},
+    "Callable": {"class", "function", "module"},
+    "Module": {"module"},
+    "Tensor": {"tensor"},
+}
+
+
+def of_kind(annotation: str) -> set[str]:
+    """Names of the values that an annotation lets in."""
+    return set().union(*(_KINDS.get(word, set()) for word in re.findall(r"\w+", annotation)))
+
+
+class World:
+    """What calls take, built on first use."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @functools.cached_property
+    def vit(self) -> nn.Module:
+        return testing.ToyViT()
+
+    @functools.cached_property
+    def encoder(self) -> covft.ContextEncoder:
+        encoder = covft.wrap(testing.ToyViT(), testing.HashTextEncoder(8), layers=[1, 2], experts=3)
+        encoder(self.images, ["a cup", "a dog"])
+        return encoder
+
+    @functools.cached_property
+    def images(self) -> torch.Tensor:
+        return torch.rand(2, 3, 16, 16)
+
+    @functools.cached_property
+    def saved(self) -> Path:
+        self.encoder.save_pretrained(self.folder / "saved")
+        return self.folder / "saved"
+
+    @functools.cached_property
+    def tiny(self) -> testing.TinyMLLM:
+        return testing.tiny_llava(depth=3)
+
+    @functools.cached_property
+    def attached(self) -> testing.TinyMLLM:
+        tiny = testing.tiny_llava(depth=3)
+        covft.attach(tiny.model, testing.HashTextEncoder(8), tokenizer=tiny.tokenizer, layers=[1], experts=2)
+        return tiny
+
+    @functools.cached_property
+    def rows(self) -> Path:
+        turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a cup"}]
+        return self._write("rows.json", [{"id": "0", "image": "cup.png", "conversations": turns}])
+
+    @functools.cached_property
+    def meta(self) -> Path:
+        entry = {"root": str(self.folder), "annotation": str(self.rows), "data_augment": False, "repeat_time": 1}
+        return self._write("meta.json", {"cups": {**entry, "length": 1}})
+
+    @functools.cached_property
+    def picture(self) -> Any:
+        from PIL import Image
+
+        return Image.new("RGB", (20, 10))
+
+    @functools.cached_property
+    def table(self) -> Path:
+        text.FeatureTable.precompute(testing.HashTextEncoder(8), ["a cup"], self.folder / "table.safetensors")
+        return self.folder / "table.safetensors"
+
+    def built(self) -> list[nn.Module]:
+        """The models that are built by now."""
+        found = [self.__dict__[name] for name in ("vit", "encoder") if name in self.__dict__]
+        return found + [self.__dict__[name].model for name in ("tiny", "attached") if name in self.__dict__]
+
+    def _write(self, name: str, values: Any) -> Path:
+        (self.folder / name).write_text(json.dumps(values))
+        return self.folder / name
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that works.
+
+    Attributes:
+        name: As users write it.
+        function: Makes the function of the world.
+        needed: Makes the arguments that have no default, or whose default does not work.
+        takes: By argument, the names of values that it takes although its annotation does not say so.
+    """
+
+    name: str
+    function: Callable[[World], Callable[..., Any]]
+    needed: Callable[[World], dict[str, Any]]
+    takes: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def arguments(self, world: World) -> dict[str, str]:
+        """Names of the arguments, with their annotations."""
+        parameters = inspect.signature(self.function(world)).parameters.values()
+        return {p.name: str(p.annotation) for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+    def accepted(self, argument: str, annotation: str) -> set[str]:
+        """Names of the values that an argument may take without an error."""
+        return of_kind(annotation) | set(self.takes.get(argument, "").split())
+
+
+TURNS = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a cup"}]
+RECORD = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "a"}]}
+ANY = " ".join(VALUES)
+EVERYTHING: list[Call] = []
+
+
+def call(
+    name: str, function: Callable[[World], Any], needed: Callable[[World], dict[str, Any]] | None = None, **takes: str
+) -> None:
+    """Add a call to the table."""
+    EVERYTHING.append(Call(name, function, needed or (lambda world: {}), takes))
+
+
+def public(module: Any, name: str, needed: Callable[[World], dict[str, Any]] | None = None, **takes: str) -> None:
+    """Add a function or class of a module's public face to the table."""
+    call(name, lambda world: functools.reduce(getattr, name.split("."), module), needed, **takes)
+
+
+ints = "one negative huge"
+public(covft, "wrap", lambda w: {"vit": w.vit, "text_encoder": 8, "layers": [1]}, text_encoder="one")
+public(covft, "unwrap", lambda w: {"encoder": w.encoder})
+public(covft, "load", lambda w: {"folder_or_repo_id": w.saved, "vit": w.vit, "text_encoder": 8})
+public(covft, "describe", lambda w: {"vit": w.vit})
+public(covft, "compress", lambda w: {"encoder": w.encoder, "rank": 2}, images="none", text=ANY)
+public(covft, "skip_experts", lambda w: {"encoder": w.encoder, "below": 0.1})
+public(
+    covft,
+    "attach",
+    lambda w: {"model": w.tiny.model, "text_encoder": 8, "tokenizer": w.tiny.tokenizer, "layers": [1]},
+    text_encoder="one",
+    tokenizer="none",
+)
+public(covft, "detach", lambda w: {"model": w.attached.model})
+public(covft, "get_encoder", lambda w: {"model": w.attached.model})
+public(covft, "CoVFTConfig")
+public(covft, "CoVFTConfig.from_dict", lambda w: {"values": {"experts": 2}})
+public(covft, "CoVFTConfig.from_json", lambda w: {"text": "{}"})
+public(covft, "CoVFTConfig.choices", lambda w: {"name": "routing"})
+call("CoVFTConfig.is_same_model", lambda w: covft.CoVFTConfig().is_same_model, lambda w: {"other": covft.CoVFTConfig()})
+public(covft, "CoVFTCallback", text_encoder=ANY, tokenizer=ANY)
+
+call("encoder", lambda w: w.encoder, lambda w: {"images": w.images, "text": ["a cup", "a dog"]}, images="none tensor")
+call(
+    "encoder.condition",
+    lambda w: lambda text, index=None: w.encoder.condition(text, index).__enter__(),
+    lambda w: {"text": "a cup"},
+    text="none word nul",
+    index="none",
+)
+call("encoder.encode_text", lambda w: w.encoder.encode_text, lambda w: {"text": "a cup"})
+call("encoder.set_text_encoder", lambda w: w.encoder.set_text_encoder, lambda w: {"text_encoder": None})
+call("encoder.param_groups", lambda w: w.encoder.param_groups, lambda w: {"lr": 1e-3})
+call("encoder.gradient_checkpointing_enable", lambda w: w.encoder.gradient_checkpointing_enable)
+call("encoder.set_recompute", lambda w: w.encoder.set_recompute, lambda w: {"recompute": "all"})
+call("encoder.save_pretrained", lambda w: w.encoder.save_pretrained, lambda w: {"folder": w.folder / "out"})
+
+public(text, "as_text_encoder", lambda w: {"obj": 8}, obj="one")
+public(text, "CallableTextEncoder", lambda w: {"function": lambda texts: torch.ones(1, 8), "text_dim": 8})
+public(text, "FeatureCache")
+public(text, "PrecomputedFeatures", lambda w: {"text_dim": 8})
+public(testing, "HashTextEncoder", lambda w: {"text_dim": 8})
+call("HashTextEncoder.encode", lambda w: testing.HashTextEncoder(8).encode, lambda w: {"texts": ["a cup"]})
+public(text, "HFTextEncoder", lambda w: {"model": str(w.folder / "nothing")})
+public(text, "OpenCLIPTextEncoder", lambda w: {"model": "ViT-B-32/none"})
+public(text, "SentenceTransformersEncoder", lambda w: {"model": str(w.folder / "nothing")})
+public(text, "FeatureTable.precompute", lambda w: {"text_encoder": testing.HashTextEncoder(8), "texts": ["a cup"]})
+public(text, "FeatureTable.load", lambda w: {"path": w.table})
+call(
+    "FeatureTable.save", lambda w: text.FeatureTable.load(w.table).save, lambda w: {"path": w.folder / "b.safetensors"}
+)
+
+public(
+    adapters, "register_adapter", lambda w: {"adapter": adapters.ViTFamily(name="toy", classes=("a.B",), library="c")}
+)
+public(adapters, "ViTFamily", lambda w: {"name": "toy", "classes": ("a.B",), "library": "c"})
+public(adapters, "InputFormat")
+call("load_vit", lambda w: load_vit, lambda w: {"source": "timm:test_vit", "pretrained": False})
+public(checkpoints, "import_reference", lambda w: {"encoder": w.encoder, "path_or_state_dict": {}})
+
+public(integrations, "train_only", lambda w: {"model": w.attached.model, "parts": ["covft"]})
+public(integrations, "parts_of", lambda w: {"model": w.attached.model})
+public(integrations, "freeze_unread", lambda w: {"model": w.tiny.model})
+public(
+    integrations,
+    "build_llava",
+    lambda w: {
+        "vision": w.tiny.model.model.vision_tower,
+        "language": w.tiny.model.model.language_model,
+        "tokenizer": w.tiny.tokenizer,
+    },
+)
+public(
+    integrations,
+    "build_internvl",
+    lambda w: {
+        "vision": w.tiny.model.model.vision_tower,
+        "language": w.tiny.model.model.language_model,
+        "tokenizer": w.tiny.tokenizer,
+    },
+)
+public(integrations, "image_text_of", lambda w: {"model": w.tiny.model, "tokenizer": w.tiny.tokenizer})
+public(
+    integrations,
+    "llava_processor",
+    lambda w: {"model": w.tiny.model, "tokenizer": w.tiny.tokenizer, "image_processor": None},
+)
+public(integrations, "load_image_processor", lambda w: {"source": w.folder / "nothing"})
+public(integrations, "save_projector", lambda w: {"model": w.tiny.model, "folder": w.folder / "projector"})
+public(integrations, "load_projector", lambda w: {"model": w.tiny.model, "folder": w.folder / "nothing"})
+public(integrations, "save_trained", lambda w: {"trainer": None})
+public(integrations, "check_checkpoint", lambda w: {"checkpoint": w.folder / "nothing"})
+public(integrations, "last_checkpoint", lambda w: {"output_dir": w.folder / "nothing"})
+public(integrations, "MLLMTrainer", lambda w: {"model": w.attached.model}, data_collator="none function class module")
+public(integrations, "add_options", lambda w: {"parser": argparse.ArgumentParser()})
+
+public(data, "LlavaRows", lambda w: {"annotation": w.rows, "images": w.folder})
+public(data, "InternVLRows", lambda w: {"meta": w.meta})
+public(data, "JsonRecords", lambda w: {"path": w.rows})
+public(data, "DatasetsRows", lambda w: {"dataset": None})
+public(data, "ImageFolder", lambda w: {"root": w.folder})
+call("ImageFolder.open", lambda w: data.ImageFolder(w.folder).open, lambda w: {"name": "cup.png"})
+public(data, "TarImages", lambda w: {"shards": w.folder / "a.tar"})
+public(
+    data,
+    "ConversationDataset",
+    lambda w: {"source": data.LlavaRows(w.rows, w.folder), "tokenizer": w.tiny.tokenizer},
+)
+public(data, "Collator", lambda w: {"pad_token_id": 0})
+public(data, "ModalityGroupedSampler", lambda w: {"lengths": [3, -4], "batch_size": 1})
+public(data, "DynamicTiling")
+public(data, "PadToSquare")
+public(data, "JpegAugment")
+public(data, "MetaEntry", lambda w: {"name": "cups", "annotation": "a.json"})
+public(data, "ImageText")
+public(data, "answer_spans", lambda w: {"tokenizer": w.tiny.tokenizer, "messages": TURNS})
+public(data, "encode_conversation", lambda w: {"tokenizer": w.tiny.tokenizer, "messages": TURNS})
+public(data, "instruction_text", lambda w: {"row": TURNS})
+call(
+    "instructions_of",
+    lambda w: functools.wraps(data.instructions_of)(lambda **given: list(data.instructions_of(**given))),
+    lambda w: {"source": data.LlavaRows(w.rows)},
+)
+public(data, "open_rows", lambda w: {"path": w.rows})
+public(data, "read_meta", lambda w: {"path": w.meta})
+public(data, "parse_row", lambda w: {"record": RECORD})
+public(data, "to_messages", lambda w: {"row": TURNS})
+public(data, "pad_to_square", lambda w: {"image": w.picture})
+public(data, "tile_grid", lambda w: {"width": 20, "height": 10})
+public(data, "tile_image", lambda w: {"image": w.picture})
+public(data, "drop_dummies", lambda w: {"features": torch.ones(2, 3), "image_flags": torch.tensor([1, 0])})
+
+public(testing, "ToyViT")
+public(testing, "tiny_llava")
+public(testing, "tiny_internvl")
