@@ -197,6 +197,7 @@ def tiny_llava(depth: int = 6) -> TinyMLLM:
         >>> sorted(tiny.batch(["what is left of the cup?"]))
         ['attention_mask', 'input_ids', 'pixel_values']
     """
+    _check_sizes(depth=depth)
     transformers = import_library("transformers", "transformers", needed_by="tiny_llava")
     tokenizer = _byte_tokenizer("<image>", template=_VICUNA)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
@@ -219,6 +220,7 @@ def tiny_internvl(depth: int = 6) -> TinyMLLM:
         >>> tiny_internvl().image.count("<IMG_CONTEXT>")
         4
     """
+    _check_sizes(depth=depth)
     transformers = import_library("transformers", "transformers", needed_by="tiny_internvl")
     tokenizer = _byte_tokenizer("<img>", "</img>", "<IMG_CONTEXT>", "<|im_start|>", "<|im_end|>", template=_CHATML)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
@@ -232,6 +234,12 @@ def tiny_internvl(depth: int = 6) -> TinyMLLM:
     )
     model = transformers.InternVLForConditionalGeneration(config).eval()
     return TinyMLLM(_with_ids(model, tokenizer), tokenizer, f"<img>{'<IMG_CONTEXT>' * 4}</img>")
+
+
+def _check_sizes(**sizes: int) -> None:
+    wrong = [f"{name}={size}" for name, size in sizes.items() if not 1 <= size <= 1024]
+    if wrong:
+        raise ConfigError("This model cannot be built.", expected="sizes from 1 to 1024", got=", ".join(wrong))
 
 
 def _byte_tokenizer(*specials: str, template: str) -> Any:

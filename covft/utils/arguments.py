@@ -6,6 +6,7 @@ import builtins
 import collections.abc
 import functools
 import inspect
+import itertools
 import math
 import numbers
 import operator
@@ -154,14 +155,20 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 
 def _entries_are_of(value: Any, kind: Any, inner: tuple[Any, ...]) -> bool:
-    """Whether the entries of a collection are of the kinds in its brackets; iterators are not consumed."""
+    """Whether the entries of a collection are of the kinds in its brackets; of an array the first, of an iterator none."""
     if not inner or kind is collections.abc.Callable:
         return True
     if isinstance(value, collections.abc.Mapping) and len(inner) == 2:
         return all(_is_of(key, inner[0]) and _is_of(entry, inner[1]) for key, entry in value.items())
     if kind is tuple and inner[1:] != (...,):
         return len(value) == len(inner) and all(map(_is_of, value, inner))
-    return not isinstance(value, list | tuple | set | frozenset) or all(_is_of(entry, inner[0]) for entry in value)
+    if not isinstance(value, collections.abc.Collection):
+        return True
+    entries = value if isinstance(value, list | tuple | set | frozenset) else itertools.islice(value, 1)
+    try:
+        return all(_is_of(entry, inner[0]) for entry in entries)
+    except TypeError:  # a tensor without axes
+        return False
 
 
 def _plain(kind: Any) -> Any:
