@@ -24,7 +24,8 @@ from covft.text.hf_models import (
     text_modules,
     text_part,
 )
-from covft.text.loading import load_pretrained, with_options
+from covft.text.loading import load_pretrained
+from covft.utils.sources import with_options
 
 POOLINGS = ("cls", "mean", "pooled")
 
@@ -84,7 +85,7 @@ class HFTextEncoder(CachedTextEncoder):
         self.pooling = self._resolve(pooling)
         # The name has everything that the features depend on, so that a saved one reproduces them.
         options = {"max_length": max_length, "normalize": normalize or None, "revision": revision}
-        self.name = with_options(source, pooling=self.pooling, **options)
+        self.name = with_options(source, {"pooling": self.pooling, **options})
         self._modules = text_modules(self.model)
         probe_ids: TokenRow = ((0, 1), None)  # ids that every vocabulary has
         self.text_dim = self._probe() if self.tokenizer is not None else len(self._try(self._encode_row, probe_ids))

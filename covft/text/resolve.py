@@ -14,10 +14,11 @@ from covft.text.base import TextEncoder, describe, mro_modules
 from covft.text.callables import CallableTextEncoder
 from covft.text.hashed import HashTextEncoder
 from covft.text.hf import HFTextEncoder
-from covft.text.loading import find_json, split_options
+from covft.text.loading import find_json
 from covft.text.open_clip import OpenCLIPTextEncoder
 from covft.text.precomputed import PrecomputedFeatures
 from covft.text.sentence_transformers import SentenceTransformersEncoder
+from covft.utils.sources import split_options
 
 ACCEPTED = (
     "a model id or folder; a loaded text model of transformers, sentence-transformers or open_clip, alone or "
