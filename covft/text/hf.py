@@ -24,7 +24,8 @@ from covft.text.hf_models import (
     text_modules,
     text_part,
 )
-from covft.text.loading import load_pretrained
+from covft.text.loading import find_json, load_pretrained
+from covft.utils.foreign_code import refuse_code
 from covft.utils.sources import with_options
 
 POOLINGS = ("cls", "mean", "pooled")
@@ -70,6 +71,7 @@ class HFTextEncoder(CachedTextEncoder):
             raise TextEncoderError(f"pooling={pooling!r} is not known.", expected=known, got=repr(pooling))
         loaded: Any = model
         if isinstance(model, str):
+            refuse_code(find_json(model, "config.json", revision=revision), model)
             loaded = load_pretrained("AutoModel", model, revision=revision)
             if getattr(loaded, "vision_model", None) is not None and hasattr(loaded, "get_text_features"):
                 loaded.vision_model = None  # never used here, and often the larger half

@@ -13,7 +13,7 @@ from covft.utils.sources import is_folder_name
 
 
 def load_pretrained(auto_class: str, source: str, **kwargs: Any) -> Any:
-    """Call `transformers.<auto_class>.from_pretrained` on a model id or a folder.
+    """Call `transformers.<auto_class>.from_pretrained` on a model id or a folder, whose own code never runs.
 
     Raises:
         TextEncoderError: If it cannot be loaded.
@@ -22,7 +22,7 @@ def load_pretrained(auto_class: str, source: str, **kwargs: Any) -> Any:
     transformers = import_library("transformers", "transformers", needed_by="This text encoder")
     try:
         with unpartitioned():
-            return getattr(transformers, auto_class).from_pretrained(source, **kwargs)
+            return getattr(transformers, auto_class).from_pretrained(source, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise not_loaded(source, error) from error
 
@@ -54,7 +54,11 @@ def count_tokens(tokenizer: Any, text: str) -> int | None:
 
 
 def find_json(source: str, filename: str, *, revision: str | None = None) -> Any:
-    """Read a JSON file of a folder or a model id; None if it does not exist or cannot be fetched."""
+    """Read a JSON file of a folder or a model id; None if it does not exist or cannot be fetched.
+
+    Raises:
+        TextEncoderError: If it is not JSON.
+    """
     path = Path(source).expanduser() / filename
     if not is_folder_name(source):
         from huggingface_hub import hf_hub_download
@@ -64,4 +68,9 @@ def find_json(source: str, filename: str, *, revision: str | None = None) -> Any
             path = Path(hf_hub_download(source, filename, revision=revision))
         except (OSError, HfHubHTTPError, HFValidationError):
             return None
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TextEncoderError(f"{filename} of {source!r} cannot be read.", expected="JSON", got=str(error)) from error
