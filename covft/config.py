@@ -7,6 +7,7 @@ import inspect
 import json
 import operator
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
@@ -178,7 +179,7 @@ class CoVFTConfig:
         """Make settings of a JSON text; the inverse of `to_json`."""
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError("The configuration is not JSON.", got=str(error)) from error
         if not isinstance(values, dict):
             raise ConfigError("The configuration is not a JSON object.", expected="{...}", got=type(values).__name__)
@@ -269,7 +270,7 @@ def _layer_tuple(layers: Any) -> tuple[int, ...] | None:
         raise ConfigError(
             "layers is empty, so nothing would be adapted.", expected="at least one block index", got="none"
         )
-    repeated = sorted({index for index in indices if indices.count(index) > 1})
+    repeated = sorted(index for index, times in Counter(indices).items() if times > 1)
     if repeated:
         raise ConfigError("layers names a block twice.", expected="each block once", got=str(repeated)[1:-1])
     return tuple(indices)

@@ -17,7 +17,7 @@ from covft.checkpoints.loading import SavedEncoder
 from covft.conditioning import Conditioning
 from covft.config import CoVFTConfig, Settings, show_settings
 from covft.encoder import ContextEncoder
-from covft.errors import CheckpointError, UnsupportedViTError
+from covft.errors import UnsupportedViTError
 from covft.surgery.checks import (
     check_not_distributed,
     check_restorable,
@@ -27,7 +27,7 @@ from covft.surgery.checks import (
     check_weights,
     resolve_layers,
 )
-from covft.surgery.ffns import build_slots, install_slots, restore_ffns
+from covft.surgery.ffns import build_slots, expected_tensors, install_slots, restore_ffns
 from covft.surgery.overrides import remove_hooks
 from covft.surgery.skipping import last_read, run_all_blocks, skip_blocks
 from covft.surgery.slot import AdaptedFFN
@@ -60,15 +60,9 @@ class WrapPlan:
             CheckpointError: If the saved weights do not fit; the ViT is then as it was.
         """
         vit, spec, config = self.vit, self.spec, self.config
-        conditioning = Conditioning(
-            spec.input,
-            needs_text=config.needs_text,
-            draws_seeds=config.routing == "random",
-            has_batch_norm=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in vit.modules()),
-        )
-        text_dim = None if self.text_encoder is None else self.text_encoder.text_dim
-        slots = build_slots(vit, spec, config, conditioning, text_dim)
-        # From here on nothing can fail but saved weights that do not fit.
+        conditioning = self._conditioning()
+        slots = build_slots(vit, spec, config, conditioning, self._text_dim)
+        # From here on nothing can fail, in what is foreseen.
         original = install_slots(vit, spec, slots, config.train_norms)
         skip_blocks(vit, spec, last_read(spec, config.feature_layer))
         vit.register_forward_pre_hook(conditioning.enter_tower, with_kwargs=True)
@@ -78,10 +72,34 @@ class WrapPlan:
         if self.saved is not None:
             try:
                 self.saved.fill(encoder)
-            except CheckpointError:
+            except BaseException:
                 unwrap(encoder)
                 raise
         return encoder
+
+    def check_saved(self) -> None:
+        """Refuse saved weights that do not fit, before anything of their size is built.
+
+        Raises:
+            CheckpointError: If tensors are missing, unexpected, or of another shape or kind of number.
+        """
+        assert self.saved is not None
+        wanted = expected_tensors(self.vit, self.spec, self.config, self._conditioning(), self._text_dim)
+        slots = tuple(f"{self.spec.blocks[layer].mlp_path}." for layer in self.config.layers or ())
+        state = {n: t for n, t in self.vit.state_dict(keep_vars=True).items() if not n.startswith(slots)}
+        self.saved.check_tensors(wanted, state)
+
+    @property
+    def _text_dim(self) -> int | None:
+        return None if self.text_encoder is None else self.text_encoder.text_dim
+
+    def _conditioning(self) -> Conditioning:
+        return Conditioning(
+            self.spec.input,
+            needs_text=self.config.needs_text,
+            draws_seeds=self.config.routing == "random",
+            has_batch_norm=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.vit.modules()),
+        )
 
 
 def plan_wrap(
@@ -129,9 +147,11 @@ def plan_load(
     saved = SavedEncoder.read(folder_or_repo_id)
     vit = saved.build_vit() if vit is None else vit
     check_vit(vit)
-    texts = saved.build_text_encoder() if text_encoder is None else text_encoder
     saved.check_base(vit)
-    return dataclasses.replace(plan_wrap(vit, texts, saved.config, adapter, {}), saved=saved)
+    texts = saved.build_text_encoder() if text_encoder is None else text_encoder
+    plan = dataclasses.replace(plan_wrap(vit, texts, saved.config, adapter, {}), saved=saved)
+    plan.check_saved()
+    return plan
 
 
 @show_settings

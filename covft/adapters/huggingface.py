@@ -15,6 +15,7 @@ from torch import nn
 from covft.adapters.internvit import MODEL_TYPE, internvit_config, published_weights
 from covft.errors import CheckpointError, UnknownViTError, UnsupportedViTError
 from covft.utils.extras import import_library
+from covft.utils.foreign_code import refuse_code
 
 _HUB = ("revision", "cache_dir", "token", "subfolder")
 _ALONE = "load the whole model and pass its tower: covft.wrap(model.model.vision_tower, ...)"
@@ -34,9 +35,16 @@ def load_tower(name: str, pretrained: bool, device: torch.device, options: dict[
     transformers = import_library("transformers", "transformers", needed_by="This ViT")
     hub = {key: options.pop(key) for key in _HUB if key in options}
     options = {key: value for key, value in options.items() if value is not None}
+    if options.pop("trust_remote_code", False):
+        raise UnknownViTError(
+            f"covft does not run the code of a repository, hf:{name}.",
+            expected="a model that transformers itself has",
+            got="trust_remote_code=True",
+            fix="if you trust it, load it with transformers and pass the model",
+        )
     class_name = options.pop("class_name", None)
     config, published = tower_config(name, **hub)
-    kind = getattr(transformers, class_name, None) if class_name else class_of(config)
+    kind = _model_class(transformers, class_name) if class_name else class_of(config)
     if kind is None or "input_ids" in inspect.signature(kind.forward).parameters:
         raise UnknownViTError(
             f"hf:{name} has no vision model that transformers can build alone.",
@@ -79,13 +87,23 @@ def tower_config(name: str, **hub: Any) -> tuple[Any, bool]:
 
     Returns:
         The config of transformers, and whether the weights are in the layout of OpenGVLab's InternViT.
+
+    Raises:
+        CheckpointError: If it asks for code or weights of somewhere else.
     """
     transformers: Any = importlib.import_module("transformers")
     values, _ = transformers.PreTrainedConfig.get_config_dict(name, **hub)
+    refuse_code(values, name)
     if values.get("model_type") == MODEL_TYPE:
         return internvit_config(values), True
-    config = transformers.AutoConfig.from_pretrained(name, **hub)
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
     return getattr(config, "vision_config", None) or config, False
+
+
+def _model_class(transformers: Any, name: Any) -> Any:
+    """Return a model class of transformers itself by its name; None for all else, such as its automatic classes."""
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def class_of(config: Any) -> Any:

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from torch import nn
 from covft.adapters.huggingface import load_tower, tower_source
 from covft.errors import CoVFTError, UnknownViTError, UnsupportedViTError
 from covft.utils.extras import import_library
+from covft.utils.sources import split_options, with_options
 
 # Set on loaded models that do not say themselves where they came from.
 _SOURCE_ATTRIBUTE = "_covft_source"
@@ -62,7 +62,8 @@ def load_vit(source: str, pretrained: bool = True, *, device: torch.device | str
             got=f"pretrained=True, device={str(device)!r}",
             fix=f"load_vit({source!r}, pretrained=False, device='meta')",
         )
-    name, written = _split_options(rest)
+    name, texts = split_options(rest)
+    written = {key: _value(text) for key, text in texts.items()}
     with _reported(kind, name):
         return _LOADERS[kind](name, pretrained, torch.device(device), {**written, **options})
 
@@ -83,7 +84,7 @@ def source_of(vit: nn.Module) -> str | None:
     libraries = {cls.__module__.partition(".")[0] for cls in type(vit).__mro__}
     if "transformers" in libraries:
         found = tower_source(vit)
-        return None if found is None else f"hf:{_with_options(*found)}"
+        return None if found is None else f"hf:{with_options(*found)}"
     return _timm_source(vit) if "timm" in libraries else None
 
 
@@ -109,7 +110,8 @@ def _timm_source(vit: Any) -> str | None:
     name = f"{name}.{config['tag']}" if config.get("tag") else name
     with torch.device("meta"):
         plain = timm.create_model(name, pretrained=False)
-    return f"timm:{_with_options(name, _differences(_timm_options(vit), _timm_options(plain)))}"
+    changed = _differences(_timm_options(vit), _timm_options(plain))
+    return f"timm:{with_options(name, changed)}"
 
 
 def _timm_options(vit: Any) -> dict[str, Any]:
@@ -147,7 +149,7 @@ def _load_open_clip(name: str, pretrained: bool, device: torch.device, options: 
             load_weights=pretrained, device=device, **options,
         )  # fmt: skip
     if pretrained:
-        setattr(model.visual, _SOURCE_ATTRIBUTE, f"open_clip:{_with_options(name, options)}")
+        setattr(model.visual, _SOURCE_ATTRIBUTE, f"open_clip:{with_options(name, options)}")
     return model.visual
 
 
@@ -209,19 +211,8 @@ def _quiet_root_logger() -> Iterator[None]:
         root.removeHandler(handler)
 
 
-def _with_options(name: str, options: dict[str, Any]) -> str:
-    return f"{name}?{urlencode({key: str(value) for key, value in sorted(options.items())})}" if options else name
-
-
-def _split_options(rest: str) -> tuple[str, dict[str, Any]]:
-    name, mark, query = rest.partition("?")
-    if not mark or Path(rest).exists():
-        return rest, {}
-    return name, {key: _value(text) for key, text in parse_qsl(query, keep_blank_values=True)}
-
-
 def _value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return text

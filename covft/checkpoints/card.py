@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
+
 from covft.adapters.sources import source_of
+from covft.checkpoints.sources import LOCAL, is_hub_id, public_source
 from covft.surgery.wrapped import WrappedViT
 from covft.utils.parameters import count
 
@@ -13,19 +17,22 @@ def model_card(encoder: WrappedViT) -> str:
     Returns:
         Markdown with the metadata block that the Hugging Face Hub reads.
     """
-    config, source = encoder.covft_config, source_of(encoder.vit)
-    hub_base = source.removeprefix("hf:") if source and source.startswith("hf:") else None
+    config, source, text = encoder.covft_config, public_source(source_of(encoder.vit)), public_source(encoder.text_name)
+    hub_base = source.removeprefix("hf:").partition("?")[0] if source and source.startswith("hf:") else ""
     trained = count(encoder.trainable_parameters())
-    settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in config.to_dict().items())
+    settings = "\n".join(f"| `{name}` | {_code(str(value))} |" for name, value in config.to_dict().items())
+    class_name = encoder.spec.class_name
+    title = class_name if re.fullmatch(r"\w{1,100}", class_name) else _code(class_name)
+    pass_it = f"{_code(f'{encoder.spec.library} {class_name}')}; pass it as `vit=`"
     metadata = ["---", "library_name: covft", "tags:", "- covft", "- vision", "- multimodal"]
-    if hub_base and hub_base.count("/") == 1 and not hub_base.startswith(("/", ".")):
+    if hub_base.count("/") == 1 and is_hub_id(hub_base):
         metadata.append(f"base_model: {hub_base}")
     metadata.append("---")
     return (
         "\n".join(metadata)
         + f"""
 
-# Context-aware {encoder.spec.class_name}
+# Context-aware {title}
 
 A vision transformer whose features depend on the question, made with `covft` (CoVFT, context-aware visual
 fine-tuning).
@@ -39,11 +46,23 @@ tokens = encoder(images, ["What is left of the cup?"])
 
 | | |
 | --- | --- |
-| base ViT | {source or f"{encoder.spec.library} {encoder.spec.class_name}; pass it as `vit=`"} |
-| text encoder | {encoder.text_name or "none"}, width {encoder.text_dim} |
+| base ViT | {_shown(source) if source else pass_it} |
+| text encoder | {_shown(text) if text else "none"}, width {encoder.text_dim} |
 | parameters trained | {trained:,} |
 {settings}
 
 The file `model.safetensors` holds only what was added or trained; the base weights are needed too.
 """
     )
+
+
+def _shown(source: str) -> str:
+    folder = source.removeprefix(f"{LOCAL}:")
+    return _code(source) if folder == source else f"a local folder, {_code(folder)}"
+
+
+def _code(text: str) -> str:
+    """Show a text of someone else as code, in which no markup works, in a cell of a table."""
+    printed = "".join(c if unicodedata.category(c)[0] not in "CZ" else " " for c in text)
+    printed = " ".join(printed.split())[:200].rstrip("\\")
+    return "`" + printed.replace("`", "'").replace("|", "\\|") + "`" if printed else "unnamed"

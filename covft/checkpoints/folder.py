@@ -18,11 +18,13 @@ from torch import Tensor
 
 from covft.errors import CheckpointError
 from covft.utils.files import read_tensors, write_tensors, written_aside
+from covft.utils.strict_json import read_strictly
 
 CONFIG_NAME = "covft_config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 FORMAT = 1
+_MOST_BYTES = 1 << 24  # of the configuration; it has some kilobytes
 
 
 def write_folder(folder: str | Path, tensors: dict[str, Tensor], config: dict[str, Any], card: str) -> None:
@@ -81,14 +83,16 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             fix="encoder.save_pretrained(folder)",
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged.", expected="JSON", got=str(error)) from error
+        config = read_strictly(path, most_bytes=_MOST_BYTES)
+    except (OSError, ValueError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is damaged.", expected="JSON", got=got[:300]) from error
     needed = {"format": int, "covft": dict, "base": dict, "text": dict, "weights": dict}
     found = config if isinstance(config, dict) else {}
-    missing = [name for name, kind in needed.items() if not isinstance(found.get(name), kind)]
+    missing = [name for name, kind in needed.items() if type(found.get(name)) is not kind]
     if "weights" not in missing:
-        missing += [f"weights.{name}" for name in ("bytes", "sha256") if name not in found["weights"]]
+        kinds = {"bytes": int, "sha256": str}
+        missing += [f"weights.{n}" for n, kind in kinds.items() if type(found["weights"].get(n)) is not kind]
     later = "format" not in missing and found["format"] > FORMAT
     if missing and not later:
         raise CheckpointError(f"{path} is incomplete.", expected=", ".join(needed), got=f"without {', '.join(missing)}")

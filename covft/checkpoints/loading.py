@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from covft.adapters.sources import load_vit
 from covft.checkpoints.fingerprint import difference, fingerprint
-from covft.checkpoints.folder import CONFIG_NAME, WEIGHTS_NAME, compare_tensors, read_folder
+from covft.checkpoints.folder import CONFIG_NAME, WEIGHTS_NAME, compare_tensors, read_config, read_folder
 from covft.checkpoints.saving import adapted_tensors, base_state_dict
+from covft.checkpoints.schema import check_fields
+from covft.checkpoints.sources import LOCAL, public_source, text_source, vit_source
 from covft.config import CoVFTConfig
 from covft.errors import CheckpointError
 from covft.surgery.wrapped import WrappedViT
@@ -46,18 +49,30 @@ class SavedEncoder:
         """Read a folder, or a repository of the Hugging Face Hub.
 
         Raises:
-            CheckpointError: If it is incomplete or damaged, or cannot be reached.
+            CheckpointError: If it is incomplete or damaged, or cannot be reached; or if its configuration has a value
+                that no version writes, or does not fit its weights.
         """
         folder = _local(folder_or_repo_id)
+        check_fields(read_config(folder), folder / CONFIG_NAME)
         tensors, saved = read_folder(folder)
-        config, extra = CoVFTConfig.from_dict(saved["covft"]), frozenset(saved.get("extra", ()))
+        check_fields(saved, folder / CONFIG_NAME)  # again: another process may have saved meanwhile
+        config, extra = CoVFTConfig.from_dict(saved["covft"]), frozenset(saved["extra"])
+        _check_values(tensors, saved["dtype"], saved.get("other_dtypes", {}), folder)
+        blocks = len(config.layers or ())
+        if not extra <= set(tensors) or (config.expert_rank is None and config.experts * blocks > len(tensors)):
+            raise CheckpointError(
+                f"The settings of {folder} are not those of its weights.",
+                expected=f"experts={config.experts} in {blocks} blocks, and {len(extra)} other tensors",
+                got=f"{len(tensors)} tensors, without {_first(extra - set(tensors)) or 'as many experts'}",
+                fix="copy the complete folder again",
+            )
         return cls(folder, tensors, config, saved["base"], saved["text"], extra)
 
     def build_vit(self) -> nn.Module:
         """Build the base ViT from its source.
 
         Raises:
-            CheckpointError: If the folder does not name a source.
+            CheckpointError: If the folder does not name a source, or one that a file may not choose.
         """
         base = self.base
         if base["source"] is None:
@@ -66,14 +81,14 @@ class SavedEncoder:
                 expected="the ViT as an argument",
                 fix="covft.load(folder, vit=...)",
             )
-        revision = {} if base.get("revision") is None else {"revision": base["revision"]}
-        return load_vit(base["source"], **revision)
+        source, options = vit_source(base["source"], base["revision"])
+        return load_vit(source, **options)
 
     def build_text_encoder(self) -> Any:
         """Build the text encoder from its source; None where none is needed.
 
         Raises:
-            CheckpointError: If it cannot be built from its name.
+            CheckpointError: If it cannot be built from its name, or a file may not choose it.
         """
         source, text_dim = self.text["source"], self.text["text_dim"]
         if source is None and not self.config.needs_text:
@@ -86,9 +101,17 @@ class SavedEncoder:
                 expected=f"a text encoder of width {text_dim}, or that width if you bring features",
                 fix=f"covft.load(folder, text_encoder={text_dim})",
             )
-        revision = None if "revision=" in source else self.text.get("revision")
+        source = text_source(source)
+        revision = None if "revision=" in source else self.text["revision"]
         with unpartitioned():
-            return as_text_encoder(source, revision=revision)
+            encoder = as_text_encoder(source, revision=revision)
+        if encoder.text_dim != text_dim:
+            raise CheckpointError(
+                "The text encoder that the folder names has features of another width.",
+                expected=f"width {text_dim}",
+                got=f"width {encoder.text_dim} of {source!r}",
+            )
+        return encoder
 
     def check_base(self, vit: nn.Module) -> None:
         """Refuse a ViT with other weights than those that the encoder was trained from.
@@ -107,14 +130,43 @@ class SavedEncoder:
                 fix="load the base ViT that the encoder was trained from",
             )
 
+    def check_tensors(self, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Refuse weights that are not those of a wrapped ViT.
+
+        Args:
+            wanted: What was added or trained there, by name, with or without values.
+            state: All tensors of the ViT, by name; those of its FFNs do not matter.
+
+        Raises:
+            CheckpointError: If tensors are missing, unexpected, or of another shape or kind of number.
+        """
+        twice = sorted(self.extra & set(wanted))
+        if twice:
+            raise CheckpointError(
+                f"{CONFIG_NAME} lists tensors as trained outside the adapted blocks that are inside.",
+                expected="other parameters of the ViT",
+                got=", ".join(twice[:5]),
+            )
+        wanted = {**wanted, **{name: state[name] for name in self.extra if name in state}}
+        found = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        compare_tensors({name: shape_of(tensor) for name, tensor in wanted.items()}, found, "the folder")
+        other = [
+            f"{name} {_dtype(tensor)} instead of {_dtype(wanted[name])}"
+            for name, tensor in sorted(self.tensors.items())
+            if tensor.is_floating_point() != wanted[name].is_floating_point()
+            or (not tensor.is_floating_point() and tensor.dtype != wanted[name].dtype)
+        ]
+        if other:
+            raise CheckpointError("The folder has tensors of another kind than this encoder.", got="; ".join(other[:5]))
+
     def fill(self, wrapped: WrappedViT) -> None:
         """Put the weights into a wrapped ViT.
 
         Args:
-            wrapped: Wrapped with these settings, around these base weights.
+            wrapped: Wrapped with these settings, around these base weights; `check_tensors` has passed.
 
         Raises:
-            CheckpointError: If tensors are missing, unexpected or of another shape; it is then as it was.
+            CheckpointError: If the ViT is in a DeepSpeed engine.
         """
         if in_engine(wrapped.vit):
             raise CheckpointError(
@@ -124,11 +176,7 @@ class SavedEncoder:
                 fix="load first, then deepspeed.initialize(...); or engine.load_checkpoint(folder) of a training",
             )
         state = wrapped.vit.state_dict(keep_vars=True)
-        extra = self.extra & set(state)
-        wanted = {name: shape_of(t) for name, t in adapted_tensors(wrapped).items()}
-        wanted.update({name: shape_of(state[name]) for name in extra})
-        compare_tensors(wanted, {name: tuple(t.shape) for name, t in self.tensors.items()}, "the folder")
-        for name in sorted(extra):
+        for name in sorted(self.extra):
             wrapped.original.values[name] = full(state[name]).clone()
             if isinstance(state[name], nn.Parameter):
                 state[name].requires_grad_(True)
@@ -138,10 +186,11 @@ class SavedEncoder:
 
     def _warn_other_text(self, found: str | None) -> None:
         """Warn that the router gets features it was not trained on, where names can tell."""
-        saved = self.text["source"]
+        saved, found = self.text["source"], public_source(found)
         if saved is None or found is None or any(n.startswith(("features:", "callable:")) for n in (saved, found)):
             return
-        if Path(saved).name != Path(found).name:  # a folder may have been moved
+        one, other = (Path(name.removeprefix(f"{LOCAL}:")).name for name in (saved, found))
+        if one != other:  # a folder may have been moved
             warnings.warn(
                 f"The encoder was trained with the text encoder {saved!r} and is loaded with {found!r}; "
                 "its router does not know those features.",
@@ -172,7 +221,41 @@ def load_into(wrapped: WrappedViT, folder: str | Path) -> None:
     apart = difference(saved.base["fingerprint"], fingerprint(base.items()))
     if apart is not None:
         raise CheckpointError(f"{folder} was made for other base weights than those of this encoder.", got=apart)
+    saved.check_tensors(adapted_tensors(wrapped), wrapped.vit.state_dict(keep_vars=True))
     saved.fill(wrapped)
+
+
+def _check_values(tensors: Mapping[str, Tensor], dtype: str, others: Mapping[str, str], folder: Path) -> None:
+    """Refuse weights of other types than those that were saved, and numbers that are not finite.
+
+    Raises:
+        CheckpointError: If there are any.
+    """
+    other = [name for name in sorted(tensors) if _dtype(tensors[name]) != others.get(name, dtype)]
+    if other or not set(others) <= set(tensors):
+        name = other[0] if other else _first(set(others) - set(tensors))
+        raise CheckpointError(
+            f"{folder} has weights of other types than those that were saved, in {len(other)} tensors.",
+            expected=f"{name}: {others.get(name, dtype)}",
+            got=f"{name}: {_dtype(tensors[name]) if name in tensors else 'no such tensor'}",
+            fix="copy the complete folder again",
+        )
+    broken = [n for n, t in sorted(tensors.items()) if t.is_floating_point() and not bool(t.isfinite().all())]
+    if broken:
+        raise CheckpointError(
+            f"{folder} has weights that are not finite.",
+            expected="numbers",
+            got=f"NaN or infinity in {len(broken)} tensors: {', '.join(broken[:5])}",
+            fix="load an earlier checkpoint; the training had diverged",
+        )
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _first(names: Iterable[str]) -> str:
+    return min(names, default="")
 
 
 def _local(folder_or_repo_id: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from covft.adapters.sources import source_of
 from covft.checkpoints.card import model_card
 from covft.checkpoints.fingerprint import fingerprint
 from covft.checkpoints.folder import CONFIG_NAME, write_folder
+from covft.checkpoints.sources import public_source
 from covft.errors import CheckpointError
 from covft.surgery.wrapped import WrappedViT
 from covft.utils.sharding import full, is_main_process, is_sharded
@@ -107,7 +109,7 @@ def save(
         )
     if writes:
         unsharded = {name: full(tensor).cpu() if name in sharded else tensor for name, tensor in adapted.items()}
-        write_folder(folder, unsharded, _config(encoder, set(adapted), base), model_card(encoder))
+        write_folder(folder, unsharded, _config(encoder, unsharded, base), model_card(encoder))
 
 
 def push(encoder: WrappedViT, repo_id: str, **kwargs: Any) -> str:
@@ -128,25 +130,33 @@ def push(encoder: WrappedViT, repo_id: str, **kwargs: Any) -> str:
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
 
 
-def _config(encoder: WrappedViT, saved: set[str], base: Mapping[str, Tensor]) -> dict[str, Any]:
-    extra = sorted(name for name in saved & set(base) if name not in encoder.norms)
+def _config(encoder: WrappedViT, saved: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Any]:
+    extra = sorted(name for name in set(saved) & set(base) if name not in encoder.norms)
     return {
         "library_version": __version__,
         "covft": encoder.covft_config.to_dict(),
         "base": {
-            "source": source_of(encoder.vit),
+            "source": public_source(source_of(encoder.vit)),
             "revision": getattr(getattr(encoder.vit, "config", None), "_commit_hash", None),
             "library": encoder.spec.library,
             "class_name": encoder.spec.class_name,
             "fingerprint": fingerprint((name, tensor) for name, tensor in base.items() if name not in extra),
         },
         "text": {
-            "source": encoder.text_name,
+            "source": public_source(encoder.text_name),
             "text_dim": encoder.text_dim,
             "revision": encoder.text_source.revision,
         },
         "extra": extra,
+        **_dtypes(saved),
     }
+
+
+def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the most frequent type of the tensors, and the types of the others by name."""
+    found = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    dtype = Counter(found.values()).most_common(1)[0][0]
+    return {"dtype": dtype, "other_dtypes": {name: found[name] for name in sorted(found) if found[name] != dtype}}
 
 
 def _state(encoder: WrappedViT, gathered: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from covft.adapters.spec import ViTSpec
 from covft.conditioning import Conditioning
 from covft.config import CoVFTConfig
 from covft.surgery.slot import AdaptedFFN, Original
 from covft.surgery.split import SecondHalf, SplitFFN
-from covft.utils.sharding import assign, full, gathered, partition_like, whole_copy
+from covft.utils.sharding import assign, full, gathered, partition_like, shape_of, whole_copy
 
 
 def build_slots(
@@ -52,6 +53,57 @@ def build_slots(
             # transformers initialises modules without this mark again when the model around them is.
             module._is_hf_initialized = True  # type: ignore[assignment]
     return slots
+
+
+def expected_tensors(
+    vit: nn.Module, spec: ViTSpec, settings: CoVFTConfig, conditioning: Conditioning, text_dim: int | None
+) -> dict[str, Tensor]:
+    """Return what `build_slots` and `install_slots` would add or train, by name, without building it.
+
+    Args:
+        vit: The ViT, which is not changed.
+        spec: What is known of it.
+        settings: The settings, with `layers` resolved.
+        conditioning: Carries the text to the slots.
+        text_dim: Width C of the text features; None where there are none.
+
+    Returns:
+        Tensors without values (but for FFNs with buffers), in the shapes of unsharded ones.
+    """
+    layers = settings.layers or ()
+    tensors: dict[str, Tensor] = {}
+    slots = build_slots(_without_values(vit, spec, layers), spec, settings, conditioning, text_dim)
+    for layer, slot in slots.items():
+        state = slot.state_dict()
+        tensors.update({f"{spec.blocks[layer].mlp_path}.{name}": tensor for name, tensor in state.items()})
+    for name in _norm_parameters(vit, spec, layers, settings.train_norms):
+        tensors[name] = _empty_like(vit.get_parameter(name))
+    return tensors
+
+
+def _without_values(vit: nn.Module, spec: ViTSpec, layers: Iterable[int]) -> nn.Module:
+    """Copy the FFNs of some blocks without their values, in modules of the same paths."""
+    copied = nn.Module()
+    for layer in layers:
+        block = spec.blocks[layer]
+        for path in filter(None, (block.mlp_path, block.output_path)):
+            ffn = vit.get_submodule(path)
+            memo: dict[int, Any] = {}
+            if next(ffn.buffers(), None) is None:  # how an FFN with buffers computes is found out with their values
+                memo = {id(parameter): _empty_like(parameter) for parameter in ffn.parameters()}
+            parent, *_ = path.rpartition(".")
+            place = copied
+            for part in parent.split(".") if parent else ():
+                if part not in place._modules:
+                    place.add_module(part, nn.Module())
+                place = place.get_submodule(part)
+            place.add_module(path.rpartition(".")[2], copy.deepcopy(ffn, memo))
+    return copied
+
+
+def _empty_like(parameter: nn.Parameter) -> nn.Parameter:
+    empty = torch.empty(shape_of(parameter), dtype=parameter.dtype, device="meta")
+    return nn.Parameter(empty, requires_grad=parameter.requires_grad)
 
 
 def install_slots(vit: nn.Module, spec: ViTSpec, slots: dict[int, AdaptedFFN], train_norms: str) -> Original:

@@ -24,7 +24,9 @@ from covft.text.hf_models import (
     text_modules,
     text_part,
 )
-from covft.text.loading import load_pretrained, with_options
+from covft.text.loading import find_json, load_pretrained
+from covft.utils.foreign_code import refuse_code
+from covft.utils.sources import with_options
 
 POOLINGS = ("cls", "mean", "pooled")
 
@@ -69,6 +71,7 @@ class HFTextEncoder(CachedTextEncoder):
             raise TextEncoderError(f"pooling={pooling!r} is not known.", expected=known, got=repr(pooling))
         loaded: Any = model
         if isinstance(model, str):
+            refuse_code(find_json(model, "config.json", revision=revision), model)
             loaded = load_pretrained("AutoModel", model, revision=revision)
             if getattr(loaded, "vision_model", None) is not None and hasattr(loaded, "get_text_features"):
                 loaded.vision_model = None  # never used here, and often the larger half
@@ -84,7 +87,7 @@ class HFTextEncoder(CachedTextEncoder):
         self.pooling = self._resolve(pooling)
         # The name has everything that the features depend on, so that a saved one reproduces them.
         options = {"max_length": max_length, "normalize": normalize or None, "revision": revision}
-        self.name = with_options(source, pooling=self.pooling, **options)
+        self.name = with_options(source, {"pooling": self.pooling, **options})
         self._modules = text_modules(self.model)
         probe_ids: TokenRow = ((0, 1), None)  # ids that every vocabulary has
         self.text_dim = self._probe() if self.tokenizer is not None else len(self._try(self._encode_row, probe_ids))

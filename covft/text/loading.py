@@ -1,20 +1,19 @@
-"""Loads the pretrained models of text encoders, and names encoders with their settings."""
+"""Loads the pretrained models of text encoders."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
 
 from covft.errors import TextEncoderError
 from covft.utils.extras import import_library
 from covft.utils.sharding import unpartitioned
+from covft.utils.sources import is_folder_name
 
 
 def load_pretrained(auto_class: str, source: str, **kwargs: Any) -> Any:
-    """Call `transformers.<auto_class>.from_pretrained` on a model id or a folder.
+    """Call `transformers.<auto_class>.from_pretrained` on a model id or a folder, whose own code never runs.
 
     Raises:
         TextEncoderError: If it cannot be loaded.
@@ -23,7 +22,7 @@ def load_pretrained(auto_class: str, source: str, **kwargs: Any) -> Any:
     transformers = import_library("transformers", "transformers", needed_by="This text encoder")
     try:
         with unpartitioned():
-            return getattr(transformers, auto_class).from_pretrained(source, **kwargs)
+            return getattr(transformers, auto_class).from_pretrained(source, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise not_loaded(source, error) from error
 
@@ -49,19 +48,17 @@ def not_loaded(source: str, error: Exception) -> TextEncoderError:
     )
 
 
-def is_folder_name(source: str) -> bool:
-    """Return whether a string names a folder rather than a model id (which has at most one slash)."""
-    looks_like_path = source.startswith((".", "~", "/", os.sep)) or source.count("/") > 1 or "\\" in source
-    return looks_like_path or Path(source).is_dir()
-
-
 def count_tokens(tokenizer: Any, text: str) -> int | None:
     """Count the tokens of an uncut text; None where the tokenizer is not one of transformers."""
     return len(tokenizer(text, verbose=False)["input_ids"]) if hasattr(tokenizer, "model_max_length") else None
 
 
 def find_json(source: str, filename: str, *, revision: str | None = None) -> Any:
-    """Read a JSON file of a folder or a model id; None if it does not exist or cannot be fetched."""
+    """Read a JSON file of a folder or a model id; None if it does not exist or cannot be fetched.
+
+    Raises:
+        TextEncoderError: If it is not JSON.
+    """
     path = Path(source).expanduser() / filename
     if not is_folder_name(source):
         from huggingface_hub import hf_hub_download
@@ -71,18 +68,9 @@ def find_json(source: str, filename: str, *, revision: str | None = None) -> Any
             path = Path(hf_hub_download(source, filename, revision=revision))
         except (OSError, HfHubHTTPError, HFValidationError):
             return None
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def with_options(source: str, **options: Any) -> str:
-    """Add settings to a name, such as `bert-base-uncased?pooling=cls`; None is left out."""
-    given = {key: value for key, value in options.items() if value is not None}
-    return f"{source}?{urlencode(given)}" if given else source
-
-
-def split_options(name: str) -> tuple[str, dict[str, str]]:
-    """Invert `with_options`; a folder whose own name has a question mark keeps it."""
-    source, mark, query = name.partition("?")
-    if not mark or Path(name).exists():
-        return name, {}
-    return source, dict(parse_qsl(query))
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TextEncoderError(f"{filename} of {source!r} cannot be read.", expected="JSON", got=str(error)) from error

@@ -14,10 +14,11 @@ from covft.text.base import TextEncoder, describe, mro_modules
 from covft.text.callables import CallableTextEncoder
 from covft.text.hashed import HashTextEncoder
 from covft.text.hf import HFTextEncoder
-from covft.text.loading import find_json, split_options
+from covft.text.loading import find_json
 from covft.text.open_clip import OpenCLIPTextEncoder
 from covft.text.precomputed import PrecomputedFeatures
-from covft.text.sentence_transformers import SentenceTransformersEncoder
+from covft.text.sentence_transformers import SentenceTransformersEncoder, check_modules
+from covft.utils.sources import split_options
 
 ACCEPTED = (
     "a model id or folder; a loaded text model of transformers, sentence-transformers or open_clip, alone or "
@@ -88,7 +89,7 @@ def _from_string(source: str, pooling: str | None, revision: str | None) -> Text
     if scheme in ("features", "hash") and rest.isdecimal():
         made = PrecomputedFeatures if scheme == "features" else HashTextEncoder
         return _without_pooling(pooling, lambda: made(int(rest)), source)
-    if scheme in ("callable", "transformers", "sentence_transformers", "open_clip") and rest:
+    if scheme in ("callable", "transformers", "sentence_transformers", "open_clip", "local") and rest:
         raise TextEncoderError(
             f"{source!r} names a text encoder that cannot be built from its name.",
             expected="the same object that was used before",
@@ -97,8 +98,8 @@ def _from_string(source: str, pooling: str | None, revision: str | None) -> Text
     source, options = split_options(source)
     revision = revision or options.get("revision")
     pooling = pooling or options.get("pooling")
-    modules = find_json(source, "modules.json", revision=revision) if pooling is None else None
-    if modules is None:
+    modules = check_modules(source, revision) if pooling is None else []
+    if not modules:
         limit = int(options["max_length"]) if "max_length" in options else None
         normalize = options.get("normalize") == "True"
         return HFTextEncoder(source, pooling, max_length=limit, normalize=normalize, revision=revision)
@@ -107,9 +108,9 @@ def _from_string(source: str, pooling: str | None, revision: str | None) -> Text
     return _without_library(source, modules, revision)
 
 
-def _without_library(source: str, modules: list[dict[str, str]], revision: str | None) -> TextEncoder:
+def _without_library(source: str, modules: list[tuple[str, str]], revision: str | None) -> TextEncoder:
     """Load a sentence-transformers model without that library: the same features, or an error."""
-    kinds = {module["type"].rpartition(".")[2]: module["path"] for module in modules}
+    kinds = dict(modules)
     settings = find_json(source, f"{kinds.get('Pooling')}/config.json", revision=revision) or {}
     on = {key.removeprefix("pooling_mode_") for key, value in settings.items() if value is True}
     modes = {"cls_token": "cls", "mean_tokens": "mean"}

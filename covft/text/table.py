@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from covft.errors import TextEncoderError
 from covft.text.base import CachedTextEncoder, TextEncoder, check_texts, shown
 from covft.utils.files import write_tensors
 
+# Metadata of the file, with name and sha256; the format is what `write_tensors` adds.
+_ABOUT = {"covft": "text features", "format": "pt", "version": "1"}
 _CHUNK = 256  # texts between two steps of a progress bar
 
 
@@ -40,11 +43,12 @@ class FeatureTable(CachedTextEncoder):
     """
 
     def __init__(self, digests: Tensor, features: Tensor, name: str, fallback: TextEncoder | None = None) -> None:
-        if digests.shape != (len(features), 32) or features.dim() != 2 or not len(features):
+        shape, kinds = tuple(features.shape), (digests.dtype, features.is_floating_point())
+        if len(shape) != 2 or not features.numel() or digests.shape != (shape[0], 32) or kinds != (torch.uint8, True):
             raise TextEncoderError(
                 "These are not features of texts.",
-                expected="digests (S, 32) and features (S, C), S >= 1",
-                got=f"{tuple(digests.shape)} and {tuple(features.shape)}",
+                expected="digests (S, 32), uint8, and features (S, C), floating-point, S >= 1",
+                got=f"{tuple(digests.shape)}, {digests.dtype}, and {shape}, {features.dtype}",
             )
         if fallback is not None and fallback.text_dim != features.shape[1]:
             raise TextEncoderError(
@@ -92,13 +96,14 @@ class FeatureTable(CachedTextEncoder):
         return table
 
     def save(self, path: str | Path) -> None:
-        """Write the table atomically.
+        """Write the table atomically, with a digest of its content.
 
         Args:
             path: A `.safetensors` file.
         """
         tensors = {"digests": _matrix(self._rows), "features": self._features}
-        write_tensors(Path(path), tensors, covft="text features", name=self.name)
+        about = {**_ABOUT, "name": self.name}
+        write_tensors(Path(path), tensors, **{**about, "sha256": _sha256(tensors, about)})
 
     @classmethod
     def load(cls, path: str | Path, fallback: TextEncoder | None = None) -> FeatureTable:
@@ -109,18 +114,30 @@ class FeatureTable(CachedTextEncoder):
             fallback: Encodes texts that are not in the table.
 
         Raises:
-            TextEncoderError: If the file is missing, truncated or not a table.
+            TextEncoderError: If the file is missing, truncated, damaged or not a table.
         """
         try:
             with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                if about.get("covft") != "text features":
+                about = dict(file.metadata() or {})
+                if not _ABOUT.items() <= about.items() or set(file.keys()) != {"digests", "features"}:
                     raise TextEncoderError(
-                        f"{path} does not hold text features.", expected="a file that `covft precompute` wrote"
+                        f"{path} does not hold text features.",
+                        expected="a file that `covft precompute` of this version wrote",
+                        got=f"{dict(list(about.items())[:5])}"[:200],
+                        fix="covft precompute",
                     )
-                return cls(file.get_tensor("digests"), file.get_tensor("features"), about["name"], fallback)
+                tensors = {name: file.get_tensor(name) for name in ("digests", "features")}
         except (OSError, SafetensorError) as error:
             raise TextEncoderError(f"{path} cannot be read.", got=str(error)) from error
+        stated = about.pop("sha256", None)
+        if stated != _sha256(tensors, about) or not bool(tensors["features"].isfinite().all()):
+            raise TextEncoderError(
+                f"{path} is damaged: its content has changed since it was written.",
+                expected=f"sha256 {str(stated)[:12]}..., and finite features",
+                got=f"sha256 {_sha256(tensors, about)[:12]}...",
+                fix="copy it again, or covft precompute",
+            )
+        return cls(tensors["digests"], tensors["features"], about["name"], fallback)
 
     def _encode_one(self, text: str) -> Tensor:
         row = self._rows.get(_digest(text))
@@ -138,6 +155,16 @@ class FeatureTable(CachedTextEncoder):
 
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
+
+
+def _sha256(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """Return the digest of all that a file holds but the digest itself."""
+    digest = hashlib.sha256(json.dumps(sorted(about.items())).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _matrix(digests: Iterable[bytes]) -> Tensor:

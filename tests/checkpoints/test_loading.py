@@ -3,16 +3,19 @@
 import copy
 import json
 import re
+import shutil
 import warnings
 
 import pytest
 import torch
 
 import covft
+from covft.adapters.sources import load_vit
 from covft.checkpoints.folder import read_folder, write_folder
 from covft.errors import CheckpointError, UnsupportedViTError
 from covft.testing import HashTextEncoder
 from tests.helpers.checkpoints import TOWERS, WIDTH, Words, clip_vit, inputs, timm_vit, trained, wrapped
+from tests.helpers.hub import put_in_cache, use_cache
 from tests.helpers.snapshots import assert_unchanged, snapshot
 from tests.helpers.towers import features, perturb
 
@@ -181,16 +184,29 @@ def test_unwrap_after_load_gives_the_base_back_bit_for_bit(tower, tmp_path):
         assert torch.equal(features(vit(images)), features(base(images)))
 
 
-def test_the_base_is_built_from_its_source(tmp_path):
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Put a base ViT into a cache of the Hub, as the repository me/base."""
+
+    def put() -> None:
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        clip_vit().save_pretrained(tmp_path / "base")
+        put_in_cache(tmp_path / "cache", "me/base", tmp_path / "base")
+
+    use_cache(monkeypatch, tmp_path / "cache")
+    put()
+    return put
+
+
+def test_the_base_is_built_from_its_source(tmp_path, hub):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        clip_vit().save_pretrained(tmp_path / "base")
-        vit = transformers.CLIPVisionModel.from_pretrained(tmp_path / "base")
+        vit = transformers.CLIPVisionModel.from_pretrained("me/base")
     encoder = covft.wrap(vit, HashTextEncoder(WIDTH), layers=(1, 2), experts=2)
     perturb(encoder)
     encoder.save_pretrained(tmp_path / "run")
     config = json.loads((tmp_path / "run" / "covft_config.json").read_text(encoding="utf-8"))
-    assert config["base"]["source"] == f"hf:{tmp_path / 'base'}"
+    assert config["base"]["source"] == "hf:me/base"
     assert config["text"]["source"] == f"hash:{WIDTH}"
     loaded = covft.load(tmp_path / "run", text_encoder=HashTextEncoder(WIDTH))
     assert type(loaded.vit) is transformers.CLIPVisionModel
@@ -200,12 +216,24 @@ def test_the_base_is_built_from_its_source(tmp_path):
         assert torch.equal(loaded.eval()(images, texts).last_hidden_state, output)
 
 
-def test_a_base_that_changed_at_its_source_is_refused(tmp_path):
-    clip_vit().save_pretrained(tmp_path / "base")
-    wrapped(transformers.CLIPVisionModel.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "run")
-    clip_vit().save_pretrained(tmp_path / "base")
+def test_a_base_that_changed_at_its_source_is_refused(tmp_path, hub):
+    wrapped(transformers.CLIPVisionModel.from_pretrained("me/base")).save_pretrained(tmp_path / "run")
+    hub()
     with pytest.raises(CheckpointError, match="made for other base weights"):
         covft.load(tmp_path / "run", text_encoder=WIDTH)
+
+
+def test_a_base_from_a_local_folder_must_be_given_and_its_path_is_not_saved(tmp_path):
+    clip_vit().save_pretrained(tmp_path / "my base")
+    vit = transformers.CLIPVisionModel.from_pretrained(tmp_path / "my base")
+    wrapped(vit).save_pretrained(tmp_path / "run")
+    for file in ("covft_config.json", "README.md"):
+        assert str(tmp_path) not in (tmp_path / "run" / file).read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "run" / "covft_config.json").read_text())["base"]["source"] == "local:my base"
+    with pytest.raises(CheckpointError, match="in a folder of the machine that saved: 'my base'") as caught:
+        covft.load(tmp_path / "run", text_encoder=WIDTH)
+    assert "covft.load(folder, vit=...)" in caught.value.fix
+    covft.load(tmp_path / "run", load_vit(f"hf:{tmp_path / 'my base'}"), WIDTH)
 
 
 def test_a_base_without_a_source_must_be_given(saved):

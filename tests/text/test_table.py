@@ -85,3 +85,60 @@ def test_load__refuses_other_files(tmp_path):
         FeatureTable.precompute(HashTextEncoder(16), [])
     with pytest.raises(TextEncoderError, match="is empty"):
         FeatureTable.precompute(HashTextEncoder(16), ["what?", " "])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_load__finds_every_flipped_bit(tmp_path, dtype):
+    whole = tmp_path / "texts.safetensors"
+    made = FeatureTable.precompute(HashTextEncoder(16), TEXTS)
+    FeatureTable(_digests(made), made.encode(TEXTS[:3]).to(dtype), "mine").save(whole)
+    content = whole.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    # Some of each part: length, header, features and digests of the texts.
+    bits = [*range(0, 64, 7), *range(64, 8 * header, 23), *range(8 * header, 8 * len(content), 37)]
+    undetected = []
+    for bit in bits:
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        whole.write_bytes(changed)
+        try:
+            FeatureTable.load(whole)
+        except TextEncoderError:
+            continue
+        undetected.append(bit)
+    whole.write_bytes(content)
+    assert len(FeatureTable.load(whole)) == 3
+    assert len(bits) > 100
+    assert undetected == []
+
+
+def test_load__refuses_a_table_without_a_digest_and_numbers_that_are_not_finite(tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = {"digests": torch.zeros(1, 32, dtype=torch.uint8), "features": torch.ones(1, 4)}
+    save_file(tensors, tmp_path / "old.safetensors", {"covft": "text features", "name": "x"})
+    with pytest.raises(TextEncoderError, match="does not hold text features"):
+        FeatureTable.load(tmp_path / "old.safetensors")
+    FeatureTable(tensors["digests"], torch.full((1, 4), torch.nan), "x").save(tmp_path / "nan.safetensors")
+    with pytest.raises(TextEncoderError, match="finite"):
+        FeatureTable.load(tmp_path / "nan.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("digests", "features"),
+    [
+        (torch.zeros(1, 32, dtype=torch.uint8), torch.tensor(1.0)),
+        (torch.zeros(1, 32, dtype=torch.uint8), torch.ones(1, 0)),
+        (torch.zeros(1, 32, dtype=torch.uint8), torch.ones(1, 4, dtype=torch.int32)),
+        (torch.zeros(1, 32, dtype=torch.uint8), torch.ones(1, 4, dtype=torch.complex64)),
+        (torch.zeros(1, 32), torch.ones(1, 4)),
+        (torch.zeros(2, 32, dtype=torch.uint8), torch.ones(1, 4)),
+    ],
+)
+def test_table__other_tensors_are_refused(digests, features):
+    with pytest.raises(TextEncoderError, match="not features of texts"):
+        FeatureTable(digests, features, "x")
+
+
+def _digests(table):
+    return torch.stack([torch.frombuffer(bytearray(digest), dtype=torch.uint8) for digest in table._rows])

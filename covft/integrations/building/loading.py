@@ -60,7 +60,7 @@ def load_language_model(
         name, options = os.fspath(source), {"attn_implementation": attn_implementation} if attn_implementation else {}
         with _reported("language model", name):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype or "auto", output_loading_info=True, **options
+                name, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False, **options
             )
         model, info = loaded
         if info["missing_keys"]:
@@ -104,7 +104,7 @@ def load_image_processor(source: Any, image_size: int | None = None) -> Any:
 
     name = os.fspath(source)
     with _reported("image processor", name):
-        processor = AutoImageProcessor.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
         if image_size is None:
             own = getattr(tower_config(name)[0], "image_size", None)
             image_size = own[0] if isinstance(own, (list, tuple)) else own
