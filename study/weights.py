@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from covft.errors import CheckpointError
-from covft.utils.files import read_tensors, write_tensors, written_aside
+from covft.utils.files import Pair, read_tensors, write_pair
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -20,19 +20,14 @@ def save_weights(folder: Path, name: str, model: torch.nn.Module, settings: dict
         for key, value in model.state_dict().items()
         if "position_ids" not in key and key != "lm_head.weight"  # tied to the embeddings
     }
-    path = folder / f"{name}.safetensors"
-    statement = write_tensors(path, weights)
-    path.chmod(0o644)  # safetensors makes its files readable by their owner only
     card = {
         "made_by": "python -m study pretrain",
         "settings": settings,
         "scores": scores,
         "parameters": sum(value.numel() for value in weights.values()),
-        **statement,
     }
-    with written_aside(folder / f"{name}.json") as aside:
-        aside.write_text(json.dumps(card, indent=2) + "\n")
-    return card
+    pair = Pair(f"{name}.safetensors", f"{name}.json")
+    return write_pair(folder, pair, weights, lambda stated: {**card, **stated})
 
 
 def load_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:

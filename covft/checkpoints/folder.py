@@ -4,8 +4,9 @@
     model.safetensors    only what was added or trained
     README.md            model card
 
-Every file is written to a temporary name and renamed. The configuration is renamed last and holds the digest of the
-weights, so a folder whose writing was cut short never passes for a complete one.
+At every instant the folder loads as its old or its new state, also while several processes save to it or one of them
+is killed: `covft.utils.files` says how. A save that was killed may leave `model-<digest>.safetensors`, which belongs to
+the configuration, or hidden files; the next save removes them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from typing import Any
 from torch import Tensor
 
 from covft.errors import CheckpointError
-from covft.utils.files import read_tensors, write_tensors, written_aside
+from covft.utils.files import Pair, read_pair, write_pair
 from covft.utils.strict_json import read_strictly
 
 CONFIG_NAME = "covft_config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 FORMAT = 1
+_PAIR = Pair(WEIGHTS_NAME, CONFIG_NAME)
 _MOST_BYTES = 1 << 24  # of the configuration; it has some kilobytes
 
 
@@ -37,18 +39,19 @@ def write_folder(folder: str | Path, tensors: dict[str, Tensor], config: dict[st
         card: Text of the model card; an existing card is kept.
 
     Raises:
-        CheckpointError: If `folder` is a file, or a tensor is empty or sharded.
+        CheckpointError: If `folder` is a file, a tensor is empty or sharded, or the folder cannot be written to; an
+            encoder that was saved there still loads then.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file.", expected="a folder, or a path that does not exist yet")
-    stated = write_tensors(folder / WEIGHTS_NAME, tensors)
-    if not (folder / CARD_NAME).exists():
-        with written_aside(folder / CARD_NAME) as aside:
-            aside.write_text(card, encoding="utf-8")
-    complete = {"format": FORMAT, **config, "weights": {"file": WEIGHTS_NAME, **stated}}
-    with written_aside(folder / CONFIG_NAME) as aside:
-        aside.write_text(json.dumps(complete, indent=2) + "\n", encoding="utf-8")
+    write_pair(
+        folder,
+        _PAIR,
+        tensors,
+        lambda stated: {"format": FORMAT, **config, "weights": {"file": WEIGHTS_NAME, **stated}},
+        once={CARD_NAME: card},
+    )
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -61,11 +64,12 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: If a file is missing, cut short, damaged, or of a later format.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    path, stated = folder / WEIGHTS_NAME, config["weights"]
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no weights.", expected=WEIGHTS_NAME, got=_listing(folder))
-    return read_tensors(path, stated, CONFIG_NAME), config
+
+    def read_index() -> tuple[dict[str, Any], dict[str, Any]]:
+        config = read_config(folder)
+        return config, config["weights"]
+
+    return read_pair(folder, _PAIR, read_index)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

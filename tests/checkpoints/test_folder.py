@@ -1,8 +1,8 @@
 """The saved folder: written completely or not at all, and checked when read."""
 
-import contextlib
+import errno
 import json
-from pathlib import Path
+import os
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from covft.checkpoints.folder import read_config, read_folder, write_folder
 from covft.errors import CheckpointError
 from covft.utils import files as files_module
 
+fcntl = pytest.importorskip("fcntl")
 CONFIG, WEIGHTS, CARD = "covft_config.json", "model.safetensors", "README.md"
 
 
@@ -84,85 +85,60 @@ def test_a_file_is_not_a_folder(tmp_path):
     assert path.read_text() == "text"
 
 
-class Crash(Exception):
-    """Stands for a process that is killed."""
-
-
-@contextlib.contextmanager
-def crash_at(monkeypatch, place, call, *, torn=False):
-    """Raise at the n-th call of a file operation; a torn one has done half its work by then."""
-    calls = 0
-    owner, name = {
-        "replace": (Path, "replace"),
-        "write_text": (Path, "write_text"),
-        "save_file": (files_module, "save_file"),
-        "fsync": (files_module.os, "fsync"),
-    }[place]
-    original = getattr(owner, name)
-
-    def crashing(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls != call:
-            return original(*args, **kwargs)
-        if torn and place in ("save_file", "write_text"):
-            original(*args, **kwargs)
-            target = args[1] if place == "save_file" else args[0]
-            target.write_bytes(target.read_bytes()[:-20])
-        raise Crash
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, crashing)
-        if torn:  # a killed process cleans nothing up
-            patch.setattr(Path, "unlink", lambda *args, **kwargs: None)
-        yield
-
-
-POINTS = [("save_file", 1), ("write_text", 1), ("write_text", 2)]
-POINTS += [(place, call) for place in ("replace", "fsync") for call in (1, 2, 3)]
-
-
-@pytest.mark.parametrize("torn", [False, True])
-@pytest.mark.parametrize(("place", "call"), POINTS)
-def test_a_first_save_that_was_cut_short_is_not_a_save(tmp_path, monkeypatch, place, call, torn):
-    with crash_at(monkeypatch, place, call, torn=torn), pytest.raises(Crash):
-        save(tmp_path)
-    with pytest.raises(CheckpointError, match="is not a saved covft encoder, or its saving was cut short"):
-        read_folder(tmp_path)
-    if not torn:
-        assert not leftovers(tmp_path)
-    save(tmp_path, 3.0)
-    assert number_in(tmp_path) == 3
-
-
-@pytest.mark.parametrize("torn", [False, True])
-@pytest.mark.parametrize(("place", "call"), POINTS)
-def test_a_later_save_that_was_cut_short_is_the_old_one_or_refused(tmp_path, monkeypatch, place, call, torn):
-    save(tmp_path, 1.0)
-    crashed = False
-    with crash_at(monkeypatch, place, call, torn=torn):
-        try:
-            save(tmp_path, 2.0)
-        except Crash:
-            crashed = True
-    if not crashed:  # the card is kept, so a later save writes one file less
-        assert number_in(tmp_path) == 2
-        assert call == {"write_text": 2}.get(place, 3)
-        return
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_modes_that_the_user_wants(tmp_path, umask):
+    before = os.umask(umask)
     try:
-        left = number_in(tmp_path)
-    except CheckpointError as error:
-        left = str(error)
-    assert left == 1 or "is not the file that covft_config.json was written for" in left
-    save(tmp_path, 3.0)
-    assert number_in(tmp_path) == 3
+        save(tmp_path / "run")
+        save(tmp_path / "run", 2.0)
+    finally:
+        os.umask(before)
+    modes = {entry.name: entry.stat().st_mode & 0o777 for entry in (tmp_path / "run").iterdir()}
+    assert modes == dict.fromkeys((CONFIG, WEIGHTS, CARD), 0o666 & ~umask)
 
 
-def test_weights_that_cannot_be_written_leave_the_old_save_intact(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(CheckpointError, match=r"file.run cannot be written to[^$]*NotADirectoryError"):
+        save(tmp_path / "file" / "run")
+
+
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    foreign = tmp_path / ".covft-0123"  # perhaps of a writer that is alive
+    foreign.mkdir()
     save(tmp_path, 1.0)
-    with crash_at(monkeypatch, "save_file", 1, torn=True), pytest.raises(Crash):
-        save(tmp_path, 2.0)
+    save(tmp_path, 2.0)
+    assert number_in(tmp_path) == 2
+    assert leftovers(tmp_path) == {".covft-0123", ".covft.lock"}
+
+
+def test_what_a_dead_save_left_is_removed(tmp_path):
+    save(tmp_path)
+    (tmp_path / ".covft-0123").mkdir()
+    (tmp_path / ".covft-0123" / WEIGHTS).write_bytes(b"half")
+    (tmp_path / ".covft.lock").touch()
+    (tmp_path / "model-0123456789abcdef.safetensors").write_bytes(b"old")
+    kept = {"model-00001-of-00002.safetensors", "model-x.safetensors"}
+    for name in kept:
+        (tmp_path / name).touch()
     assert number_in(tmp_path) == 1
+    save(tmp_path, 2.0)
+    assert number_in(tmp_path) == 2
+    assert leftovers(tmp_path) == kept
+
+
+@pytest.mark.parametrize("digest", ["../secret", "", None, 5, "A" * 64, "0" * 63])
+def test_what_is_not_a_digest_is_refused_and_names_no_file(tmp_path, digest):
+    save(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    config["weights"]["sha256"] = digest
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="is not the file that"):
+        read_folder(tmp_path)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 40, -1])

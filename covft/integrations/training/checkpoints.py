@@ -26,12 +26,13 @@ from covft.checkpoints.loading import load_into
 from covft.checkpoints.pretrained import FOLDER
 from covft.errors import CheckpointError
 from covft.integrations.mllm.attachment import attachment_of
-from covft.utils.files import read_tensors, write_tensors, written_aside
+from covft.utils.files import Pair, is_temporary, read_pair, write_json, write_pair
 from covft.utils.sharding import assign, full, shape_of
 
 SEAL = "complete.json"
 TRAINED = "trained.safetensors"
 TRAINED_NAMES = "trained.json"
+_PAIR = Pair(TRAINED, TRAINED_NAMES)
 
 
 def checkpoint_folder(args: Any, state: Any) -> Path:
@@ -60,12 +61,8 @@ def write_trained(model: nn.Module, folder: Path, *, main: bool = True) -> None:
         tensor = full(parameter)
         if main:
             tensors[name] = tensor.cpu()
-    if not main:
-        return
-    stated = write_tensors(folder / TRAINED, tensors)
-    with written_aside(folder / TRAINED_NAMES) as aside:
-        index = {"format": 1, "names": sorted(tensors), **stated}
-        aside.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    if main:
+        write_pair(folder, _PAIR, tensors, lambda stated: {"format": 1, "names": sorted(tensors), **stated})
 
 
 def restore(model: nn.Module, checkpoint: str | Path) -> None:
@@ -126,8 +123,7 @@ def seal(checkpoint: str | Path, step: int) -> None:
     """
     checkpoint = Path(checkpoint)
     files = {name: size for name, size in _files(checkpoint).items() if name != SEAL}
-    with written_aside(checkpoint / SEAL) as aside:
-        aside.write_text(json.dumps({"format": 1, "step": step, "files": files}, indent=2) + "\n", encoding="utf-8")
+    write_json(checkpoint / SEAL, {"format": 1, "step": step, "files": files})
 
 
 def check_checkpoint(checkpoint: str | Path) -> None:
@@ -199,7 +195,11 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def _read_trained(folder: Path) -> dict[str, Tensor]:
-    return read_tensors(folder / TRAINED, _read_index(folder / TRAINED_NAMES), TRAINED_NAMES)
+    def read_index() -> tuple[dict[str, Any], dict[str, Any]]:
+        index = _read_index(folder / TRAINED_NAMES)
+        return index, index
+
+    return read_pair(folder, _PAIR, read_index)[0]
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -211,5 +211,6 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, int]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    """Return the sizes of all files by their paths, without temporary ones."""
+    paths = ((path, path.relative_to(folder)) for path in sorted(folder.rglob("*")))
+    return {name.as_posix(): p.stat().st_size for p, name in paths if not is_temporary(name) and p.is_file()}

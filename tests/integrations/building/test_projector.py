@@ -56,7 +56,7 @@ def test_a_save_that_fails_leaves_the_old_projector(parts, tokenizer, tmp_path, 
         raise OSError("No space left on device")
 
     monkeypatch.setattr("covft.utils.files.save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match="No space"):
         save_projector(model, tmp_path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
