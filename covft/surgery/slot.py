@@ -91,7 +91,10 @@ class AdaptedFFN(ContextualMoE):
         mask_BN = None
         if scope is not None and scope.call is not None and tokens.dim() > 2:
             mask_BN = scope.call.mask_for(tokens.shape[1])
-        seed = None if scope is None else scope.seed
+        if scope is not None:
+            seed = scope.seed
+        else:
+            seed = self.conditioning.new_seed() if self.training else None
         routing, context_BW = self.route(tokens, text_BC, mask_BN=mask_BN, segments=segments, seed=seed)
         self._remember(routing, context_BW)
         if self.layout.is_folded:
