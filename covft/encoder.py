@@ -22,6 +22,7 @@ from covft.surgery.activation_checkpointing import set_activation_checkpointing
 from covft.surgery.slot import Original
 from covft.surgery.wrapped import TextSource, WrappedViT
 from covft.text import CachedTextEncoder, TextEncoder
+from covft.text.base import in_order
 from covft.text.inputs import as_index, check_text_features
 from covft.utils.parameters import param_groups
 
@@ -159,7 +160,7 @@ class ContextEncoder(WrappedViT):
                 )
             features = encode_tokens(text)
         else:
-            features = encoder.encode([text] if isinstance(text, str) else list(text))
+            features = encoder.encode([text] if isinstance(text, str) else in_order(text))
         return features.to(self._device())
 
     def set_text_encoder(self, text_encoder: TextEncoder | None) -> None:
