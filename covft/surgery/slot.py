@@ -54,11 +54,15 @@ class AdaptedFFN(ContextualMoE):
         ffn: The pretrained FFN to copy; not changed.
         conditioning: Carries the text of a call; shared with the encoder.
         layout: Axes of the tensor that the FFN gets, as in `BlockSpec`.
+        layer: Index of its block when the ViT was wrapped.
         **settings: As for `ContextualMoE`.
     """
 
-    def __init__(self, ffn: nn.Module, conditioning: Conditioning, *, layout: str = "BND", **settings: Any) -> None:
+    def __init__(
+        self, ffn: nn.Module, conditioning: Conditioning, *, layout: str = "BND", layer: int = 0, **settings: Any
+    ) -> None:
         super().__init__(ffn, **settings)
+        self.layer = layer
         self.conditioning = conditioning
         self.layout = TokenLayout(layout)
         self.record: RoutingRecord | None = None
