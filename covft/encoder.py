@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from covft.adapters.spec import ViTSpec
 from covft.checkpoints import saving
-from covft.conditioning import Conditioning, Scope
+from covft.conditioning import Conditioning, Generator, Scope
 from covft.config import CoVFTConfig
 from covft.errors import MergeError, MissingContextError, ShapeError, TextEncoderError
 from covft.nn.losses import load_balance_loss
@@ -22,6 +22,7 @@ from covft.surgery.activation_checkpointing import set_activation_checkpointing
 from covft.surgery.slot import Original
 from covft.surgery.wrapped import TextSource, WrappedViT
 from covft.text import CachedTextEncoder, TextEncoder
+from covft.text.base import in_order
 from covft.text.inputs import as_index, check_text_features
 from covft.utils.parameters import param_groups
 
@@ -119,7 +120,8 @@ class ContextEncoder(WrappedViT):
             >>> with encoder.condition(["How many cups?"]):  # doctest: +SKIP
             ...     output = mllm(pixel_values=pixel_values, input_ids=input_ids)
         """
-        scope = self._enter(text, index)
+        generator = None if torch.compiler.is_compiling() else Generator.around_caller()
+        scope = self._enter(text, index, generator)
         try:
             yield
         finally:
@@ -158,7 +160,7 @@ class ContextEncoder(WrappedViT):
                 )
             features = encode_tokens(text)
         else:
-            features = encoder.encode([text] if isinstance(text, str) else list(text))
+            features = encoder.encode([text] if isinstance(text, str) else in_order(text))
         return features.to(self._device())
 
     def set_text_encoder(self, text_encoder: TextEncoder | None) -> None:
@@ -175,7 +177,7 @@ class ContextEncoder(WrappedViT):
             )
         self.__dict__["text_encoder"] = text_encoder
 
-    def _enter(self, text: Any, index: Any) -> Scope:
+    def _enter(self, text: Any, index: Any, generator: Generator | None = None) -> Scope:
         features = text
         if isinstance(text, Tensor):
             check_text_features(text, self.text_dim)
@@ -184,7 +186,8 @@ class ContextEncoder(WrappedViT):
             features = self.encode_text(text)
         if index is not None:
             index = as_index(index, 0 if features is None else len(features)).to(self._device())
-        return self.conditioning.enter(features, index, shared=isinstance(text, str) and index is None)
+        shared = isinstance(text, str) and index is None
+        return self.conditioning.enter(features, index, shared=shared, generator=generator)
 
     def _device(self) -> torch.device:
         return next(self.vit.parameters()).device

@@ -30,7 +30,6 @@ from covft.surgery.checks import (
 from covft.surgery.ffns import build_slots, expected_tensors, install_slots, restore_ffns
 from covft.surgery.overrides import remove_hooks
 from covft.surgery.skipping import last_read, run_all_blocks, skip_blocks
-from covft.surgery.slot import AdaptedFFN
 from covft.text import TextEncoder, as_text_encoder
 from covft.utils.sharding import in_engine, is_partitioned, unpartitioned
 
@@ -239,15 +238,17 @@ def unwrap(encoder: ContextEncoder) -> nn.Module:
         The ViT.
 
     Raises:
-        UnsupportedViTError: If the encoder is unwrapped already, or is not an encoder.
+        UnsupportedViTError: If the encoder is unwrapped already, or is not an encoder, or if other code has replaced
+            its FFNs or renumbered its blocks.
     """
     if not isinstance(encoder, ContextEncoder):
         raise UnsupportedViTError(
             f"{type(encoder).__name__} is not what covft.wrap returned.", expected="a ContextEncoder"
         )
     vit, conditioning = encoder.vit, encoder.conditioning
-    if not all(isinstance(slot, AdaptedFFN) for slot in encoder.slots().values()):
+    if not any(getattr(hook, "__self__", None) is conditioning for hook in vit._forward_pre_hooks.values()):
         raise UnsupportedViTError("This encoder is unwrapped already.", fix="covft.wrap(vit, text_encoder)")
+    encoder.check_in_place("unwrap()")
     engine = in_engine(vit) and any(is_partitioned(parameter) for parameter in vit.parameters())
     check_not_distributed(vit, engine, "build the ViT anew from its source")
     check_restorable(vit, encoder.original)

@@ -80,7 +80,9 @@ def save(
 
     Raises:
         CheckpointError: If the folder is a file, or weights are on the meta device, or sharded and not in `gathered`.
+        UnsupportedViTError: If other code has removed, renumbered or replaced adapted blocks.
     """
+    encoder.check_in_place("save_pretrained()", complete=True)
     adapted, base = adapted_tensors(encoder, gathered), base_state_dict(encoder, gathered)
     tensors = [*adapted.items(), *sorted(base.items())]
     sharded = {name: tensor for name, tensor in tensors if is_sharded(tensor)}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from covft.adapters.input_format import InputFormat
+from covft.conditioning.draws import Draws
 from covft.conditioning.frames import (
     check_torch,
     checkpoint_frames,
@@ -20,6 +21,7 @@ from covft.conditioning.frames import (
     in_backward,
     inside_autograd_function,
 )
+from covft.conditioning.open_scopes import Generator, OpenScopes
 from covft.conditioning.tower_call import TowerCall
 from covft.errors import MissingContextError, ReentrantCheckpointError, ShapeError
 from covft.nn.segments import Segments
@@ -34,20 +36,30 @@ class Scope:
         shared: Whether the one text is for all images, however many.
         seed: Seed of random routing in training mode.
         call: What this run of the tower knows; None where the scope is a text that was given.
+        parent: The text that a run of the tower was given; None for a text.
 
     Attributes:
         per_row: Images per row of a batch whose rows may all be repeated before the ViT runs, as `generate` does for
             beams; None where nothing is repeated.
-        grad_enabled: Whether gradients were on where the text was given.
+        grad_enabled: Whether gradients were on where the scope was opened.
+        owner: The open scopes that it is one of.
+        beside: Scopes whose generators were suspended when it was opened.
+        generator: The generator that opened it, and may be suspended while it is open; None elsewhere.
+        closed: Whether it ended for every task that has it.
     """
 
     __slots__ = (
         "__weakref__",
         "_frame",
         "_graph_task",
+        "beside",
         "call",
+        "closed",
+        "generator",
         "grad_enabled",
         "index",
+        "owner",
+        "parent",
         "per_row",
         "seed",
         "shared",
@@ -62,12 +74,18 @@ class Scope:
         shared: bool = False,
         seed: int | None = None,
         call: TowerCall | None = None,
+        parent: Scope | None = None,
     ) -> None:
         self.text_features = text_features
         self.index = index
         self.shared = shared
         self.seed = seed
         self.call = call
+        self.parent = parent
+        self.owner: OpenScopes | None = None
+        self.beside: tuple[Scope, ...] = ()
+        self.generator: Generator | None = None
+        self.closed = False
         self.per_row: int | None = None
         self.grad_enabled = torch.is_grad_enabled()
         self._graph_task = -1
@@ -158,30 +176,38 @@ class Conditioning:
         self.needs_text = needs_text
         self.draws_seeds = draws_seeds
         self.has_batch_norm = has_batch_norm
-        self._local = _Local()
+        self._open = OpenScopes()
+        self._draws = Draws()
         self._noted: weakref.WeakKeyDictionary[Any, Scope] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
         return (_rebuild, (self.format, self.needs_text, self.draws_seeds, self.has_batch_norm))
 
-    def enter(self, text_features: Tensor | None, index: Tensor | None = None, *, shared: bool = False) -> Scope:
+    def enter(
+        self,
+        text_features: Tensor | None,
+        index: Tensor | None = None,
+        *,
+        shared: bool = False,
+        generator: Generator | None = None,
+    ) -> Scope:
         """Open a scope; `leave` must follow, whatever happens in between.
 
         Args:
             text_features: Shape `(S, C)`; None where the routing needs no text.
             index: Which text each image has, shape `(B,)`.
             shared: Whether the one text is for all images.
+            generator: The generator that may be suspended before `leave`; None if there is none.
         """
-        scope = Scope(text_features, index, shared=shared, seed=self._new_seed())
-        self._local.stack.append(scope)
+        scope = Scope(text_features, index, shared=shared, seed=self.new_seed())
+        scope.generator = generator
+        self._open.open(scope)
         return scope
 
     def leave(self, scope: Scope) -> None:
-        """Close a scope, and whatever an exception left open inside it."""
-        stack = self._local.stack
-        while stack and stack.pop() is not scope:
-            pass
+        """Close a scope, and no other one."""
+        self._open.close(scope)
 
     def scope(self) -> Scope | None:
         """Return the scope that the running code belongs to; None if there is none.
@@ -189,11 +215,10 @@ class Conditioning:
         During backward that is the scope of the original forward. Finding it also notes it for the checkpoint frames
         around the caller, so that their recomputation finds it again.
         """
-        stack = self._local.stack
         if torch.compiler.is_compiling():
-            return stack[-1] if stack else None
+            return self._open.innermost()
         frames = checkpoint_frames()
-        for scope in reversed(stack):
+        for scope in self._open.inside_out():
             if scope.holds_in(frames):
                 self._note(scope, frames)
                 return scope
@@ -211,14 +236,7 @@ class Conditioning:
         """
         scope = self.scope()
         if self.needs_text and (scope is None or scope.text_features is None):
-            raise MissingContextError(
-                "A context-aware ViT was called without text."
-                if not in_backward()
-                else "A context-aware ViT is recomputed during backward, and its forward left no text for that.",
-                expected="text features for every image",
-                got="none",
-                fix="encoder(images, ['the question', ...]), or `with encoder.condition(texts):` around the call",
-            )
+            raise self._missing()
         return scope
 
     def enter_tower(self, vit: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -234,20 +252,20 @@ class Conditioning:
             parent.text_for(call.num_images)
         if self.has_batch_norm and vit.training:
             freeze_batch_norms(vit)
-        seed = self._new_seed()
+        seed = self.new_seed()
         if parent is None:
             scope = Scope(None, seed=seed, call=call)
         else:
-            scope = Scope(parent.text_features, parent.index, shared=parent.shared, seed=seed, call=call)
-            scope.grad_enabled = parent.grad_enabled
+            text, index = parent.text_features, parent.index
+            scope = Scope(text, index, shared=parent.shared, seed=seed, call=call, parent=parent)
             scope.per_row = parent.per_row
-        self._local.stack.append(scope)
+        self._open.open(scope)
 
     def leave_tower(self, vit: nn.Module, args: tuple, output: Any) -> None:
         """Close the run's scope; a forward hook of the ViT, called even when it raised."""
-        stack = self._local.stack
-        if stack and stack[-1].call is not None:
-            stack.pop()
+        scope = self._open.innermost(lambda scope: scope.call is not None)
+        if scope is not None:
+            self._open.close(scope)
 
     def segments_of(self, scope: Scope | None, x: Tensor) -> Segments | None:
         """Return which tokens of a packed tower's FFN belong to which image; None for other towers.
@@ -270,7 +288,9 @@ class Conditioning:
         return scope.call.segments_for(x)
 
     def check_gradients(self, scope: Scope | None, *, training: bool) -> None:
-        """Refuse a run without gradients whose results a backward pass would miss.
+        """Refuse to run without gradients inside a run of the tower that has them, whose backward would miss them.
+
+        A run that is without gradients as a whole is fine, unless reentrant checkpointing has switched them off.
 
         Args:
             scope: The scope of the FFN that runs.
@@ -279,13 +299,14 @@ class Conditioning:
         Raises:
             ReentrantCheckpointError: If gradients would be lost silently.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return
-        if inside_autograd_function() or (training and scope is not None and scope.grad_enabled):
+        in_tower = scope is not None and scope.call is not None
+        if inside_autograd_function() or (training and in_tower and scope.grad_enabled):  # type: ignore[union-attr]
             raise ReentrantCheckpointError(
                 "A context-aware ViT in training runs without gradients, so its experts would get none.",
-                expected="non-reentrant activation checkpointing, and no torch.no_grad() around the ViT alone",
-                got="reentrant activation checkpointing, or a call under torch.no_grad() inside condition(...)",
+                expected="non-reentrant activation checkpointing, and no torch.no_grad() inside the ViT",
+                got="reentrant activation checkpointing, or blocks that run under torch.no_grad()",
                 fix="gradient_checkpointing_kwargs={'use_reentrant': False}; for evaluation, encoder.eval()",
             )
 
@@ -297,18 +318,23 @@ class Conditioning:
                     return
                 self._noted[frame] = scope
 
-    def _new_seed(self) -> int | None:
-        if not self.draws_seeds:
-            return None
-        # From torch's own generator, whose state a checkpoint restores before it recomputes.
-        return int(torch.randint(2**31, ()).item())
+    def new_seed(self) -> int | None:
+        """Draw a seed for random routing, the same in a recomputation as in its forward; None for other routings."""
+        return self._draws.next() if self.draws_seeds else None
 
-
-class _Local(threading.local):
-    """The open scopes of one encoder on one thread, innermost last."""
-
-    def __init__(self) -> None:
-        self.stack: list[Scope] = []
+    def _missing(self) -> MissingContextError:
+        problem, fix = "A context-aware ViT was called without text.", "encoder(images, ['the question', ...]), or "
+        if in_backward():
+            problem = "A context-aware ViT is recomputed during backward, and its forward left no text for that."
+        elif self._open.has_suspended():
+            problem = "A context-aware ViT was called beside a generator that holds a text, but is suspended."
+            fix = "contextlib.contextmanager around that generator; or encoder(images, texts), or "
+        return MissingContextError(
+            problem,
+            expected="text features for every image",
+            got="none",
+            fix=fix + "`with encoder.condition(texts):` around the call",
+        )
 
 
 def _rebuild(format: InputFormat, needs_text: bool, draws_seeds: bool, has_batch_norm: bool) -> Conditioning:

@@ -77,10 +77,10 @@ class TowerCall:
         mask, unit = self.mask_BN, self.format.mask_unit
         if mask is None:
             return None
+        mask = mask | ~mask.any(dim=1, keepdim=True)  # an image that is all padding still needs a context
         if unit is None:
             return self._with_prefix(mask, num_tokens)
         in_tile = torch.arange(num_tokens // mask.shape[1], device=mask.device) < int(unit)
-        mask = mask | ~mask.any(dim=1, keepdim=True)  # an image that is all padding still needs a context
         return (mask[..., None] & in_tile).flatten(1)
 
     def segments_for(self, x: Tensor) -> Segments | None:

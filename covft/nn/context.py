@@ -15,11 +15,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 from typing_extensions import Unpack
 
-from covft.nn.functional import Place, masked_mean, wide_softmax
+from covft.nn.functional import Place, in_type_of, masked_mean, wide_softmax
 from covft.nn.fused import can_mix, mix
-from covft.nn.plan import FFNPlan
+from covft.nn.plan import FFNPlan, run_ffn
 from covft.nn.segments import Segments
 
 
@@ -70,10 +71,33 @@ class ResidualRefinement(nn.Module):
     def forward(self, v: Tensor) -> Tensor:
         """Refine and normalise; shape `(..., dim)` in and out."""
         if self.recompute == "none" or not can_mix(_PLAN, [self]):
-            return self.norm(v + self.down(self.act(self.up(v))))
+            hidden = self.act(self.up(in_type_of(v, self.up.weight)))
+            return self._normalised(v + self.down(in_type_of(hidden, self.down.weight)))
         # A mixture of one.
+        v = in_type_of(v, self.up.weight)
         alone_B1 = torch.ones(len(v), 1, device=v.device, dtype=v.dtype)
-        return self.norm(v + mix(v, alone_B1, [self], _PLAN, keep_pre_activations=self.recompute == "activation"))
+        keep = self.recompute == "activation"
+        return self._normalised(v + mix(v, alone_B1, [self], _PLAN, keep_pre_activations=keep))
+
+    def _normalised(self, refined: Tensor) -> Tensor:
+        wide = in_type_of(refined, self.norm.weight)
+        return self.norm(refined) if wide is refined else self.norm(wide).to(refined.dtype)
+
+
+class TextRefinement(ResidualRefinement):
+    """The refinement of text features, which float16 may not have the range for: there, it runs in float32."""
+
+    def forward(self, v: Tensor) -> Tensor:
+        """Refine and normalise; shape `(..., dim)` in and out."""
+        kind = v.device.type
+        types = (self.up.weight.dtype, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+        if torch.float16 not in types or not _PLAN.applies_to(self):
+            return super().forward(v)
+        with torch.autocast(kind, enabled=False):
+            v, norm = v.float(), self.norm
+            weights = [tensor.float() for tensor in _PLAN.weights(self)]
+            refined = v + run_ffn(v, weights, self.act)
+            return layer_norm(refined, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
 
 
 class SingleQueryAttention(nn.Module):
@@ -126,20 +150,22 @@ class SingleQueryAttention(nn.Module):
         Returns:
             The context vectors, shape `(B, C)`.
         """
-        heads = self.num_heads
-        query_BHA = self.q_proj(text_BC).unflatten(-1, (heads, -1))
+        heads, like = self.num_heads, tokens_BND
+        query_BC = in_type_of(self.q_proj(in_type_of(text_BC, self.q_proj.weight)), like)
+        query_BHA = query_BC.unflatten(-1, (heads, -1))
         query_BHA = query_BHA * query_BHA.shape[-1] ** -0.5
-        key_HAD = self.k_proj_weight.unflatten(0, (heads, -1))
+        key_HAD = in_type_of(self.k_proj_weight, like).unflatten(0, (heads, -1))
         folded_BHD = torch.einsum("bha,had->bhd", query_BHA, key_HAD)
         scores_BHN = torch.einsum("bhd,bnd->bhn", folded_BHD, tokens_BND)
         if mask_BN is not None:
             scores_BHN = scores_BHN.masked_fill(~mask_BN[:, None], -torch.inf)
         attention_BHN = wide_softmax(scores_BHN).to(tokens_BND.dtype)
         mean_BHD = torch.einsum("bhn,bnd->bhd", attention_BHN, tokens_BND)
-        value_HAD = self.v_proj_image_weight.unflatten(0, (heads, -1))
+        value_HAD = in_type_of(self.v_proj_image_weight, like).unflatten(0, (heads, -1))
         image_BHA = torch.einsum("bhd,had->bha", mean_BHD, value_HAD)
-        value_BC = image_BHA.flatten(1) + self.v_proj_text(text_BC)
-        return self.out_proj(value_BC)
+        of_text_BC = self.v_proj_text(in_type_of(text_BC, self.v_proj_text.weight))
+        value_BC = image_BHA.flatten(1) + in_type_of(of_text_BC, like)
+        return self.out_proj(in_type_of(value_BC, self.out_proj.weight))
 
     @torch.no_grad()
     def load_multihead_attention(self, state: dict[str, Tensor]) -> None:
@@ -198,7 +224,7 @@ class CrossAttentionContext(nn.Module):
         super().__init__()
         self.context_dim = text_dim
         self.image = ResidualRefinement(embed_dim, activation=activation, **place)
-        self.text = ResidualRefinement(text_dim, activation=activation, **place)
+        self.text = TextRefinement(text_dim, activation=activation, **place)
         self.attention = SingleQueryAttention(embed_dim, text_dim, num_heads, **place)
 
     def forward(
@@ -238,7 +264,7 @@ class TextContext(nn.Module):
     def __init__(self, text_dim: int, **options: Unpack[RefinementOptions]) -> None:
         super().__init__()
         self.context_dim = text_dim
-        self.text = ResidualRefinement(text_dim, **options)
+        self.text = TextRefinement(text_dim, **options)
 
     def forward(
         self, tokens: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None, segments: Segments | None = None
@@ -256,7 +282,7 @@ class ConcatContext(nn.Module):
         super().__init__()
         self.context_dim = embed_dim + text_dim
         self.image = ResidualRefinement(embed_dim, **options)
-        self.text = ResidualRefinement(text_dim, **options)
+        self.text = TextRefinement(text_dim, **options)
 
     def forward(
         self, tokens: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None, segments: Segments | None = None

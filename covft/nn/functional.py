@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -27,6 +27,16 @@ def wide_softmax(logits: Tensor) -> Tensor:
 def per_image(weight_B: Tensor, like: Tensor) -> Tensor:
     """Shape one number per image to be multiplied with `like`, of shape `(B, ...)`, in its type."""
     return weight_B.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+def in_type_of(x: Tensor, other: Any) -> Tensor:
+    """Cast an input to the type of a weight, where a model has weights of several types.
+
+    Autocast does that by itself, and packed weights that are not floating-point numbers take any input.
+    """
+    if not isinstance(other, Tensor) or x.dtype == other.dtype or not other.is_floating_point():
+        return x
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(other.dtype)
 
 
 def masked_mean(tokens_BND: Tensor, mask_BN: Tensor | None) -> Tensor:

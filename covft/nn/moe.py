@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from covft.errors import ShapeError
 from covft.nn.context import RefinementOptions, ResidualRefinement, make_context
 from covft.nn.experts import Experts
-from covft.nn.functional import Place
+from covft.nn.functional import Place, in_type_of
 from covft.nn.low_rank import LowRankExperts
 from covft.nn.router import Routing, make_router
 from covft.nn.segments import Segments
@@ -139,7 +139,8 @@ class ContextualMoE(nn.Module):
                     expected=f"text features of shape ({num_images}, C), one row per image",
                     got="none" if text_BC is None else tuple(text_BC.shape),
                 )
-            text_BC = text_BC.to(device=x.device, dtype=x.dtype)
+            # Features beyond the range of float16 are refined before they are cast.
+            text_BC = text_BC.to(device=x.device, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
         if segments is None and x.dim() != 3:
             tokens = x.flatten(1, -2)
         context_BW = self.context(tokens, text_BC, mask_BN, segments)
@@ -158,11 +159,13 @@ class ContextualMoE(nn.Module):
         Returns:
             Tokens, same shape as `x`, in the type of the FFN's output.
         """
+        tokens = in_type_of(x, next(self.experts.parameters(), x))
         if segments is None:
-            return self.experts(x, routing, *args, **kwargs)
-        tokens_TD = _packed(x, segments)
-        mixed_TD = self.experts(tokens_TD, routing.per_token(segments.ids_T), *args, **kwargs)
-        return mixed_TD.reshape(*x.shape[:-1], -1)
+            mixed = self.experts(tokens, routing, *args, **kwargs)
+        else:
+            mixed = self.experts(_packed(tokens, segments), routing.per_token(segments.ids_T), *args, **kwargs)
+            mixed = mixed.reshape(*x.shape[:-1], -1)
+        return mixed if tokens is x else mixed.to(x.dtype)
 
     def forward(
         self,

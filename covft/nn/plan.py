@@ -98,13 +98,16 @@ class FFNPlan:
     def applies_to(self, ffn: nn.Module) -> bool:
         """Return whether an FFN of this plan can be run by its weights alone now.
 
-        It cannot where hooks watch its modules, where another library has replaced a linear layer, and where weights
-        are sharded, since the modules' own hooks gather them.
+        It cannot where hooks watch its modules, where another library has replaced a linear layer, where weights are
+        sharded, since the modules' own hooks gather them, and where they are of several types.
         """
         if any(_is_watched(module) for module in ffn.modules()):
             return False
-        return all(type(layer) is nn.Linear for layer in self.layers(ffn)) and all(
-            type(w) is nn.Parameter and not is_zero(w) for w in self.weights(ffn) if w is not None
+        weights = [weight for weight in self.weights(ffn) if weight is not None]
+        return (
+            all(type(layer) is nn.Linear for layer in self.layers(ffn))
+            and all(type(weight) is nn.Parameter and not is_zero(weight) for weight in weights)
+            and all(weight.dtype == weights[0].dtype for weight in weights)
         )
 
 

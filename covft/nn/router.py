@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from covft.nn.functional import Place, wide_softmax
+from covft.nn.functional import Place, in_type_of, wide_softmax
 
 
 class Routing(NamedTuple):
@@ -79,7 +79,7 @@ class DenseRouter(nn.Module):
 
     def forward(self, context_BW: Tensor, batch_size: int, **_: Any) -> Routing:
         """Decide for a batch by its context alone; weights are float32 or wider."""
-        return self._decide(self.gate(context_BW))
+        return self._decide(self.gate(in_type_of(context_BW, self.gate.weight)))
 
     def _decide(self, logits_BE: Tensor) -> Routing:
         return Routing(wide_softmax(logits_BE), None, logits_BE)

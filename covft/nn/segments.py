@@ -22,7 +22,8 @@ class Segments:
 
     Attributes:
         ids_T: The image that each token belongs to, shape `(T,)`.
-        mask_BN: True where `per_image` puts a token, shape `(B, N)`; None if all images are equally long.
+        mask_BN: True where `per_image` puts a token, and at the first place of an image without tokens, shape `(B, N)`;
+            None if all images are equally long.
 
     Example:
         >>> segments = Segments([2, 1])
@@ -42,7 +43,9 @@ class Segments:
         self._places_T: Any = None  # of each token among the B * N of `per_image`
         if any(length != longest for length in self.lengths):
             mask_BN = torch.arange(longest) < lengths_B[:, None]
-            self.mask_BN = mask_BN.to(device)
+            # An image without tokens still needs a context: it gets that of one token of zeros.
+            first_N = torch.arange(longest) == 0
+            self.mask_BN = (mask_BN | ((lengths_B == 0)[:, None] & first_N)).to(device)
             self._places_T = mask_BN.flatten().nonzero().squeeze(-1).to(device)
 
     @classmethod

@@ -14,6 +14,7 @@ from covft.conditioning import Conditioning
 from covft.config import CoVFTConfig
 from covft.surgery.slot import AdaptedFFN, Original
 from covft.surgery.split import SecondHalf, SplitFFN
+from covft.surgery.wrapped import module_at
 from covft.utils.sharding import assign, full, gathered, partition_like, shape_of, whole_copy
 
 
@@ -41,6 +42,7 @@ def build_slots(
                 ffn,
                 conditioning,
                 layout=block.layout,
+                layer=layer,
                 embed_dim=block.embed_dim,
                 text_dim=text_dim,
                 num_experts=settings.experts,
@@ -132,20 +134,26 @@ def install_slots(vit: nn.Module, spec: ViTSpec, slots: dict[int, AdaptedFFN], t
 
 
 def restore_ffns(vit: nn.Module, original: Original) -> None:
-    """Undo `install_slots`: FFNs and norms are as they were, where and in the type that the slots are."""
-    for path, ffn in original.ffns.items():
-        slot = vit.get_submodule(path)
+    """Undo `install_slots`: FFNs and norms are as they were, where and in the type that the slots are.
+
+    Blocks that were removed since are left out.
+    """
+    found = {path: (ffn, module_at(vit, path)) for path, ffn in original.ffns.items()}
+    places = {path: (ffn, slot) for path, (ffn, slot) in found.items() if slot is not None}
+    for ffn, slot in places.values():
         _follow(ffn, _first_expert(slot))
         ffn.train(slot.training)
-    for path, ffn in original.ffns.items():
+    for path, (ffn, _) in places.items():
         vit.set_submodule(path, ffn)
     with torch.no_grad():
+        parameters = dict(vit.named_parameters(remove_duplicate=False))
         for name, value in original.values.items():
-            parameter = vit.get_parameter(name)
-            assign(parameter, value)
-            parameter.grad = None
+            if name in parameters:
+                assign(parameters[name], value)
+                parameters[name].grad = None
     for name, parameter in vit.named_parameters():
-        parameter.requires_grad_(original.requires_grad[name])
+        # A parameter that came later, such as a new head, keeps its own.
+        parameter.requires_grad_(original.requires_grad.get(name, parameter.requires_grad))
 
 
 def _norm_parameters(vit: nn.Module, spec: ViTSpec, layers: Iterable[int], train_norms: str) -> list[str]:

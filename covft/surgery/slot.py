@@ -54,11 +54,15 @@ class AdaptedFFN(ContextualMoE):
         ffn: The pretrained FFN to copy; not changed.
         conditioning: Carries the text of a call; shared with the encoder.
         layout: Axes of the tensor that the FFN gets, as in `BlockSpec`.
+        layer: Index of its block when the ViT was wrapped.
         **settings: As for `ContextualMoE`.
     """
 
-    def __init__(self, ffn: nn.Module, conditioning: Conditioning, *, layout: str = "BND", **settings: Any) -> None:
+    def __init__(
+        self, ffn: nn.Module, conditioning: Conditioning, *, layout: str = "BND", layer: int = 0, **settings: Any
+    ) -> None:
         super().__init__(ffn, **settings)
+        self.layer = layer
         self.conditioning = conditioning
         self.layout = TokenLayout(layout)
         self.record: RoutingRecord | None = None
@@ -91,7 +95,10 @@ class AdaptedFFN(ContextualMoE):
         mask_BN = None
         if scope is not None and scope.call is not None and tokens.dim() > 2:
             mask_BN = scope.call.mask_for(tokens.shape[1])
-        seed = None if scope is None else scope.seed
+        if scope is not None:
+            seed = scope.seed
+        else:
+            seed = self.conditioning.new_seed() if self.training else None
         routing, context_BW = self.route(tokens, text_BC, mask_BN=mask_BN, segments=segments, seed=seed)
         self._remember(routing, context_BW)
         if self.layout.is_folded:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from covft.adapters.spec import ViTSpec
 from covft.conditioning import Conditioning
 from covft.config import CoVFTConfig
+from covft.errors import UnsupportedViTError
 from covft.surgery.slot import AdaptedFFN, Original
+from covft.surgery.split import SecondHalf
 from covft.utils.parameters import count
 
 
@@ -75,9 +77,47 @@ class WrappedViT(nn.Module):
         return self.text_source.text_dim
 
     def slots(self) -> dict[int, AdaptedFFN]:
-        """Return the adapted FFNs, by layer."""
-        paths = {layer: self.spec.blocks[layer].mlp_path for layer in self.layers}
-        return {layer: self.vit.get_submodule(path) for layer, path in paths.items()}  # type: ignore[misc]
+        """Return the adapted FFNs, by layer; without those of blocks that were removed from the ViT since."""
+        found: dict[int, AdaptedFFN] = {}
+        for layer in self.layers:
+            slot = module_at(self.vit, self.spec.blocks[layer].mlp_path)
+            if isinstance(slot, AdaptedFFN) and slot.layer == layer:
+                found[layer] = slot
+        if len(found) == len(self.layers):
+            return found
+        moved = {slot.layer: slot for slot in self.vit.modules() if isinstance(slot, AdaptedFFN)}
+        return dict(sorted({**moved, **found}.items()))
+
+    def check_in_place(self, purpose: str, *, complete: bool = False) -> None:
+        """Refuse a ViT whose adapted FFNs are not where they were put.
+
+        Args:
+            purpose: What was asked for, as the subject of a sentence.
+            complete: Whether blocks that were removed are refused, too.
+
+        Raises:
+            UnsupportedViTError: If blocks were renumbered, or FFNs replaced, since the ViT was wrapped.
+        """
+        wrong: list[str] = []
+        for layer in self.layers:
+            block = self.spec.blocks[layer]
+            for path in (block.mlp_path, *([] if block.output_path is None else [block.output_path])):
+                module = module_at(self.vit, path)
+                slot = module.slot if isinstance(module, SecondHalf) else module
+                if module is None and module_at(self.vit, block.path) is None:
+                    if complete:
+                        wrong.append(f"{path} is gone")
+                elif not isinstance(slot, AdaptedFFN):
+                    wrong.append(f"{path} is {type(slot).__name__}")
+                elif slot.layer != layer:
+                    wrong.append(f"{path} is that of block {slot.layer}")
+        if wrong:
+            raise UnsupportedViTError(
+                f"{purpose} needs the adapted FFNs where wrap() put them, but other code has changed the blocks since.",
+                expected=f"adapted FFNs in blocks {', '.join(map(str, self.layers))}",
+                got="; ".join(wrong[:4]) + ("; ..." if len(wrong) > 4 else ""),
+                fix="remove or replace blocks before covft.wrap(...)",
+            )
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that are trained."""
@@ -103,3 +143,11 @@ class WrappedViT(nn.Module):
                     return "other"  # the pretrained FFN that low-rank experts share, which stays frozen
                 return "experts" if inner.startswith("experts.") else "router"
         return "norms" if name in self.norms else "other"
+
+
+def module_at(root: nn.Module, path: str) -> Any:
+    """Return the module at a dotted path; None if there is none."""
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None

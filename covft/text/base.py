@@ -181,20 +181,42 @@ class CachedTextEncoder(ABC):
         return f"{type(self).__name__}({self.name!r}, text_dim={getattr(self, 'text_dim', None)})"
 
 
+def in_order(texts: object) -> list[Any]:
+    """Return texts as a list, in their order.
+
+    Raises:
+        TextEncoderError: If they are one text, or have no order, no length or not one axis.
+    """
+    if isinstance(texts, (str, bytes)) or not _is_ordered(texts):
+        one = isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable)
+        raise TextEncoderError(
+            "encode() takes a list of texts, whose order says which image each is for.",
+            expected="list[str], or another sequence with one axis",
+            got=describe(texts),
+            fix="encoder.encode([text])" if one else "a list in the order of the images",
+        )
+    return list(texts)  # type: ignore[call-overload]
+
+
 def check_texts(texts: Sequence[str]) -> list[str]:
     """Return the texts as a list of non-empty strings.
 
     Raises:
-        TextEncoderError: If an entry is not a string, or empty; the message names its index.
+        TextEncoderError: If they have no order, or an entry is not a string, or empty; the message names its index.
     """
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
-        raise TextEncoderError(
-            "encode() takes a list of texts.", expected="list[str]", got=describe(texts), fix="encoder.encode([text])"
-        )
-    strings = list(texts)
+    strings = in_order(texts)
     for index, text in enumerate(strings):
         if not isinstance(text, str):
             raise TextEncoderError(f"Text {index} is not a string.", expected="str", got=describe(text))
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TextEncoderError(
+                f"Text {index} has half of a surrogate pair, which is not a character.",
+                expected="text that UTF-8 can write",
+                got=shown(text),
+                fix="text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')",
+            ) from error
         if not text.strip():
             raise TextEncoderError(
                 f"Text {index} is empty: an image without a question has no context.",
@@ -203,6 +225,13 @@ def check_texts(texts: Sequence[str]) -> list[str]:
                 fix="give each image its question, or use routing='uniform', which needs none",
             )
     return strings
+
+
+def _is_ordered(texts: object) -> bool:
+    """Return whether a value has an order, a length and one axis, as lists, arrays and columns of tables do."""
+    if isinstance(texts, Mapping) or not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__")):
+        return False
+    return getattr(texts, "ndim", 1) == 1
 
 
 def check_features(features: object, text_dim: int | None, text: str) -> None:

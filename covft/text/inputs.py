@@ -8,13 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from covft.errors import ShapeError
+from covft.errors import ShapeError, TextEncoderError
 
 
 def check_text_features(features: Tensor, text_dim: int | None) -> None:
-    """Refuse a tensor that is not text features of shape `(S, C)`; any C passes if it is None."""
+    """Refuse a tensor that is not text features of shape `(S, C)`; any C passes if it is None.
+
+    Values are read only on the CPU: on an accelerator that would make every call wait for it.
+    """
     if features.dim() != 2 or (text_dim is not None and features.shape[1] != text_dim):
         raise ShapeError(
             "These are not text features for this encoder.",
@@ -29,6 +32,30 @@ def check_text_features(features: Tensor, text_dim: int | None) -> None:
             got=features.dtype,
             fix="pass token ids as a tokenised batch: {'input_ids': ..., 'attention_mask': ...}",
         )
+    if features.layout != torch.strided:
+        raise ShapeError(
+            "Text features are dense.", expected="a dense tensor", got=features.layout, fix="features.to_dense()"
+        )
+    readable = type(features) in (Tensor, nn.Parameter) and features.device.type == "cpu"  # fake tensors are not
+    if readable and not torch.compiler.is_compiling():
+        _check_finite(features.detach())
+
+
+def _check_finite(features: Tensor) -> None:
+    # One number per text: not finite if an entry is not, or if the entries are too large for a LayerNorm in float32.
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    sums = wide.square().sum(dim=1).float()
+    # In a transform of torch.func a value cannot be read.
+    if torch._C._are_functorch_transforms_active() or bool(torch.isfinite(sums.sum())):
+        return
+    bad = (~torch.isfinite(sums)).nonzero().flatten().tolist() or [int(sums.argmax())]
+    shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+    raise TextEncoderError(
+        "Text features are not finite, or too large for their norm.",
+        expected="finite numbers, up to about 1e+18",
+        got=f"rows {shown} are not",
+        fix="compute the features in float32 or bfloat16",
+    )
 
 
 def as_index(index: Any, num_texts: int) -> Tensor:

@@ -45,17 +45,33 @@ def test_reentrant__refused_around_the_whole_encoder(training):
         checkpoint(case.output, images, case.texts[0], use_reentrant=True)
 
 
-def test_no_grad__refused_in_training_inside_a_condition_with_gradients():
+def test_no_grad__runs_in_training_wherever_the_text_was_given():
     case = Case("hf-clip")
-    with case.encoder.condition(case.texts[0]):
-        with torch.no_grad(), pytest.raises(ReentrantCheckpointError, match="without gradients"):
-            case.encoder.vit(case.images)
-        case.encoder.eval()
-        with torch.no_grad():
-            case.encoder.vit(case.images)
-    case.encoder.train()
-    with torch.no_grad():
+    wanted = case.output(case.images, case.texts[0])
+    with case.encoder.condition(case.texts[0]), torch.no_grad():
+        assert torch.equal(case.encoder.vit(case.images).last_hidden_state, wanted)
+        assert torch.equal(case.output(case.images, case.texts[0]), wanted)
+    with torch.no_grad(), case.encoder.condition(case.texts[0]):
+        assert torch.equal(case.encoder.vit(case.images).last_hidden_state, wanted)
+    with case.encoder.condition(case.texts[0]), torch.inference_mode():
+        assert torch.equal(case.encoder.vit(case.images).last_hidden_state, wanted)
+
+
+def test_no_grad__refused_for_adapted_blocks_of_a_run_with_gradients():
+    case = Case("hf-clip")
+    block = case.encoder.vit.get_submodule(case.encoder.spec.blocks[case.encoder.layers[0]].path)
+    block.forward = torch.no_grad()(block.forward)
+    with pytest.raises(ReentrantCheckpointError, match="without gradients"):
         case.output(case.images, case.texts[0])
+    case.encoder.eval()
+    case.output(case.images, case.texts[0])
+
+
+def test_reentrant__refused_inside_a_condition():
+    case = Case("timm-clip")
+    images = case.images.requires_grad_()
+    with case.encoder.condition(case.texts[0]), pytest.raises(ReentrantCheckpointError, match="non-reentrant"):
+        checkpoint(case.encoder.vit, images, use_reentrant=True)
 
 
 # A call without text, or with text that does not fit, fails before any compute
