@@ -30,9 +30,12 @@ class MethodOverride(Override):
 
 
 class TextOverride(MethodOverride):
-    """Adds the keyword `context_text` to a method."""
+    """Adds the keywords `context_text` and `context_index` to a method.
 
-    added: tuple[str, ...] = ("context_text",)
+    They are `text` and `index` of the encoder: the texts, and which of them each image or tile has.
+    """
+
+    added: tuple[str, ...] = ("context_text", "context_index")
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -44,10 +47,10 @@ class TextOverride(MethodOverride):
             end -= 1
         return signature.replace(parameters=[*parameters[:end], *added, *parameters[end:]])
 
-    def __call__(self, *args: Any, context_text: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, context_text: Any = None, context_index: Any = None, **kwargs: Any) -> Any:
         """Call the method and hold the text for the tower."""
         args = self._own(args)
-        with self.attachment.conditioned(self._named(args, kwargs), context_text):
+        with self.attachment.conditioned(self._named(args, kwargs), context_text, context_index):
             return self.inner(*args, **kwargs)
 
 
@@ -55,7 +58,7 @@ class BatchOverride(TextOverride):
     """Overrides `forward`, which then takes a batch of `covft.data.Collator` unchanged.
 
     `context_text` holds the batch's texts, one per row, and `context_index`, shape `(T,)`, which of them each image or
-    tile has. They are `text` and `index` of the encoder. `image_flags` is 0 for dummy images; `num_tiles` is ignored.
+    tile has. `image_flags` is 0 for dummy images; `num_tiles` is ignored.
     """
 
     added = ("context_text", "context_index", "image_flags", "num_tiles")
@@ -95,24 +98,24 @@ class BaseOverride(BatchOverride):
 class FeaturesOverride(TextOverride):
     """Overrides `get_image_features`, which sees no prompt: it needs `context_text` or an open `condition(...)`."""
 
-    def __call__(self, *args: Any, context_text: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, context_text: Any = None, context_index: Any = None, **kwargs: Any) -> Any:
         """Call the method and hold the text for the tower, if one is given."""
-        if context_text is None:
+        if context_text is None and context_index is None:
             return self.inner(*self._own(args), **kwargs)
-        return super().__call__(*args, context_text=context_text, **kwargs)
+        return super().__call__(*args, context_text=context_text, context_index=context_index, **kwargs)
 
 
 class GenerateOverride(TextOverride):
     """Overrides `generate`, which calls the tower before any forward: the text is held throughout."""
 
-    def __call__(self, *args: Any, context_text: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, context_text: Any = None, context_index: Any = None, **kwargs: Any) -> Any:
         """Call the method and hold the text for the tower."""
         args = self._own(args)
         given = self._named(args, kwargs)
         if given.get("inputs") is not None:
             given["input_ids"] = given["inputs"]
         # As generate itself: a text that is set with gradients enabled says that they are expected.
-        with torch.no_grad(), self.attachment.conditioned(given, context_text):
+        with torch.no_grad(), self.attachment.conditioned(given, context_text, context_index):
             return self.inner(*args, **kwargs)
 
 
