@@ -9,6 +9,7 @@ from covft.data.chat_template import ChatTemplate
 from tests.helpers.chat_templates import TEMPLATES, expected
 from tests.helpers.data import build_tokenizer
 
+ROLES = ("user", "assistant")
 STRINGS = [
     *("USER:", "ASSISTANT:", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>", "<image>", "<|endoftext|>"),
     *("<|im_start|>user", "<|im_start|>assistant", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>", "<|eot_id|>"),
@@ -23,8 +24,8 @@ STRINGS = [
 
 
 def chat(questions, answers):
-    turns = zip(["user", "assistant"] * len(questions), [t for pair in zip(questions, answers) for t in pair])
-    return [{"role": role, "content": text} for role, text in turns]
+    pairs = zip(questions, answers, strict=True)
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(ROLES, pair, strict=True)]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

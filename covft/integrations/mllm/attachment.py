@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from covft.integrations.mllm.families import MLLMFamily, base_of
 from covft.integrations.mllm.images import map_images
 from covft.integrations.mllm.prompt import PromptReader
 from covft.integrations.mllm.texts import Texts, as_texts, assign, check_index, refuse_index, same_text
+from covft.surgery.overrides import Override
+from covft.surgery.skipping import check_read
 from covft.text.inputs import as_index
 
 KEY = "_covft_attachment"
@@ -34,6 +36,7 @@ class Attachment:
         reader: Reads instructions from `input_ids`.
         family: How images reach the tower.
         saved_in: The folder that holds the tower's present weights; None if they changed since the last save.
+        overrides: What has replaced methods of the model.
     """
 
     model: nn.Module
@@ -41,6 +44,30 @@ class Attachment:
     reader: PromptReader
     family: MLLMFamily
     saved_in: Path | None = None
+    overrides: list[Override] = field(default_factory=list)
+
+    def override(self, overrides: Mapping[str, Callable[[Attachment, str], Override]]) -> None:
+        """Override methods of the model, by name, and note what is installed."""
+        for name, make in overrides.items():
+            override = make(self, name)
+            override.install()
+            self.overrides.append(override)
+
+    def covered(self) -> list[str]:
+        """Return the methods that another library has replaced since they were overridden."""
+        return [override.name for override in self.overrides if not override.is_installed]
+
+    def check_read(self, given: Mapping[str, Any]) -> None:
+        """Refuse a call that reads the hidden state of a skipped block, which is a copy of another.
+
+        Args:
+            given: Arguments of the call, by name.
+
+        Raises:
+            ConfigError: If it does.
+        """
+        encoder = self.encoder
+        check_read(encoder.spec, encoder.covft_config.feature_layer, read_layers(self.model, given))
 
     def conditioned(
         self, given: Mapping[str, Any], context_text: Any, context_index: Any = None
@@ -57,11 +84,15 @@ class Attachment:
                 of `input_ids` to read.
 
         Raises:
+            ConfigError: If the call reads the hidden state of a skipped block.
             MissingContextError: If no text is given, and none can be read.
             ShapeError: If texts and images do not fit together.
         """
         images, videos = given.get("pixel_values"), given.get("pixel_values_videos")
-        if (images is None and videos is None) or not self.encoder.conditioning.needs_text:
+        if images is None and videos is None:
+            return contextlib.nullcontext()
+        self.check_read(given)
+        if not self.encoder.conditioning.needs_text:
             return contextlib.nullcontext()
         scope = self.encoder.conditioning.scope()
         if context_text is None and scope is not None:
@@ -177,6 +208,21 @@ def _restarts(input_ids: Tensor, given: Mapping[str, Any]) -> bool:
     if isinstance(mask, Tensor) and mask.shape == starts.shape:
         starts = starts & mask.bool()
     return bool((starts.sum(dim=1) > 1).any())
+
+
+def read_layers(model: Any, given: Mapping[str, Any] | None = None) -> Any:
+    """Return the hidden state of the tower that a model reads, or several; None if its config does not say.
+
+    Args:
+        model: A multimodal LLM of transformers.
+        given: Arguments of a call, by name, which may ask for another one.
+    """
+    for name in ("vision_feature_layer", "vision_feature_layers"):
+        layers = (given or {}).get(name)
+        layers = getattr(model.config, name, None) if layers is None else layers
+        if layers is not None:
+            return layers
+    return None
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
