@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from covft.data.broken import DataError
 from covft.errors import ConfigError
 
+# By tokenizer and template.
+_WANTS_PARTS: weakref.WeakKeyDictionary[Any, dict[str, bool]] = weakref.WeakKeyDictionary()
 _EXCHANGE = [{"role": "user", "content": "Qz1zQ"}, {"role": "assistant", "content": "Qz2zQ"}]
 
 
@@ -37,7 +40,7 @@ class ChatTemplate:
             )
         self.tokenizer = tokenizer
         self.template: str = own.get(template, template) if isinstance(own, Mapping) else template
-        self._wants_parts = not self._reads(parts=False) and self._reads(parts=True)
+        self._wants_parts = self._finds_form()
 
     def apply(self, messages: Iterable[Mapping[str, Any]], **options: Any) -> Any:
         """Call the tokenizer's `apply_chat_template`, and raise `DataError` if the template refuses the messages."""
@@ -82,6 +85,16 @@ class ChatTemplate:
             before, rest = rest.split(content)
             pieces.append(before)
         return [*pieces, rest]
+
+    def _finds_form(self) -> bool:
+        """Find out whether the template reads lists of parts; once for each tokenizer and template."""
+        try:
+            known = _WANTS_PARTS.setdefault(self.tokenizer, {})
+        except TypeError:  # not hashable
+            known = {}
+        if self.template not in known:
+            known[self.template] = not self._reads(parts=False) and self._reads(parts=True)
+        return known[self.template]
 
     def _reads(self, *, parts: bool) -> bool:
         self._wants_parts = parts

@@ -46,8 +46,11 @@ def answer_spans(
     template = ChatTemplate(tokenizer, chat_template)
     text = template.render(messages)
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    # Letters and digits only, so that no template trims or escapes them.
-    marks = {number: f"Qz{number}answer{number}zQ" for number in answers}
+    # Letters and digits only, so that no template trims or escapes them; and not in the conversation itself.
+    name = "answer"
+    while name in text:
+        name += "z"
+    marks = {number: f"Qz{number}{name}{number}zQ" for number in answers}
     probe = [{**message, "content": marks.get(number, message["content"])} for number, message in enumerate(messages)]
     pieces = template.pieces(probe, marks.values())
     spans = _place(text, pieces, [messages[number]["content"] for number in answers]) if pieces else None

@@ -59,6 +59,12 @@ class Override(ABC):
                 values.update(values.pop(parameter.name, {}))
         return values
 
+    @property
+    def is_installed(self) -> bool:
+        """Whether the owner's method is this; no longer so if another library has replaced it."""
+        found = self.owner.__dict__.get(self.name)
+        return getattr(found, "__func__", found) is self
+
     def install(self) -> None:
         """Put this on the owner."""
         self.owner.__dict__[self.name] = self

@@ -109,7 +109,8 @@ def check_read(spec: ViTSpec, feature_layer: int | None, read: Any) -> None:
     if feature_layer is None:
         return
     layers: Iterable[int] = (-1,) if read is None else (read,) if isinstance(read, int) else read
-    wanted = max(last_read(spec, layer) if layer else -1 for layer in layers)
+    embeddings = (0, -spec.depth - 1)
+    wanted = max(-1 if layer in embeddings else last_read(spec, layer) for layer in layers)
     if last_read(spec, feature_layer) < wanted:
         raise ConfigError(
             f"feature_layer={feature_layer} would skip blocks that the model reads.",

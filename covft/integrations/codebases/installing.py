@@ -101,9 +101,8 @@ class Codebase(ABC):
         plan = plan_tower(tower, text_encoder, read, pretrained, None, _adapter_for(tower), settings)
         attachment = TowerAttachment(target, plan.install(), reader, MLLMFamily())
         target.__dict__[KEY] = attachment
-        for name, override in {**self.overrides, "save_pretrained": SaveOverride}.items():
-            if hasattr(type(target), name):
-                override(attachment, name).install()
+        overrides = {**self.overrides, "save_pretrained": SaveOverride}
+        attachment.override({name: override for name, override in overrides.items() if hasattr(type(target), name)})
         self.finish(target)
         return model
 

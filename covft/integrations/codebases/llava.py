@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from covft.errors import ConfigError, ShapeError, UnsupportedViTError
 from covft.integrations.codebases.installing import Codebase, TowerAttachment
 from covft.integrations.codebases.launch import Flags
-from covft.integrations.mllm.attachment import NO_IMAGE
+from covft.integrations.mllm.attachment import NO_IMAGE, attachment_of
 from covft.integrations.mllm.overrides import MethodOverride
+from covft.surgery.overrides import Override
 
 IMAGE_TOKEN_INDEX = -200  # in their input_ids: one image, however many tokens it becomes
 _PREPARE = "prepare_inputs_labels_for_multimodal"
@@ -42,15 +43,12 @@ class PrepareOverride(MethodOverride):
             return self.inner(*args, **kwargs)
 
 
-class WithGradients:
+class WithGradients(Override):
     """Replaces the forward of a module without its decorators, such as `torch.no_grad()` of LLaVA's towers."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the undecorated method."""
-        return inspect.unwrap(type(self.module).forward)(self.module, *args, **kwargs)
+        return inspect.unwrap(type(self.owner).forward)(self.owner, *args, **kwargs)
 
 
 class LLaVA(Codebase):
@@ -124,7 +122,9 @@ class LLaVA(Codebase):
         """Remove `torch.no_grad()` from the forward of the tower's wrapper."""
         wrapper = model.get_vision_tower()
         if hasattr(type(wrapper).forward, "__wrapped__"):  # decorated with torch.no_grad()
-            wrapper.__dict__["forward"] = WithGradients(wrapper)
+            attachment = attachment_of(model)
+            assert attachment is not None
+            attachment.override({"forward": lambda _, name: WithGradients(wrapper, name)})
 
 
 def texts_of_images(attachment: TowerAttachment, given: Mapping[str, Any]) -> tuple[list[str], Tensor]:

@@ -13,7 +13,7 @@ from covft.config import CoVFTConfig, Settings, show_settings
 from covft.encoder import ContextEncoder
 from covft.errors import ConfigError, UnsupportedViTError
 from covft.integrations.mllm import overrides
-from covft.integrations.mllm.attachment import KEY, Attachment, attachment_of, image_id, without_peft
+from covft.integrations.mllm.attachment import KEY, Attachment, attachment_of, image_id, read_layers, without_peft
 from covft.integrations.mllm.families import find_tower
 from covft.integrations.mllm.prompt import PromptReader
 from covft.surgery.skipping import check_read
@@ -83,8 +83,7 @@ def attach(
         system=system,
         empty_instruction=empty_instruction,
     )
-    read = getattr(target.config, "vision_feature_layer", None)
-    plan = plan_tower(tower, text_encoder, read, pretrained, config, adapter, settings)
+    plan = plan_tower(tower, text_encoder, read_layers(target), pretrained, config, adapter, settings)
     # Install
     attachment = Attachment(target, plan.install(), reader, family)
     target.__dict__[KEY] = attachment
@@ -162,7 +161,8 @@ def detach(model: Model) -> Model:
     """
     target = without_peft(model)
     encoder = get_encoder(target)
-    covered = overrides.covered(target)
+    attachment = target.__dict__[KEY]
+    covered = attachment.covered()
     if covered:
         raise UnsupportedViTError(
             f"Another library has replaced model.{covered[0]} since attach().",
@@ -171,7 +171,8 @@ def detach(model: Model) -> Model:
             fix="accelerator.unwrap_model(model, keep_fp32_wrapper=False) first, if accelerate prepared it",
         )
     unwrap(encoder)
-    overrides.remove(target)
+    for override in reversed(attachment.overrides):
+        override.remove()
     del target.__dict__[KEY]
     return model
 

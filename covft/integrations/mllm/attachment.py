@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from covft.conditioning.scope import Scope
 from covft.encoder import ContextEncoder
 from covft.errors import MissingContextError, ShapeError
 from covft.integrations.mllm.families import MLLMFamily, base_of
 from covft.integrations.mllm.images import map_images
 from covft.integrations.mllm.prompt import PromptReader
+from covft.integrations.mllm.texts import Texts, as_texts, assign, check_index, refuse_index, same_text
+from covft.surgery.overrides import Override
+from covft.surgery.skipping import check_read
+from covft.text.inputs import as_index
 
 KEY = "_covft_attachment"
 # The text of placeholder images, whose features are dropped.
@@ -32,6 +36,7 @@ class Attachment:
         reader: Reads instructions from `input_ids`.
         family: How images reach the tower.
         saved_in: The folder that holds the tower's present weights; None if they changed since the last save.
+        overrides: What has replaced methods of the model.
     """
 
     model: nn.Module
@@ -39,6 +44,30 @@ class Attachment:
     reader: PromptReader
     family: MLLMFamily
     saved_in: Path | None = None
+    overrides: list[Override] = field(default_factory=list)
+
+    def override(self, overrides: Mapping[str, Callable[[Attachment, str], Override]]) -> None:
+        """Override methods of the model, by name, and note what is installed."""
+        for name, make in overrides.items():
+            override = make(self, name)
+            override.install()
+            self.overrides.append(override)
+
+    def covered(self) -> list[str]:
+        """Return the methods that another library has replaced since they were overridden."""
+        return [override.name for override in self.overrides if not override.is_installed]
+
+    def check_read(self, given: Mapping[str, Any]) -> None:
+        """Refuse a call that reads the hidden state of a skipped block, which is a copy of another.
+
+        Args:
+            given: Arguments of the call, by name.
+
+        Raises:
+            ConfigError: If it does.
+        """
+        encoder = self.encoder
+        check_read(encoder.spec, encoder.covft_config.feature_layer, read_layers(self.model, given))
 
     def conditioned(
         self, given: Mapping[str, Any], context_text: Any, context_index: Any = None
@@ -51,45 +80,57 @@ class Attachment:
             given: Arguments of the call, by name.
             context_text: The caller's text: None, one for all, or one (a string or a row of features) per row of
                 `input_ids`, per image or per tile.
-            context_index: The row of `input_ids` of each tile, shape `(T,)`, if the batch has it.
+            context_index: Which text each tile has, shape `(T,)`, if the batch has it: without `context_text`, the row
+                of `input_ids` to read.
 
         Raises:
+            ConfigError: If the call reads the hidden state of a skipped block.
             MissingContextError: If no text is given, and none can be read.
             ShapeError: If texts and images do not fit together.
         """
         images, videos = given.get("pixel_values"), given.get("pixel_values_videos")
-        if (images is None and videos is None) or not self.encoder.conditioning.needs_text:
+        if images is None and videos is None:
             return contextlib.nullcontext()
-        if context_text is None and self.encoder.conditioning.scope() is not None:
+        self.check_read(given)
+        if not self.encoder.conditioning.needs_text:
+            return contextlib.nullcontext()
+        scope = self.encoder.conditioning.scope()
+        if context_text is None and scope is not None:
+            if context_index is not None and not scope.shared:
+                refuse_index()
             return contextlib.nullcontext()
         if isinstance(context_text, str):
             return self.encoder.condition(context_text)
+        texts = None if context_text is None else as_texts(context_text)
         if videos is not None and (images is not None or not self.family.videos):
-            return self.encoder.condition(self._one_text(given, context_text))
+            return self.encoder.condition(self._one_text(given, texts))
         if context_index is not None:
-            return self._by_row(given, context_text, torch.as_tensor(context_index).tolist())
-        return self._repeatable(self._per_image(given, context_text), images)
+            condition = self._by_index(given, texts, context_index)
+        else:
+            condition = self._per_image(given, texts)
+        return self._repeatable(condition, images)
 
     @contextlib.contextmanager
     def _repeatable(self, condition: AbstractContextManager[Any], images: Any) -> Iterator[None]:
         """Let a condition hold for repeated rows, if the tower runs after `generate` has repeated them."""
         with condition:
             scope = self.encoder.conditioning.scope()
-            if self.family.layout == "rows" and scope is not None:
+            if self.family.layout == "rows" and scope is not None and _length(scope) == images.shape[:2].numel():
                 scope.per_row = images.shape[1]
             yield
 
-    def _by_row(
-        self, given: Mapping[str, Any], context_text: Any, row_of_tile: list[int]
+    def _by_index(
+        self, given: Mapping[str, Any], texts: Texts | None, context_index: Any
     ) -> AbstractContextManager[Any]:
-        """Condition each tile on the text of its row; so are dummies, which have no placeholder."""
-        if context_text is not None:
-            texts = context_text if isinstance(context_text, Tensor) else list(context_text)
-            return self.encoder.condition(texts, row_of_tile)
+        """Condition each tile on the text that the batch names; so are dummies, which have no placeholder."""
+        num_rows = rows_of(given)
+        if texts is not None:
+            return self.encoder.condition(texts, check_index(context_index, len(texts), num_rows))
+        row_of_tile = as_index(context_index, num_rows or 0).tolist()
         asked = sorted(set(row_of_tile))
         return self.encoder.condition(self._read(given, asked), [asked.index(row) for row in row_of_tile])
 
-    def _read(self, given: Mapping[str, Any], rows: list[int]) -> list[str]:
+    def _read(self, given: Mapping[str, Any], rows: Iterable[int]) -> list[str]:
         """Read the instructions of some rows from the prompt."""
         input_ids = given.get("input_ids")
         if input_ids is None:
@@ -103,59 +144,36 @@ class Attachment:
         refuse_packed(input_ids, given, "context_text=[one text per image]", packed=packed)
         return self.reader.read(input_ids, rows, attention_mask=given.get("attention_mask"), labels=given.get("labels"))
 
-    def _per_image(self, given: Mapping[str, Any], context_text: Any) -> AbstractContextManager[Any]:
+    def _per_image(self, given: Mapping[str, Any], texts: Texts | None) -> AbstractContextManager[Any]:
         """Condition each image on its own text or on that of its row."""
         base = base_of(self.model)
         videos = given.get("pixel_values") is None
         placeholder = getattr(base.config, "video_token_id", None) if videos else image_id(self.model)
         placement = map_images(self.family.layout, base, given, placeholder, videos=videos)
-        input_ids = given.get("input_ids")
-        if context_text is None:
-            one_row = input_ids is None or len(input_ids) == 1
-            rows = [0] * len(placement.tiles) if one_row else placement.require_rows()
-            asked = sorted(set(rows))
-            return self.encoder.condition(
-                self._read(given, asked), placement.spread([asked.index(row) for row in rows])
-            )
-        texts = context_text if isinstance(context_text, Tensor) else list(context_text)
-        num_texts, num_images, num_tiles = len(texts), len(placement.tiles), sum(placement.tiles)
-        num_rows = None if input_ids is None else len(input_ids)
-        if num_texts == 1 and num_rows in (1, None):
-            index = placement.spread([0] * num_images)
-        elif num_texts == num_rows:
-            index = placement.spread(placement.require_rows())
-        elif num_texts == num_images:
-            index = placement.spread(list(range(num_images)))
-        elif num_texts == num_tiles:
-            index = None
-        else:
-            raise ShapeError(
-                "context_text does not fit the batch.",
-                expected=f"one text for all, or {num_images} for the images"
-                + ("" if num_rows is None else f", or {num_rows} for the rows of input_ids"),
-                got=num_texts,
-            )
-        return self.encoder.condition(texts, index)
+        num_rows = rows_of(given)
+        if texts is not None:
+            return self.encoder.condition(texts, assign(len(texts), placement, num_rows))
+        rows = [0] * len(placement.tiles) if num_rows in (1, None) else placement.require_rows()
+        asked = sorted(set(rows))
+        return self.encoder.condition(self._read(given, asked), placement.spread([asked.index(row) for row in rows]))
 
-    def _one_text(self, given: Mapping[str, Any], context_text: Any) -> str:
+    def _one_text(self, given: Mapping[str, Any], texts: Texts | None) -> str:
         """Return the text of a batch with videos, whose frames can only share one."""
-        input_ids = given.get("input_ids")
-        if context_text is not None and not isinstance(context_text, Tensor):
-            texts = list(context_text)
-        elif context_text is None and input_ids is not None:
-            mask, labels = given.get("attention_mask"), given.get("labels")
-            texts = self.reader.read(input_ids, range(len(input_ids)), attention_mask=mask, labels=labels)
-        else:
-            texts = []
-        if len(set(texts)) != 1:
-            raise ShapeError(
-                "A batch with videos can have only one text.",
-                expected="one row, or the same text in all rows",
-                got=f"{len(set(texts))} texts",
-                fix="images and videos in separate calls, with one video per call if its frames are images, or "
-                "`with encoder.condition(texts, index):` with a text per frame",
-            )
-        return texts[0]
+        if texts is None:
+            texts = self._read(given, range(rows_of(given) or 0))
+        return same_text(texts, rows_of(given))
+
+
+def _length(scope: Scope) -> int:
+    """Return how many images the text of a scope is for."""
+    assert scope.text_features is not None
+    return len(scope.text_features if scope.index is None else scope.index)
+
+
+def rows_of(given: Mapping[str, Any]) -> int | None:
+    """Return the number of rows of `input_ids` in the arguments of a call; None without them."""
+    input_ids = given.get("input_ids")
+    return None if input_ids is None else len(input_ids)
 
 
 def refuse_packed(input_ids: Tensor, given: Mapping[str, Any], fix: str, *, packed: bool) -> None:
@@ -190,6 +208,21 @@ def _restarts(input_ids: Tensor, given: Mapping[str, Any]) -> bool:
     if isinstance(mask, Tensor) and mask.shape == starts.shape:
         starts = starts & mask.bool()
     return bool((starts.sum(dim=1) > 1).any())
+
+
+def read_layers(model: Any, given: Mapping[str, Any] | None = None) -> Any:
+    """Return the hidden state of the tower that a model reads, or several; None if its config does not say.
+
+    Args:
+        model: A multimodal LLM of transformers.
+        given: Arguments of a call, by name, which may ask for another one.
+    """
+    for name in ("vision_feature_layer", "vision_feature_layers"):
+        layers = (given or {}).get(name)
+        layers = getattr(model.config, name, None) if layers is None else layers
+        if layers is not None:
+            return layers
+    return None
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:

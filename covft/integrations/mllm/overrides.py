@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
 
 from covft.checkpoints import pretrained
 from covft.errors import CheckpointError
@@ -30,9 +29,12 @@ class MethodOverride(Override):
 
 
 class TextOverride(MethodOverride):
-    """Adds the keyword `context_text` to a method."""
+    """Adds the keywords `context_text` and `context_index` to a method.
 
-    added: tuple[str, ...] = ("context_text",)
+    They are `text` and `index` of the encoder: the texts, and which of them each image or tile has.
+    """
+
+    added: tuple[str, ...] = ("context_text", "context_index")
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -44,10 +46,10 @@ class TextOverride(MethodOverride):
             end -= 1
         return signature.replace(parameters=[*parameters[:end], *added, *parameters[end:]])
 
-    def __call__(self, *args: Any, context_text: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, context_text: Any = None, context_index: Any = None, **kwargs: Any) -> Any:
         """Call the method and hold the text for the tower."""
         args = self._own(args)
-        with self.attachment.conditioned(self._named(args, kwargs), context_text):
+        with self.attachment.conditioned(self._named(args, kwargs), context_text, context_index):
             return self.inner(*args, **kwargs)
 
 
@@ -55,7 +57,7 @@ class BatchOverride(TextOverride):
     """Overrides `forward`, which then takes a batch of `covft.data.Collator` unchanged.
 
     `context_text` holds the batch's texts, one per row, and `context_index`, shape `(T,)`, which of them each image or
-    tile has. They are `text` and `index` of the encoder. `image_flags` is 0 for dummy images; `num_tiles` is ignored.
+    tile has. `image_flags` is 0 for dummy images; `num_tiles` is ignored.
     """
 
     added = ("context_text", "context_index", "image_flags", "num_tiles")
@@ -95,24 +97,25 @@ class BaseOverride(BatchOverride):
 class FeaturesOverride(TextOverride):
     """Overrides `get_image_features`, which sees no prompt: it needs `context_text` or an open `condition(...)`."""
 
-    def __call__(self, *args: Any, context_text: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, context_text: Any = None, context_index: Any = None, **kwargs: Any) -> Any:
         """Call the method and hold the text for the tower, if one is given."""
-        if context_text is None:
+        if context_text is None and context_index is None:
+            self.attachment.check_read(self._named(self._own(args), kwargs))
             return self.inner(*self._own(args), **kwargs)
-        return super().__call__(*args, context_text=context_text, **kwargs)
+        return super().__call__(*args, context_text=context_text, context_index=context_index, **kwargs)
 
 
 class GenerateOverride(TextOverride):
     """Overrides `generate`, which calls the tower before any forward: the text is held throughout."""
 
-    def __call__(self, *args: Any, context_text: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, context_text: Any = None, context_index: Any = None, **kwargs: Any) -> Any:
         """Call the method and hold the text for the tower."""
         args = self._own(args)
         given = self._named(args, kwargs)
         if given.get("inputs") is not None:
             given["input_ids"] = given["inputs"]
         # As generate itself: a text that is set with gradients enabled says that they are expected.
-        with torch.no_grad(), self.attachment.conditioned(given, context_text):
+        with torch.no_grad(), self.attachment.conditioned(given, context_text, context_index):
             return self.inner(*args, **kwargs)
 
 
@@ -144,6 +147,25 @@ class SaveOverride(MethodOverride):
             attachment.saved_in = folder
 
 
+class LayerOverride(MethodOverride):
+    """Overrides a method that takes features of the tower, to refuse hidden states of skipped blocks."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method if the hidden state that it reads is not a copy of another."""
+        args = self._own(args)
+        self.attachment.check_read(self._named(args, kwargs))
+        return self.inner(*args, **kwargs)
+
+
+class BaseLayerOverride(LayerOverride):
+    """Overrides such a method of the base model."""
+
+    @property
+    def owner(self) -> Any:
+        """The model without its head."""
+        return base_of(self.attachment.model)
+
+
 OVERRIDES: dict[str, type[MethodOverride]] = {
     "forward": BatchOverride,
     "generate": GenerateOverride,
@@ -155,27 +177,13 @@ OVERRIDES: dict[str, type[MethodOverride]] = {
 def install(attachment: Attachment) -> None:
     """Override the methods of the model."""
     model = attachment.model
-    for name, override in OVERRIDES.items():
-        if hasattr(type(model), name):
-            override(attachment, name).install()
-    if base_of(model) is not model:
-        BaseOverride(attachment, "forward").install()
-
-
-def remove(model: nn.Module) -> None:
-    """Undo `install`."""
-    for owner, name in [*((model, name) for name in OVERRIDES), (base_of(model), "forward")]:
-        if (override := owned(owner, name)) is not None:
-            override.remove()
-
-
-def owned(model: nn.Module, name: str) -> MethodOverride | None:
-    """Return the override of a method; None if another library has replaced it."""
-    found = model.__dict__.get(name)
-    found = getattr(found, "__func__", found)
-    return found if isinstance(found, MethodOverride) else None
-
-
-def covered(model: nn.Module) -> list[str]:
-    """Return the methods that another library has replaced since they were overridden."""
-    return [name for name in OVERRIDES if hasattr(type(model), name) and owned(model, name) is None]
+    base = base_of(model)
+    attachment.override({name: override for name, override in OVERRIDES.items() if hasattr(type(model), name)})
+    if base is not model:
+        attachment.override({"forward": BaseOverride})
+    if attachment.encoder.covft_config.feature_layer is not None:
+        if hasattr(type(model), "get_video_features"):
+            attachment.override({"get_video_features": LayerOverride})
+        if base is not model:
+            names = ("get_image_features", "get_video_features")
+            attachment.override({name: BaseLayerOverride for name in names if hasattr(type(base), name)})

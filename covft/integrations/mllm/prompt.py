@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +14,7 @@ from covft.data.chat_template import any_of, round_trip
 from covft.data.conversation import TURNS
 from covft.errors import ConfigError, MissingContextError
 from covft.integrations.mllm.turn_marks import TurnMarks, learn_marks, special_strings
+from covft.integrations.mllm.turns import Turn, TurnSplitter
 
 _TIMESTAMP = r"<\d+(?:\.\d+)? seconds>"  # Qwen3-VL's processor writes one before each frame of a video
 _IGNORED = -100  # label of tokens that belong to the prompt
@@ -59,6 +62,7 @@ class PromptReader:
         self.turns, self.system, self.empty_instruction = turns, system, empty_instruction
         self.image_ids = frozenset(image_ids)
         self.marks: TurnMarks | None = None
+        self.splitter: TurnSplitter | None = None
         self.problem = "attach() was given no tokenizer."
         if tokenizer is None:
             return
@@ -71,6 +75,8 @@ class PromptReader:
             self.system = round_trip(tokenizer, system).strip()
         shown = {tokenizer.convert_ids_to_tokens(i) for i in self.image_ids if 0 <= i < len(tokenizer)}
         body = f"{any_of({*special_strings(tokenizer), *shown})}|{_TIMESTAMP}"
+        special = any_of(special_strings(tokenizer))
+        self.splitter = TurnSplitter(self.marks, special, getattr(tokenizer, "bos_token", None))
         self._dropped = re.compile(rf"[ \t]*(?:{body})(?:[ \t]*(?:{body}))*[ \t]*")
 
     def read(
@@ -85,7 +91,7 @@ class PromptReader:
             labels: Shape `(R, L)`, -100 for tokens of the prompt; labels of other shapes are ignored.
 
         Raises:
-            MissingContextError: If a row has no user turn, or only empty ones.
+            MissingContextError: If a row has no user turn, or only empty ones, or can be read in two ways.
         """
         rows = list(rows)
         ids = input_ids[rows].tolist() if rows else []
@@ -107,28 +113,58 @@ class PromptReader:
             kept = [position for position, counts in enumerate(mask) if counts]
             ids = [ids[position] for position in kept]
             labels = None if labels is None else [labels[position] for position in kept]
-        found = self._users(ids)
-        if labels is not None and any(label != _IGNORED for label in labels):
-            prompt = [token for token, label in zip(ids, labels, strict=True) if label == _IGNORED]
-            # Only turns that are complete without the answers: some codebases train on parts of prompts.
-            found = [text for text in self._users(prompt) if text and text in found] or found
-        said = [text for text in found if text]
+        turns = self._answered(ids, labels) or self._users(self._decode(ids))
+        said = [turn for turn in turns if turn.text or turn.unclear]
         if not said and self.empty_instruction is not None:
             return self.empty_instruction
         if not said:
             raise MissingContextError(
                 f"The user turns in row {row} of the prompt are empty."
-                if found
+                if turns
                 else f"Row {row} of the prompt has no user turn.",
-                expected=f"{' '.join(self.marks.start)} ... {' '.join(self.marks.ends[0])}",
+                expected=f"{' '.join(self.marks.start)} ... {' '.join(self.marks.end or self.marks.answer_start)}",
                 got=repr(self._decode(ids)[:120]),
                 fix=_FIX,
             )
-        return {"all": " ".join(said), "first": said[0], "last": said[-1]}[self.turns]
+        chosen = {"all": said, "first": said[:1], "last": said[-1:]}[self.turns]
+        if any(turn.unclear for turn in chosen):
+            raise MissingContextError(
+                f"Row {row} of the prompt can be read in two ways: a mark of the chat template occurs in its text.",
+                expected=f"{' '.join((*self.marks.end, *self.marks.answer_start))} once after each question, "
+                "labels that are -100 up to the answers, or context_text",
+                got=repr(next(turn.text for turn in chosen if turn.unclear)[:120]),
+                fix=_FIX,
+            )
+        return " ".join(turn.text for turn in chosen)
 
-    def _users(self, ids: list[int]) -> list[str]:
-        assert self.marks is not None
-        return [self._clean(match[1]) for match in self.marks.turns().finditer(self._decode(ids))]
+    def _answered(self, ids: list[int], labels: list[int] | None) -> list[Turn]:
+        """Find the turns outside of learned answers; none if the labels cut turns, as in some codebases."""
+        if labels is None or all(label == _IGNORED for label in labels):
+            return []
+        parts = [
+            (is_prompt, self._decode([token for token, _ in part]))
+            for is_prompt, part in itertools.groupby(
+                zip(ids, labels, strict=True), key=lambda pair: pair[1] == _IGNORED
+            )
+        ]
+        found: list[Turn] = []
+        for (is_prompt, text), (_, after) in zip(parts, [*parts[1:], (False, None)], strict=True):
+            if is_prompt:
+                turns = self._users(text, answered=after is not None)
+                cut = after is not None and turns and not (turns[-1].closed or self._begins_answer(after))
+                found += turns[:-1] if cut else turns
+        return found if any(turn.text for turn in found) else []
+
+    def _begins_answer(self, text: str) -> bool:
+        return self.splitter is not None and self.splitter.begins_answer(text)
+
+    def _users(self, text: str, *, answered: bool = False) -> list[Turn]:
+        assert self.splitter is not None
+        start = text.find(self.system) if self.system else -1
+        if start >= 0 and self.splitter.start.search(text, start, start + len(self.system or "")):
+            text = text[start + len(self.system or "") :]  # a system prompt that spells the marks
+        turns = self.splitter.split(text, answered=answered)
+        return [dataclasses.replace(turn, text=self._clean(turn.text)) for turn in turns]
 
     def _decode(self, ids: list[int]) -> str:
         kept: list[int] = []

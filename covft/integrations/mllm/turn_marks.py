@@ -28,19 +28,18 @@ class TurnMarks:
 
     Attributes:
         start: Mark before the text of a user.
-        ends: Marks of which any ends it.
+        end: Mark that ends it, whatever follows; empty without one.
+        answer_start: Mark before an answer, after `end`; empty if `end` is all there is.
+        answer_end: Mark that ends an answer; empty without one.
         system: Marks around a system prompt inside a user's turn; two empty tuples where nothing separates the two,
             None where the system prompt stands elsewhere.
     """
 
     start: Chunks
-    ends: tuple[Chunks, ...]
+    end: Chunks
+    answer_start: Chunks
+    answer_end: Chunks = ()
     system: tuple[Chunks, Chunks] | None = None
-
-    def turns(self) -> re.Pattern[str]:
-        """Build the pattern of user turns; group 1 is the text with its placeholders."""
-        ends = "|".join(map(pattern, self.ends))
-        return re.compile(rf"{pattern(self.start)}(.*?)(?={ends}|\Z)", re.DOTALL)
 
     def system_prompt(self) -> re.Pattern[str] | None:
         """Build the pattern of a marked system prompt at the start of a user's turn; None without marks."""
@@ -107,15 +106,15 @@ class _Probe:
         closed = self.between("uaUAv")
         end = () if closed is None else _common_prefix(question_to_answer, closed[-1])
         answer_start = question_to_answer[len(end) :]
-        ends = tuple(chunks for chunks in (end, answer_start, start) if chunks)
         unknown = getattr(self.tokenizer, "unk_token", None)
-        if not start or len(ends) < 2 or unknown in (*start, *ends[0]):
+        if not start or not (end or answer_start) or unknown in (*start, *(end or answer_start)):
             raise ConfigError(
                 "The chat template does not mark user turns, or the tokenizer cannot spell the marks.",
                 expected="marks before and after a user's text",
                 got=f"before: {' '.join(start) or 'nothing'}; after: {' '.join(question_to_answer) or 'nothing'}",
             )
-        return TurnMarks(start, ends, self._system(start))
+        answer_end = _common_prefix(closing, answer_to_question[: len(answer_to_question) - len(start)])
+        return TurnMarks(start, end, answer_start, answer_end, self._system(start))
 
     def _system(self, start: Chunks) -> tuple[Chunks, Chunks] | None:
         rendered = self.between("su", prompt=True)

@@ -39,6 +39,24 @@ def test_nothing_changes_at_the_start(llava_code, llava_home):
     torch.testing.assert_close(model(**batch, images=images).logits, before, rtol=1e-4, atol=1e-5)
 
 
+def test_detach__gives_the_model_back(llava_code, llava_home):
+    model, tokenizer, conversation = build(llava_home)
+    batch = batch_of(tokenizer, conversation, QUESTIONS[:1], [1])
+    images = torch.randn(1, 3, SIZE, SIZE)
+    logits = model(**batch, images=images).logits
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    launcher.attach(model, HashTextEncoder(16), tokenizer=tokenizer, conversation=conversation, layers=LAYERS)
+    stir(covft.get_encoder(model))
+    method = model.save_pretrained
+    model.save_pretrained = lambda *args, **kwargs: method(*args, **kwargs)
+    with pytest.raises(UnsupportedViTError, match=r"replaced model\.save_pretrained"):
+        covft.detach(model)
+    model.save_pretrained = method
+    covft.detach(model)
+    assert not [name for name, module in model.named_modules() if set(vars(module)) - before[name]]
+    assert torch.equal(model(**batch, images=images).logits, logits)
+
+
 @pytest.mark.parametrize(("kind", "tower"), [("LlavaLlamaForCausalLM", None), ("LlavaQwenForCausalLM", "next")])
 def test_each_image_has_the_question_of_its_row(llava_code, llava_home, monkeypatch, kind, tower):
     """Rows with none, one and two images, each of another number of crops: compared with texts given by hand."""
