@@ -10,6 +10,7 @@ from torch import nn
 from covft.adapters.spec import ViTSpec
 from covft.config import CoVFTConfig
 from covft.errors import ConfigError, LayerIndexError, TextEncoderError, UnsupportedViTError
+from covft.surgery.packed import check_plain
 from covft.surgery.skipping import check_layers
 from covft.surgery.slot import AdaptedFFN, Original
 from covft.utils.sharding import in_engine, is_partitioned, is_sharded
@@ -74,8 +75,9 @@ def check_weights(vit: nn.Module, spec: ViTSpec, layers: Iterable[int]) -> None:
     """Refuse FFNs without values to copy.
 
     Raises:
-        UnsupportedViTError: If weights are offloaded, or on the meta device among others that are not.
+        UnsupportedViTError: If weights are packed, offloaded, or on the meta device among others that are not.
     """
+    check_plain(vit, spec, layers)
     for layer in layers:
         path = spec.blocks[layer].mlp_path
         ffn = vit.get_submodule(path)
