@@ -13,6 +13,7 @@ from covft.conditioning import Conditioning
 from covft.config import CoVFTConfig
 from covft.surgery.slot import AdaptedFFN, Original
 from covft.surgery.split import SecondHalf, SplitFFN
+from covft.utils.peft import adapter_parameters, plain_name
 from covft.utils.sharding import assign, full, gathered, partition_like, whole_copy
 
 
@@ -57,11 +58,16 @@ def build_slots(
 def install_slots(vit: nn.Module, spec: ViTSpec, slots: dict[int, AdaptedFFN], train_norms: str) -> Original:
     """Put slots where the FFNs stand, freeze the ViT, and mark its norms as trained.
 
+    Adapters of peft outside the adapted FFNs are trained or frozen as before.
+
     Returns:
         What stood there before.
     """
     original = Original(requires_grad={name: p.requires_grad for name, p in vit.named_parameters()})
-    vit.requires_grad_(False)
+    adapters = adapter_parameters(vit)
+    for parameter in vit.parameters():
+        if id(parameter) not in adapters:  # which the caller has put there to train them
+            parameter.requires_grad_(False)
     for layer, slot in slots.items():
         block = spec.blocks[layer]
         places: dict[str, nn.Module] = dict.fromkeys((block.mlp_path, *block.aliases), slot)
@@ -80,20 +86,31 @@ def install_slots(vit: nn.Module, spec: ViTSpec, slots: dict[int, AdaptedFFN], t
 
 
 def restore_ffns(vit: nn.Module, original: Original) -> None:
-    """Undo `install_slots`: FFNs and norms are as they were, where and in the type that the slots are."""
+    """Undo `install_slots`: FFNs and norms are as they were, where and in the type that the slots are.
+
+    Parameters are found by the names that they had before peft wrapped their modules. If peft has put new adapters
+    into the ViT since, what it has frozen stays frozen, and so is what comes back.
+    """
     for path, ffn in original.ffns.items():
         slot = vit.get_submodule(path)
         _follow(ffn, _first_expert(slot))
         ffn.train(slot.training)
     for path, ffn in original.ffns.items():
         vit.set_submodule(path, ffn)
+    adapters = adapter_parameters(vit)
+    named = dict(vit.named_parameters())
+    own = {plain_name(name): parameter for name, parameter in named.items() if id(parameter) not in adapters}
     with torch.no_grad():
         for name, value in original.values.items():
-            parameter = vit.get_parameter(name)
+            parameter = own[plain_name(name)]
             assign(parameter, value)
             parameter.grad = None
-    for name, parameter in vit.named_parameters():
-        parameter.requires_grad_(original.requires_grad[name])
+    trained = {plain_name(name): value for name, value in original.requires_grad.items()}
+    if any(id(parameter) in adapters and plain_name(name) not in trained for name, parameter in named.items()):
+        back = (*(f"{path}." for path in original.ffns), *map(plain_name, original.values))
+        trained = dict.fromkeys((name for name in own if name.startswith(back)), False)
+    for name, parameter in named.items():
+        parameter.requires_grad_(trained.get(plain_name(name), parameter.requires_grad))
 
 
 def _norm_parameters(vit: nn.Module, spec: ViTSpec, layers: Iterable[int], train_norms: str) -> list[str]:
@@ -119,7 +136,8 @@ def _first_expert(slot: nn.Module) -> nn.Module:
 
 def _follow(ffn: nn.Module, expert: nn.Module) -> None:
     """Move an FFN's tensors where an expert's are, each in the type of its counterpart."""
-    expert_tensors = {**dict(expert.named_parameters()), **dict(expert.named_buffers())}
+    tensors = (*expert.named_parameters(), *expert.named_buffers())
+    expert_tensors = {plain_name(name): tensor for name, tensor in tensors}
     for name, tensor in (*ffn.named_parameters(), *ffn.named_buffers()):
         if name in expert_tensors:
             tensor.data = tensor.data.to(expert_tensors[name])

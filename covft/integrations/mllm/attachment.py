@@ -17,6 +17,7 @@ from covft.errors import MissingContextError, ShapeError
 from covft.integrations.mllm.families import MLLMFamily, base_of
 from covft.integrations.mllm.images import map_images
 from covft.integrations.mllm.prompt import PromptReader
+from covft.surgery.checks import check_not_copied
 
 KEY = "_covft_attachment"
 # The text of placeholder images, whose features are dropped.
@@ -60,6 +61,7 @@ class Attachment:
         images, videos = given.get("pixel_values"), given.get("pixel_values_videos")
         if (images is None and videos is None) or not self.encoder.conditioning.needs_text:
             return contextlib.nullcontext()
+        self.check_tower()
         if context_text is None and self.encoder.conditioning.scope() is not None:
             return contextlib.nullcontext()
         if isinstance(context_text, str):
@@ -69,6 +71,14 @@ class Attachment:
         if context_index is not None:
             return self._by_row(given, context_text, torch.as_tensor(context_index).tolist())
         return self._repeatable(self._per_image(given, context_text), images)
+
+    def check_tower(self) -> None:
+        """Refuse to run another tower than the one that was wrapped.
+
+        Raises:
+            UnsupportedViTError: If peft runs a copy of it.
+        """
+        check_not_copied(getattr(base_of(self.model), self.family.tower))
 
     @contextlib.contextmanager
     def _repeatable(self, condition: AbstractContextManager[Any], images: Any) -> Iterator[None]:
