@@ -190,6 +190,8 @@ class CoVFTCallback(TowerCallback):
                 fix="CoVFTCallback(), or leave covft.attach out",
             )
         after_peft(model)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            check_trainable(model)  # the optimizer would fail, and not say why
 
     def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Restore the checkpoint, if training resumes, and start watching gradients."""
