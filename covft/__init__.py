@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from covft.integrations.mllm.attach import detach as detach
     from covft.integrations.mllm.attach import get_encoder as get_encoder
     from covft.integrations.training.callback import CoVFTCallback as CoVFTCallback
+    from covft.integrations.training.trainable import lora_exclude as lora_exclude
     from covft.wrapping import load as load
     from covft.wrapping import unwrap as unwrap
     from covft.wrapping import wrap as wrap
@@ -42,6 +43,7 @@ _HOMES = {
     "detach": "covft.integrations.mllm.attach",
     "get_encoder": "covft.integrations.mllm.attach",
     "load": "covft.wrapping",
+    "lora_exclude": "covft.integrations.training.trainable",
     "skip_experts": "covft.compression",
     "unwrap": "covft.wrapping",
     "wrap": "covft.wrapping",
@@ -65,6 +67,7 @@ __all__ = [
     "get_encoder",
     "integrations",
     "load",
+    "lora_exclude",
     "nn",
     "skip_experts",
     "testing",

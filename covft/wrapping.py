@@ -28,6 +28,7 @@ from covft.surgery.checks import (
     resolve_layers,
 )
 from covft.surgery.ffns import build_slots, expected_tensors, install_slots, restore_ffns
+from covft.surgery.frozen import FrozenWatch
 from covft.surgery.overrides import remove_hooks
 from covft.surgery.skipping import last_read, run_all_blocks, skip_blocks
 from covft.text import TextEncoder, as_text_encoder
@@ -67,6 +68,7 @@ class WrapPlan:
         vit.register_forward_pre_hook(conditioning.enter_tower, with_kwargs=True)
         vit.register_forward_hook(conditioning.leave_tower, always_call=True)
         encoder = ContextEncoder(vit, self.text_encoder, config, spec, conditioning, original)
+        vit.register_forward_pre_hook(FrozenWatch(encoder).check)
         pretrained.install(encoder)
         if self.saved is not None:
             try:
@@ -229,7 +231,7 @@ def unwrap(encoder: ContextEncoder) -> nn.Module:
 
     FFNs, norms, hooks and `requires_grad` are as they were; the adapted weights are dropped. If the encoder was moved
     or cast, the ViT has the device and type of the encoder. Other parameters that the caller trained keep their
-    values.
+    values. Adapters that peft has put into the ViT since stay, and so does what peft has frozen.
 
     Args:
         encoder: What `wrap` returned.
@@ -239,7 +241,7 @@ def unwrap(encoder: ContextEncoder) -> nn.Module:
 
     Raises:
         UnsupportedViTError: If the encoder is unwrapped already, or is not an encoder, or if other code has replaced
-            its FFNs or renumbered its blocks.
+            what `wrap` put there or renumbered the blocks; nothing is changed then.
     """
     if not isinstance(encoder, ContextEncoder):
         raise UnsupportedViTError(
@@ -248,11 +250,11 @@ def unwrap(encoder: ContextEncoder) -> nn.Module:
     vit, conditioning = encoder.vit, encoder.conditioning
     if not any(getattr(hook, "__self__", None) is conditioning for hook in vit._forward_pre_hooks.values()):
         raise UnsupportedViTError("This encoder is unwrapped already.", fix="covft.wrap(vit, text_encoder)")
-    encoder.check_in_place("unwrap()")
     engine = in_engine(vit) and any(is_partitioned(parameter) for parameter in vit.parameters())
     check_not_distributed(vit, engine, "build the ViT anew from its source")
     check_restorable(vit, encoder.original)
-    remove_hooks(vit, lambda owner: owner is conditioning)
+    encoder.check_in_place("unwrap()")
+    remove_hooks(vit, lambda owner: owner is conditioning or isinstance(owner, FrozenWatch))
     run_all_blocks(vit)
     pretrained.remove(vit)
     restore_ffns(vit, encoder.original)

@@ -10,8 +10,12 @@ from torch import nn
 from covft.adapters.spec import ViTSpec
 from covft.config import CoVFTConfig
 from covft.errors import ConfigError, LayerIndexError, TextEncoderError, UnsupportedViTError
+from covft.surgery.packed import check_plain
 from covft.surgery.skipping import check_layers
 from covft.surgery.slot import AdaptedFFN, Original
+from covft.surgery.split import SecondHalf
+from covft.surgery.wrapped import module_at
+from covft.utils.peft import adapter_parameters, is_adapter, is_trained_copy, plain_name
 from covft.utils.sharding import in_engine, is_partitioned, is_sharded
 
 # What distributes or compiles a model from outside, and where it keeps the model.
@@ -42,6 +46,7 @@ def check_vit(vit: Any) -> None:
             got=type(vit).__name__,
             fix="covft.wrap(covft.unwrap(encoder), text_encoder, ...)",
         )
+    check_not_copied(vit)
     name = next((cls.__name__ for cls in type(vit).__mro__ if cls.__name__ in _OUTER), None)
     sharded = any(cls.__name__ == "FSDPModule" for module in vit.modules() for cls in type(module).__mro__)
     if name or sharded:
@@ -52,6 +57,23 @@ def check_vit(vit: Any) -> None:
             fix=f"covft.wrap(vit.{_OUTER[name]}, ...)" if name else "covft.wrap(vit, ...) before fully_shard(...)",
         )
     check_not_distributed(vit, in_engine(vit), "covft.wrap(vit, ...), then distribute")
+
+
+def check_not_copied(vit: nn.Module) -> None:
+    """Refuse a ViT that is one of peft's `modules_to_save`: peft trains a copy of it, which runs instead.
+
+    Raises:
+        UnsupportedViTError: If it is.
+    """
+    if is_trained_copy(vit):
+        raise UnsupportedViTError(
+            "peft trains a copy of the vision tower (modules_to_save), so it would save the adapted one, and load it "
+            "again, as a tower that it does not know.",
+            expected="a tower that is not in modules_to_save",
+            got=type(vit).__name__,
+            fix="leave the tower out of modules_to_save; covft.integrations.train_only(model, "
+            "['llm', 'covft', 'vision']) trains it, and CoVFTCallback saves it",
+        )
 
 
 def check_not_distributed(vit: nn.Module, engine: bool, fix: str) -> None:
@@ -74,8 +96,9 @@ def check_weights(vit: nn.Module, spec: ViTSpec, layers: Iterable[int]) -> None:
     """Refuse FFNs without values to copy.
 
     Raises:
-        UnsupportedViTError: If weights are offloaded, or on the meta device among others that are not.
+        UnsupportedViTError: If weights are packed, offloaded, or on the meta device among others that are not.
     """
+    check_plain(vit, spec, layers)
     for layer in layers:
         path = spec.blocks[layer].mlp_path
         ffn = vit.get_submodule(path)
@@ -98,11 +121,28 @@ def check_weights(vit: nn.Module, spec: ViTSpec, layers: Iterable[int]) -> None:
 
 
 def check_restorable(vit: nn.Module, original: Original) -> None:
-    """Refuse to restore weights that were never in memory.
+    """Refuse to restore what other libraries have replaced since, and weights that were never in memory.
+
+    Blocks that were removed since are left out.
 
     Raises:
-        UnsupportedViTError: If the ViT was wrapped on the meta device and got weights since.
+        UnsupportedViTError: If an adapted FFN or a norm is not where it was put, or if the ViT was wrapped on the meta
+            device and got weights since.
     """
+    places = {path: module for path in original.ffns if (module := module_at(vit, path)) is not None}
+    replaced = [path for path, module in places.items() if not isinstance(module, AdaptedFFN | SecondHalf)]
+    adapters = adapter_parameters(vit)
+    present = {plain_name(name) for name, p in vit.named_parameters() if id(p) not in adapters}
+    gone = [name for name in original.values if plain_name(name) not in present]
+    missing = [name for name in gone if module_at(vit, name.rpartition(".")[0]) is not None]
+    if replaced or missing:
+        by_peft = any(is_adapter(places[path]) for path in replaced)
+        raise UnsupportedViTError(
+            "Another library has replaced or removed parts of the ViT since wrap(), so it cannot be restored.",
+            expected="the adapted FFNs and the norms where wrap() left them",
+            got=", ".join([*replaced, *missing][:5]),
+            fix="peft_model.unload(), then undo" if by_peft else "undo what the other library did first",
+        )
     kept = [*original.values.values(), *(p for ffn in original.ffns.values() for p in ffn.parameters())]
     if any(tensor.is_meta for tensor in kept) and not all(p.is_meta for p in vit.parameters()):
         raise UnsupportedViTError(
@@ -190,6 +230,7 @@ def resolve_layers(layers: tuple[int, ...] | None, spec: ViTSpec, last: int) -> 
         )
     check_layers(resolved, last, spec)
     return resolved
+
 
 
 def _shown(layers: tuple[int, ...]) -> str:

@@ -15,6 +15,7 @@ from covft.config import CoVFTConfig
 from covft.surgery.slot import AdaptedFFN, Original
 from covft.surgery.split import SecondHalf, SplitFFN
 from covft.surgery.wrapped import module_at
+from covft.utils.peft import adapter_parameters, plain_name
 from covft.utils.sharding import assign, full, gathered, partition_like, shape_of, whole_copy
 
 
@@ -111,11 +112,16 @@ def _empty_like(parameter: nn.Parameter) -> nn.Parameter:
 def install_slots(vit: nn.Module, spec: ViTSpec, slots: dict[int, AdaptedFFN], train_norms: str) -> Original:
     """Put slots where the FFNs stand, freeze the ViT, and mark its norms as trained.
 
+    Adapters of peft outside the adapted FFNs are trained or frozen as before.
+
     Returns:
         What stood there before.
     """
     original = Original(requires_grad={name: p.requires_grad for name, p in vit.named_parameters()})
-    vit.requires_grad_(False)
+    adapters = adapter_parameters(vit)
+    for parameter in vit.parameters():
+        if id(parameter) not in adapters:  # which the caller has put there to train them
+            parameter.requires_grad_(False)
     for layer, slot in slots.items():
         block = spec.blocks[layer]
         places: dict[str, nn.Module] = dict.fromkeys((block.mlp_path, *block.aliases), slot)
@@ -136,7 +142,9 @@ def install_slots(vit: nn.Module, spec: ViTSpec, slots: dict[int, AdaptedFFN], t
 def restore_ffns(vit: nn.Module, original: Original) -> None:
     """Undo `install_slots`: FFNs and norms are as they were, where and in the type that the slots are.
 
-    Blocks that were removed since are left out.
+    Blocks that were removed since are left out. Parameters are found by the names that they had before peft wrapped
+    their modules. If peft has put new adapters into the ViT since, what it has frozen stays frozen, and so is what
+    comes back.
     """
     found = {path: (ffn, module_at(vit, path)) for path, ffn in original.ffns.items()}
     places = {path: (ffn, slot) for path, (ffn, slot) in found.items() if slot is not None}
@@ -145,15 +153,21 @@ def restore_ffns(vit: nn.Module, original: Original) -> None:
         ffn.train(slot.training)
     for path, (ffn, _) in places.items():
         vit.set_submodule(path, ffn)
+    adapters = adapter_parameters(vit)
+    named = dict(vit.named_parameters(remove_duplicate=False))
+    own = {plain_name(name): parameter for name, parameter in named.items() if id(parameter) not in adapters}
     with torch.no_grad():
-        parameters = dict(vit.named_parameters(remove_duplicate=False))
         for name, value in original.values.items():
-            if name in parameters:
-                assign(parameters[name], value)
-                parameters[name].grad = None
-    for name, parameter in vit.named_parameters():
+            if (parameter := own.get(plain_name(name))) is not None:
+                assign(parameter, value)
+                parameter.grad = None
+    trained = {plain_name(name): value for name, value in original.requires_grad.items()}
+    if any(id(parameter) in adapters and plain_name(name) not in trained for name, parameter in named.items()):
+        back = (*(f"{path}." for path in original.ffns), *map(plain_name, original.values))
+        trained = dict.fromkeys((name for name in own if name.startswith(back)), False)
+    for name, parameter in named.items():
         # A parameter that came later, such as a new head, keeps its own.
-        parameter.requires_grad_(original.requires_grad.get(name, parameter.requires_grad))
+        parameter.requires_grad_(trained.get(plain_name(name), parameter.requires_grad))
 
 
 def _norm_parameters(vit: nn.Module, spec: ViTSpec, layers: Iterable[int], train_norms: str) -> list[str]:
@@ -179,7 +193,8 @@ def _first_expert(slot: nn.Module) -> nn.Module:
 
 def _follow(ffn: nn.Module, expert: nn.Module) -> None:
     """Move an FFN's tensors where an expert's are, each in the type of its counterpart."""
-    expert_tensors = {**dict(expert.named_parameters()), **dict(expert.named_buffers())}
+    tensors = (*expert.named_parameters(), *expert.named_buffers())
+    expert_tensors = {plain_name(name): tensor for name, tensor in tensors}
     for name, tensor in (*ffn.named_parameters(), *ffn.named_buffers()):
         if name in expert_tensors:
             tensor.data = tensor.data.to(expert_tensors[name])

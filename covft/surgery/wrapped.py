@@ -14,6 +14,7 @@ from covft.errors import UnsupportedViTError
 from covft.surgery.slot import AdaptedFFN, Original
 from covft.surgery.split import SecondHalf
 from covft.utils.parameters import count
+from covft.utils.peft import is_adapter
 
 
 class TextSource(NamedTuple):
@@ -65,6 +66,7 @@ class WrappedViT(nn.Module):
         self.layers: tuple[int, ...] = tuple(sorted(covft_config.layers or ()))
         self.norms: tuple[str, ...] = tuple(original.values)
         self.training = vit.training
+        self.chosen_parts: frozenset[str] | None = None  # of train_only, which may leave all of this out on purpose
 
     @property
     def text_name(self) -> str | None:
@@ -122,6 +124,28 @@ class WrappedViT(nn.Module):
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that are trained."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def adapted_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what `wrap` added or trains, by name in the ViT: experts, routers with their contexts, norms.
+
+        Layers that peft has put adapters into are left out: there the adapters are trained instead.
+        """
+        replaced = tuple(f"{name}." for name, module in self.vit.named_modules() if is_adapter(module))
+        return {
+            name: parameter
+            for name, parameter in self.vit.named_parameters()
+            if self.part_of(name) != "other" and parameter.is_floating_point() and not name.startswith(replaced)
+        }
+
+    def unfreeze(self) -> None:
+        """Train again what `wrap` trains, after other code has frozen the ViT.
+
+        `get_peft_model`, `prepare_model_for_kbit_training`, open_clip's `lock_image_tower` and `requires_grad_(False)`
+        freeze everything that exists when they are called.
+        """
+        for parameter in self.adapted_parameters().values():
+            parameter.requires_grad_(True)
+        self.chosen_parts = None
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, of how many."""

@@ -19,6 +19,7 @@ from covft.checkpoints.pretrained import FOLDER
 from covft.integrations.mllm.attachment import Attachment, attachment_of
 from covft.integrations.training.callback import TowerCallback, refuse_reentrant, seal_when_all_have_written
 from covft.integrations.training.checkpoints import check_checkpoint, checkpoint_folder
+from covft.integrations.training.trainable import check_trainable
 
 
 def before_trainer(arguments: Any) -> None:
@@ -58,6 +59,7 @@ class LauncherCallback(TowerCallback):
         model = kwargs["model"]
         attachment = attachment_of(model)
         assert attachment is not None, "attached by the launcher"
+        check_trainable(model, self.missing_gradients)
         tower = {id(parameter) for parameter in attachment.encoder.vit.parameters()}
         self._start(attachment.encoder, [(n, p) for n, p in model.named_parameters() if id(p) in tower])
 

@@ -9,6 +9,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from covft.adapters.spec import Adapter
+from covft.checkpoints.pretrained import prefix_of
 from covft.config import CoVFTConfig, Settings, show_settings
 from covft.encoder import ContextEncoder
 from covft.errors import ConfigError, UnsupportedViTError
@@ -16,6 +17,7 @@ from covft.integrations.mllm import overrides
 from covft.integrations.mllm.attachment import KEY, Attachment, attachment_of, image_id, read_layers, without_peft
 from covft.integrations.mllm.families import find_tower
 from covft.integrations.mllm.prompt import PromptReader
+from covft.surgery.packed import naming_tower
 from covft.surgery.skipping import check_read
 from covft.wrapping import WrapPlan, plan_load, plan_wrap, unwrap
 
@@ -83,7 +85,8 @@ def attach(
         system=system,
         empty_instruction=empty_instruction,
     )
-    plan = plan_tower(tower, text_encoder, read_layers(target), pretrained, config, adapter, settings)
+    with naming_tower(prefix_of(tower, target).rstrip(".")):
+        plan = plan_tower(tower, text_encoder, read_layers(target), pretrained, config, adapter, settings)
     # Install
     attachment = Attachment(target, plan.install(), reader, family)
     target.__dict__[KEY] = attachment

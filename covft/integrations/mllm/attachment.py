@@ -18,6 +18,7 @@ from covft.integrations.mllm.families import MLLMFamily, base_of
 from covft.integrations.mllm.images import map_images
 from covft.integrations.mllm.prompt import PromptReader
 from covft.integrations.mllm.texts import Texts, as_texts, assign, check_index, refuse_index, same_text
+from covft.surgery.checks import check_not_copied
 from covft.surgery.overrides import Override
 from covft.surgery.skipping import check_read
 from covft.text.inputs import as_index
@@ -91,6 +92,7 @@ class Attachment:
         images, videos = given.get("pixel_values"), given.get("pixel_values_videos")
         if images is None and videos is None:
             return contextlib.nullcontext()
+        self.check_tower()
         self.check_read(given)
         if not self.encoder.conditioning.needs_text:
             return contextlib.nullcontext()
@@ -109,6 +111,14 @@ class Attachment:
         else:
             condition = self._per_image(given, texts)
         return self._repeatable(condition, images)
+
+    def check_tower(self) -> None:
+        """Refuse to run another tower than the one that was wrapped.
+
+        Raises:
+            UnsupportedViTError: If peft runs a copy of it.
+        """
+        check_not_copied(getattr(base_of(self.model), self.family.tower))
 
     @contextlib.contextmanager
     def _repeatable(self, condition: AbstractContextManager[Any], images: Any) -> Iterator[None]:

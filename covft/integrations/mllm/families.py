@@ -10,6 +10,7 @@ from torch import nn
 from covft.adapters.registry import describe
 from covft.adapters.spec import Adapter, ViTSpec
 from covft.errors import CoVFTError, UnsupportedViTError
+from covft.surgery.checks import check_not_copied
 
 Layout = Literal["plain", "anyres", "padded", "grid", "sizes", "rows"]
 
@@ -91,6 +92,7 @@ def find_tower(model: nn.Module, adapter: Adapter | None = None) -> tuple[nn.Mod
     if family is None or not isinstance(getattr(base, family.tower, None), nn.Module):
         family = _by_structure(model, base, kind)
     tower = getattr(base, family.tower)
+    check_not_copied(tower)
     spec = _described(model, tower, adapter)
     if spec.input.sizes_argument is not None:
         family = _of_packed(family, spec)

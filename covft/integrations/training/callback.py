@@ -25,7 +25,8 @@ from covft.integrations.mllm.attachment import Attachment, attachment_of
 from covft.integrations.training.checkpoints import checkpoint_folder, restore, seal, write_trained
 from covft.integrations.training.gradients import GradientWatch
 from covft.integrations.training.monitor import RoutingMonitor
-from covft.integrations.training.parts import COVFT, parts_of
+from covft.integrations.training.parts import parts_of
+from covft.integrations.training.trainable import after_peft, check_trainable
 from covft.utils.extras import import_library
 from covft.utils.sharding import is_sharded
 
@@ -125,14 +126,16 @@ class CoVFTCallback(TowerCallback):
     - On resume, and for `load_best_model_at_end`, loads them strictly, because the plain Trainer restores nothing of
       an attached tower. DeepSpeed and FSDP restore it themselves.
     - Logs routing entropy, expert load and the norm of the gates' gradients.
+    - Before the first step, raises if other code has frozen everything that covft adds, and warns if it has frozen a
+      part of it. What `get_peft_model` has frozen is trained again.
     - After the first step, raises if a trained parameter got no gradient.
 
     Args:
         text_encoder: As for `covft.attach`; None if the model is attached already, or the routing needs no text.
         tokenizer: The model's tokenizer or processor; None takes the trainer's `processing_class`.
         resume_from: The checkpoint to resume from; None looks in the trainer's output folder.
-        missing_gradients: Reaction to trained parameters without gradient after the first step: `"raise"`, `"warn"`
-            or `"ignore"`.
+        missing_gradients: Reaction to trained parameters without gradient after the first step, and to a tower that
+            other code has frozen: `"raise"`, `"warn"` or `"ignore"`.
         per_layer: Whether to log figures of each adapted block, in addition to their means.
         **settings: The other keywords of `covft.attach`: `layers`, `experts`, `empty_instruction`, ...
 
@@ -186,7 +189,9 @@ class CoVFTCallback(TowerCallback):
                 got=", ".join(["text_encoder"] * (self.text_encoder is not None) + sorted(self.settings)),
                 fix="CoVFTCallback(), or leave covft.attach out",
             )
-        _train_again_after_peft(model)
+        after_peft(model)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            check_trainable(model)  # the optimizer would fail, and not say why
 
     def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Restore the checkpoint, if training resumes, and start watching gradients."""
@@ -194,6 +199,7 @@ class CoVFTCallback(TowerCallback):
         encoder = _attachment(model).encoder
         if state.global_step > 0 and not _restores_itself():
             restore(model, self.resume_from or _checkpoint_of(args, state))
+        check_trainable(model, self.missing_gradients)
         self._start(encoder, model.named_parameters())
 
     def on_pre_optimizer_step(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
@@ -285,18 +291,6 @@ def _check_arguments(args: Arguments) -> None:
             UserWarning,
             stacklevel=2,
         )
-
-
-def _train_again_after_peft(model: nn.Module) -> None:
-    """Train the tower's parameters again if get_peft_model has frozen them with everything else."""
-    if not hasattr(model, "peft_config"):
-        return
-    parts = parts_of(model)
-    ours = [parameter for name, parameter in model.named_parameters() if parts[name] in COVFT]
-    if not any(parameter.requires_grad for parameter in ours):
-        for parameter in ours:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(True)
 
 
 def _restores_itself() -> bool:

@@ -14,6 +14,7 @@ from covft.errors import ConfigError
 from covft.integrations.mllm.attachment import attachment_of, without_peft
 from covft.integrations.mllm.families import find_tower
 from covft.utils import parameters
+from covft.utils.peft import adapter_parameters
 
 PARTS = ("experts", "router", "norms", "vision", "projector", "llm")
 COVFT = ("experts", "router", "norms")
@@ -21,7 +22,6 @@ COVFT = ("experts", "router", "norms")
 _PROJECTORS = frozenset(
     ("multi_modal_projector", "connector", "merger", "deepstack_merger_list", "image_newline", "mm_projector")
 )
-_ADDED_BY_PEFT = ("lora_", "modules_to_save")
 
 
 def parts_of(model: nn.Module) -> dict[str, str]:
@@ -55,7 +55,7 @@ def parts_of(model: nn.Module) -> dict[str, str]:
 def train_only(model: nn.Module, parts: Iterable[str], *, dtype: torch.dtype | None = None) -> dict[str, int]:
     """Train these parts of a multimodal LLM, and freeze everything else.
 
-    In a PeftModel, `"llm"` means the weights that peft added to it; the adapted weights stay frozen.
+    Where peft has put adapters into a part, the part means these adapters; its other weights stay frozen.
 
     Args:
         model: A multimodal LLM, attached or not.
@@ -81,12 +81,15 @@ def train_only(model: nn.Module, parts: Iterable[str], *, dtype: torch.dtype | N
             got=", ".join(sorted(asked)),
             fix="covft.attach(model, text_encoder, tokenizer=tokenizer) first" if absent & set(COVFT) else None,
         )
-    adapted = hasattr(model, "peft_config")
+    adapters = adapter_parameters(model)
+    by_peft = {owner[name] for name, parameter in model.named_parameters() if id(parameter) in adapters}
     for name, parameter in model.named_parameters():
         trained = owner[name] in asked and parameter.is_floating_point()
-        if adapted and owner[name] == "llm":
-            trained = trained and any(mark in name for mark in _ADDED_BY_PEFT)
-        parameter.requires_grad_(trained and "original_module" not in name.split("."))  # peft's copy does not run
+        if owner[name] in by_peft:
+            trained = trained and adapters.get(id(parameter), False)  # of an active adapter
+        parameter.requires_grad_(trained)
+    if (attachment := attachment_of(model)) is not None:
+        attachment.encoder.chosen_parts = frozenset(asked)
     if "vision" in asked:
         freeze_unread(model)
     counts = dict.fromkeys(sorted(asked, key=PARTS.index), 0)
