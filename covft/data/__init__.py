@@ -9,15 +9,18 @@ from covft.data.broken import BrokenRow, DataError, Place
 from covft.data.collator import Collator, drop_dummies
 from covft.data.conversation import IGNORE_INDEX, Encoded, encode_conversation, instruction_text, to_messages
 from covft.data.dataset import ConversationDataset
+from covft.data.decoding import ImageDecoder
 from covft.data.grouping import ModalityGroupedSampler
 from covft.data.hub import DatasetsRows
-from covft.data.images import ImageFolder, ImageStore, TarImages
+from covft.data.images import ImageFolder, ImageStore
 from covft.data.instructions import instructions_of, open_rows
-from covft.data.internvl import InternVLRows, MetaEntry, read_meta
+from covft.data.internvl import InternVLRows
 from covft.data.llava import LlavaRows
+from covft.data.meta import MetaEntry, read_meta
 from covft.data.placeholders import ImageText
 from covft.data.records import JsonRecords
 from covft.data.rows import IMAGE_TAG, Row, RowSource, parse_row
+from covft.data.shards import TarImages
 from covft.data.spans import answer_spans
 from covft.data.templates import CHAT_TEMPLATES
 from covft.data.tiling import DynamicTiling, NoTiling, PadToSquare, Tiling, pad_to_square, tile_grid, tile_image
@@ -33,6 +36,7 @@ __all__ = [
     "DatasetsRows",
     "DynamicTiling",
     "Encoded",
+    "ImageDecoder",
     "ImageFolder",
     "ImageStore",
     "ImageText",

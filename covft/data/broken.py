@@ -14,6 +14,8 @@ from typing import Any
 
 from covft.errors import ConfigError, CoVFTError
 
+_LONGEST_REASON = 2000
+
 
 @dataclass(frozen=True)
 class Place:
@@ -126,7 +128,7 @@ class BrokenLog:
             DataError: If more rows are broken than the limit allows; the message names the first of them.
         """
         assert error.place is not None
-        entry = BrokenRow(error.place.file, error.place.row, error.place.line, error.reason)
+        entry = BrokenRow(error.place.file, error.place.row, error.place.line, error.reason[:_LONGEST_REASON])
         before = self.entries()
         if all((entry.file, entry.row) != (known.file, known.row) for known in before):
             # A single write in append mode: lines of several workers do not mix.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from covft.data.checks import short, whole
 from covft.data.conversation import IGNORE_INDEX
 from covft.errors import ConfigError, ShapeError
 
@@ -39,7 +40,7 @@ class Collator:
     pad_to_multiple_of: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pad_token_id, int):
+        if not isinstance(self.pad_token_id, int) or isinstance(self.pad_token_id, bool):
             raise ConfigError(
                 "The collator needs the id of a padding token.",
                 expected="an int",
@@ -47,15 +48,25 @@ class Collator:
                 fix="tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token",
             )
         for name, known in (("dummies", ("row", "batch", "none")), ("padding_side", ("right", "left"))):
-            if getattr(self, name) not in known:
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r} is unknown.",
+                    f"{name}={short(value)} is unknown.",
                     expected=" | ".join(known),
-                    got=repr(getattr(self, name)),
+                    got=short(value),
                     fix=known[0],
                 )
-        if self.pad_to_multiple_of < 1:
-            raise ConfigError("pad_to_multiple_of must be at least 1.", got=self.pad_to_multiple_of)
+        whole(self.pad_to_multiple_of, "pad_to_multiple_of", least=1)
+        shape = self.image_shape
+        if shape is not None and (not isinstance(shape, (tuple, list, torch.Size)) or len(shape) != 3):
+            raise ConfigError(
+                f"image_shape={short(shape)} is not a shape.",
+                expected="(channels, height, width)",
+                got=short(shape),
+                fix="image_shape=dataset.image_shape",
+            )
+        for size in shape or ():
+            whole(size, "image_shape", least=1)
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Pad and stack the samples.
@@ -66,8 +77,10 @@ class Collator:
             image and 0 for a dummy; `num_tiles`, a list per row; `context_text`, R strings.
 
         Raises:
+            ConfigError: If the samples are not those of a `ConversationDataset`.
             ShapeError: If images differ in size, or there are neither images nor `image_shape`.
         """
+        _check_samples(samples)
         longest = max(len(sample["input_ids"]) for sample in samples)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         batch: dict[str, Any] = {
@@ -127,6 +140,27 @@ class Collator:
         return self.image_shape
 
 
+def _check_samples(samples: Any) -> None:
+    is_list = isinstance(samples, Sequence) and not isinstance(samples, (str, bytes))
+    good = is_list and all(
+        isinstance(sample, Mapping)
+        and all(_is_tensor(sample.get(key), 1) for key in ("input_ids", "labels"))
+        and isinstance(sample.get("context_text"), str)
+        and (sample.get("pixel_values") is None or _is_tensor(sample["pixel_values"], 4))
+        for sample in samples
+    )
+    if not good or not samples:
+        raise ConfigError(
+            "The collator cannot batch these samples.",
+            expected="samples of a ConversationDataset, at least one",
+            got=short(samples) if is_list else type(samples).__name__,
+        )
+
+
+def _is_tensor(value: Any, dims: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == dims
+
+
 def drop_dummies(features: torch.Tensor, image_flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Remove the features of dummy images, but keep them in the graph.
 
@@ -139,8 +173,12 @@ def drop_dummies(features: torch.Tensor, image_flags: torch.Tensor) -> tuple[tor
         embedding, it changes no value and gives every rank a backward pass through the vision tower.
 
     Raises:
+        ConfigError: If an argument is not a tensor.
         ShapeError: If there is not one flag per tile.
     """
+    for name, value in (("features", features), ("image_flags", image_flags)):
+        if not isinstance(value, torch.Tensor):
+            raise ConfigError(f"{name} is not a tensor.", expected="torch.Tensor", got=type(value).__name__)
     if image_flags.shape != features.shape[:1]:
         raise ShapeError(
             "There is not one flag per tile.", expected=tuple(features.shape[:1]), got=tuple(image_flags.shape)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from covft.data.broken import DataError
 from covft.data.chat_template import ChatTemplate, any_of
+from covft.data.checks import function, short, string
 from covft.data.rows import IMAGE_TAG, Row, parse_row, parse_turns
 from covft.data.spans import AnswersNotFoundError, Span, answer_spans
+from covft.data.turns import check_messages
 from covft.errors import ConfigError
 
 IGNORE_INDEX = -100
@@ -71,10 +73,13 @@ def instruction_text(
         >>> instruction_text(turns)
         'What is left?'
     """
-    if turns not in TURNS:
+    if not isinstance(turns, str) or turns not in TURNS:
         raise ConfigError(
-            f"turns={turns!r} is not known.", expected=" | ".join(TURNS), got=repr(turns), fix="turns='all'"
+            f"turns={short(turns)} is not known.", expected=" | ".join(TURNS), got=short(turns), fix="turns='all'"
         )
+    if isinstance(placeholders, str) or not isinstance(placeholders, Iterable):
+        raise ConfigError("placeholders is not a list.", expected="a list of strings", got=short(placeholders))
+    placeholders = [string(mark, "a placeholder") for mark in placeholders]
     said = [message["content"] for message in to_messages(row) if message["role"] == "user"]
     chosen = {"all": said, "first": said[:1], "last": said[-1:]}[turns]
     return " ".join(filter(None, (_without(turn, placeholders) for turn in chosen)))
@@ -107,6 +112,11 @@ def encode_conversation(
         >>> tokenizer.decode(labels[labels != -100])
         'A spoon.<|im_end|>'
     """
+    function(tokenizer, "tokenizer")
+    messages = check_messages(messages)
+    for name, value in (("chat_template", chat_template), ("end_of_turn", end_of_turn)):
+        if value is not None:
+            string(value, name)
     try:
         text, spans = answer_spans(tokenizer, messages, chat_template=chat_template, end_of_turn=end_of_turn)
     except AnswersNotFoundError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +12,13 @@ from torch.utils.data import Dataset
 
 from covft.data.augment import JpegAugment
 from covft.data.broken import BrokenLog, BrokenRow, DataError
+from covft.data.checks import flag, function, short, string, whole
 from covft.data.conversation import IGNORE_INDEX, Encoded, encode_conversation, instruction_text
 from covft.data.placeholders import ImageText
-from covft.data.rows import IMAGE_TAG, Row, RowSource
+from covft.data.records import row_number
+from covft.data.rows import Row, RowSource, parse_row
 from covft.data.tiling import NoTiling, Tiling
+from covft.data.turns import IMAGE_TAG, check_text
 from covft.errors import ConfigError, ShapeError
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         tiling: Splits an image into those that the tower sees: `NoTiling()`, `PadToSquare()` or `DynamicTiling()`.
             The images of a row share the limit of tiles.
         max_length: Longest sequence, in tokens; longer ones are truncated. A row that would lose an image or all of its
-            answers is broken.
+            answers is broken. Without a limit, a row may name any number of images.
         turns: User turns that make the instruction: `"all"`, joined by a space, the `"first"` or the `"last"`.
         empty_instruction: Instruction of rows whose user turns hold only images; None makes such a row broken.
         chat_template: A template instead of the tokenizer's own, or the name of one of several.
@@ -76,6 +79,19 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         seed: int = 0,
     ) -> None:
         instruction_text([{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}], turns)  # checks `turns`
+        _check_parts(source, tokenizer, image_processor, image_text, tiling, augment)
+        if max_length is not None:
+            whole(max_length, "max_length", least=1)
+        for name, value in (
+            ("empty_instruction", empty_instruction),
+            ("chat_template", chat_template),
+            ("end_of_turn", end_of_turn),
+            ("system", system),
+        ):
+            if value is not None:
+                string(value, name)
+        flag(images_only, "images_only")
+        whole(seed, "seed")
         self.source = source
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -105,11 +121,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             `context_text` (the instruction) and `row` (index of the row that was read).
 
         Raises:
+            ConfigError: If the index is not an integer, or the annotation file has changed.
             DataError: If more rows are broken than `max_broken` allows.
         """
         rows = len(self)
-        if not -rows <= index < rows:
-            raise IndexError(f"row {index} of {rows}")
+        index = row_number(index, rows)
         for step in range(rows):
             row = (index + step) % rows
             try:
@@ -139,20 +155,22 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         lengths = [1] * len(self)
         scan = getattr(self.source, "scan", None)
         if scan is None:
-            for row in range(len(self)):
-                try:
-                    found = self.source[row]
-                except DataError:
-                    continue
-                words = sum(len(message["content"].split()) for message in found.messages)
-                lengths[row] = max(words, 1) * (1 if found.images else -1)
-            return lengths
+            scan = self._scan_rows
         for row, record in scan():
-            if isinstance(record, dict) and isinstance(record.get("conversations"), list):
-                turns = [turn.get("value") for turn in record["conversations"] if isinstance(turn, dict)]
-                words = sum(len(value.split()) for value in turns if isinstance(value, str))
-                lengths[row] = max(words, 1) * (1 if record.get("image") or record.get("images") else -1)
+            try:
+                found = record if isinstance(record, Row) else parse_row(record, add_missing_tag=True)
+            except DataError:
+                continue
+            words = sum(len(message["content"].split()) for message in found.messages)
+            lengths[row] = max(words, 1) * (1 if found.images else -1)
         return lengths
+
+    def _scan_rows(self) -> Iterator[tuple[int, Row]]:
+        for row in range(len(self)):
+            try:
+                yield row, self.source[row]
+            except DataError:
+                continue
 
     def check(self, rows: Iterable[int] | None = None) -> list[BrokenRow]:
         """Read rows with their images and list the broken ones, without replacement or limit.
@@ -171,6 +189,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def _sample(self, index: int) -> dict[str, Any]:
         row = self.source[index]
+        if not isinstance(row, Row):
+            raise ConfigError("The source does not return rows.", expected="covft.data.Row", got=short(row))
+        for message in row.messages:
+            check_text(message["content"], "The conversation")
+        self._check_number(len(row.images))
         text = instruction_text(row, self.turns) or self.empty_instruction
         if not text:
             raise DataError("The user's turns hold only images, so there is no instruction to condition on.")
@@ -185,6 +208,15 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             "context_text": text,
             "row": index,
         }
+
+    def _check_number(self, images: int) -> None:
+        """Refuse more images than fit into `max_length`, before they are read."""
+        least = images * self.image_text.per_tile
+        if self.max_length is not None and least > self.max_length:
+            raise DataError(
+                f"The row names {images} images of at least {least:,} tokens: max_length={self.max_length} "
+                "truncates images."
+            )
 
     def _cut(self, index: int, row: Row, name: str) -> list[Image.Image]:
         image = self.source.image(index, name)
@@ -231,7 +263,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 tensors = [processor(image) for image in images]
                 same = all(tensor.shape == tensors[0].shape for tensor in tensors)
                 pixels = torch.stack(tensors) if same else torch.empty(0)
-        except ValueError as error:  # image processors refuse images one pixel wide, for example
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (ValueError, ArithmeticError, RuntimeError) as error:  # images one pixel wide, for example
             raise DataError(f"The image processor refuses an image: {error}") from error
         if pixels.ndim != 4 or len(pixels) != len(images):
             raise ShapeError(
@@ -241,3 +275,22 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 fix="an image processor that does not tile images itself; use tiling=DynamicTiling()",
             )
         return pixels
+
+
+def _check_parts(source: Any, tokenizer: Any, image_processor: Any, image_text: Any, tiling: Any, augment: Any) -> None:
+    """Check the objects that a data set is made of; raises ConfigError."""
+    missing = [name for name in ("__len__", "__getitem__", "place", "image") if not hasattr(source, name)]
+    if missing or isinstance(source, type):
+        raise ConfigError(
+            "The source does not provide rows.",
+            expected="LlavaRows, InternVLRows, DatasetsRows or a RowSource",
+            got=f"{short(source)} without {', '.join(missing)}" if missing else short(source),
+        )
+    function(tokenizer, "tokenizer")
+    for name, value in (("image_processor", image_processor), ("tiling", tiling), ("augment", augment)):
+        if value is not None and not hasattr(value, "preprocess"):
+            function(value, name)
+        if isinstance(value, type):
+            raise ConfigError(f"{name} is a class.", expected="an object", got=short(value), fix=f"{value.__name__}()")
+    if image_text is not None and not isinstance(image_text, ImageText):
+        raise ConfigError("image_text is not an ImageText.", got=short(image_text), fix='ImageText("<image>")')

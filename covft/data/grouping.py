@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from covft.data.checks import whole
 from covft.errors import ConfigError
 
 
@@ -34,8 +36,11 @@ class ModalityGroupedSampler(Sampler[int]):
         self, lengths: Sequence[int], batch_size: int, *, world_size: int = 1, seed: int = 0, pool: int = 1
     ) -> None:
         for name, value in (("batch_size", batch_size), ("world_size", world_size), ("pool", pool)):
-            if value < 1:
-                raise ConfigError(f"{name}={value} is below 1.", expected="an integer >= 1", got=value)
+            whole(value, name, least=1)
+        whole(seed, "seed")
+        if isinstance(lengths, (str, bytes)) or not isinstance(lengths, (Sequence, np.ndarray, torch.Tensor)):
+            raise ConfigError("lengths is not a list of lengths.", expected="integers", got=type(lengths).__name__)
+        lengths = [whole(length, "a length") for length in lengths]
         empty = [row for row, length in enumerate(lengths) if length == 0]
         if empty:
             raise ConfigError(
@@ -43,7 +48,7 @@ class ModalityGroupedSampler(Sampler[int]):
                 expected="a positive length for a row with images, a negative one for a row without",
                 got=f"rows {', '.join(map(str, empty[:5]))}",
             )
-        self.lengths = list(lengths)
+        self.lengths = lengths
         self.batch_size = batch_size
         self.world_size = world_size
         self.seed = seed
@@ -55,7 +60,7 @@ class ModalityGroupedSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """Select the epoch of the next order; the trainer calls this."""
-        self.epoch = epoch
+        self.epoch = whole(epoch, "epoch", least=0)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)

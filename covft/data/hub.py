@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from covft.data.broken import DataError, Place
-from covft.data.images import decode_image
+from covft.data.checks import flag, shown, whole
+from covft.data.decoding import ImageDecoder
+from covft.data.images import ImageStore, check_decoder, image_store
 from covft.data.llava import image_first as put_image_first
 from covft.data.rows import Row, parse_row
 from covft.errors import ConfigError
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 class DatasetsRows:
     """Reads the rows of a `datasets.Dataset` with conversations in LLaVA's format.
 
-    covft decodes the images on access, so that a damaged one makes a broken row.
+    covft decodes the images on access, so that a damaged one makes a broken row. A data set may name images instead of
+    holding them; these are read only in `folder`, because a downloaded file could name any file of this machine.
 
     Args:
         dataset: A data set with random access (not a stream).
@@ -27,9 +30,12 @@ class DatasetsRows:
             field, such as webdataset's `json`.
         images: Column of images or of lists of images, empty for rows without; None if no row has any.
         image_first: As in `LlavaRows`.
+        folder: Root folder of images that the data set names, or a store such as `ImageFolder(...)` with options.
+        decoder: Limits and colours of images that the data set holds; None takes `ImageDecoder()`.
 
     Raises:
-        ConfigError: If a column is missing, or `images` does not hold the `Image` feature.
+        ConfigError: If an argument is of the wrong type, a column is missing, or `images` does not hold the `Image`
+            feature.
 
     Example:
         >>> rows = DatasetsRows(datasets.load_dataset("parquet", data_files="train.parquet", split="train"))
@@ -42,7 +48,21 @@ class DatasetsRows:
         conversations: str = "conversations",
         images: str | None = "image",
         image_first: bool = True,
+        folder: str | os.PathLike[str] | ImageStore | None = None,
+        decoder: ImageDecoder | None = None,
     ) -> None:
+        if not all(hasattr(dataset, name) for name in ("column_names", "select_columns", "info", "features")) or (
+            isinstance(dataset.column_names, dict)
+        ):
+            raise ConfigError(
+                "The data set is not one with random access.",
+                expected="a datasets.Dataset, one split",
+                got=type(dataset).__name__,
+                fix='datasets.load_dataset(..., split="train")',
+            )
+        self.image_first = flag(image_first, "image_first")
+        self.decoder = check_decoder(decoder)
+        self.folder = None if folder is None else image_store(folder)
         missing = [name for name in (conversations, images) if name is not None and name not in dataset.column_names]
         if missing:
             raise ConfigError(
@@ -52,7 +72,6 @@ class DatasetsRows:
             )
         self.name = str(getattr(dataset.info, "dataset_name", None) or "datasets.Dataset")
         self.conversations = conversations
-        self.image_first = image_first
         self._texts = dataset.select_columns([conversations])
         self._images = None if images is None else _undecoded(dataset.select_columns([images]), images)
         self._column = images
@@ -81,14 +100,19 @@ class DatasetsRows:
         Raises:
             DataError: If it is missing or damaged.
         """
-        file = self._files(index)[int(name)]
+        files = self._files(index)
+        file = files[whole(int(name) if str(name).isdecimal() else name, "name", least=0, most=len(files) - 1)]
         data, path = file.get("bytes"), file.get("path")
-        if data is None:
-            try:
-                data = Path(path or "").read_bytes()
-            except OSError as error:
-                raise DataError(f"The image {path} cannot be read: {error}.") from error
-        return decode_image(data, str(path or f"{name} of the row"))
+        if data is not None:
+            return self.decoder(data, str(path or f"{name} of the row"))
+        if not isinstance(path, str) or not path:
+            raise DataError(f"The image {name} of the row has neither content nor a name.")
+        if self.folder is None:
+            raise DataError(
+                f"The data set names the image {shown(path)} instead of holding it; "
+                'DatasetsRows(..., folder="images") reads images that are named.'
+            )
+        return self.folder.open(path)
 
     def _files(self, index: int) -> list[dict[str, Any]]:
         if self._images is None:

@@ -1,25 +1,23 @@
-"""Reads images from a folder or from tar shards."""
+"""Reads images from a folder."""
 
 from __future__ import annotations
 
-import glob
-import io
 import os
-import posixpath
-import re
-import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from covft.data.broken import DataError
+from covft.data.checks import flag, short, shown, string
+from covft.data.decoding import ImageDecoder
+from covft.data.files import check_not_url, check_path, read_regular
+from covft.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
+@runtime_checkable
 class ImageStore(Protocol):
     """Opens images by their names in the annotations."""
 
@@ -29,17 +27,33 @@ class ImageStore(Protocol):
 
 
 class ImageFolder:
-    """Opens images in a folder.
+    """Opens images in a folder: regular files below it, nothing else.
 
     Args:
-        root: The folder; absolute names in annotations ignore it.
+        root: The folder.
+        allow_absolute: Whether annotations may name files anywhere by absolute paths. Otherwise an absolute name must
+            lie below the root. A name with `..` is refused in any case.
+        follow_links: Whether symbolic links in the folder may lead out of it, as in data sets that are linked together
+            and in the cache of the Hugging Face Hub. Choose False for a folder that a stranger's archive has filled.
+        decoder: Limits and colours; None takes `ImageDecoder()`.
 
     Raises:
+        ConfigError: If an argument is of the wrong type.
         DataError: If the folder does not exist.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        allow_absolute: bool = False,
+        follow_links: bool = True,
+        decoder: ImageDecoder | None = None,
+    ) -> None:
+        self.root = check_path(root, "The image folder")
+        self.allow_absolute = flag(allow_absolute, "allow_absolute")
+        self.follow_links = flag(follow_links, "follow_links")
+        self.decoder = check_decoder(decoder)
         if not self.root.is_dir():
             raise DataError(f"The image folder {self.root} does not exist.", got=f"root={os.fspath(root)!r}")
 
@@ -47,117 +61,58 @@ class ImageFolder:
         """Read an image as RGB.
 
         Raises:
-            DataError: If it is missing, truncated or not an image.
+            DataError: If the name leaves the folder, or the file is missing, not a regular one, too large, truncated or
+                not an image.
         """
-        path = self.root / name
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"The image {path} cannot be read: {error.strerror or error}.") from error
-        return decode_image(data, str(path))
+        path = self._locate(name)
+        return self.decoder(read_regular(path, "The image", self.decoder.max_bytes), str(path))
 
-
-class TarImages:
-    """Opens images in uncompressed tar shards.
-
-    The headers are read once; an image then takes one seek and one read. No file stays open.
-
-    Args:
-        shards: A shard, a pattern such as `"shards/*.tar"` or `"shards/{000..099}.tar"`, or several of these. Names
-            inside the shards match those in the annotations (a leading `./` is ignored).
-
-    Raises:
-        DataError: If no shard is found, one is damaged or compressed, or two contain an image of the same name.
-    """
-
-    def __init__(self, shards: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> None:
-        given = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
-        self.shards: list[str] = []
-        for path in given:
-            for pattern in _ranges(os.fspath(path)):
-                # Not Path.glob: patterns may be absolute and have wildcards in their folders.
-                found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))  # noqa: PTH207
-                if not found:
-                    raise DataError(f"No tar shard matches {pattern!r}.")
-                self.shards += found
-        self._members: dict[str, tuple[int, int, int]] = {}
-        for number, shard in enumerate(self.shards):
-            self._index(number, shard)
-
-    def __len__(self) -> int:
-        return len(self._members)
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and posixpath.normpath(name) in self._members
-
-    def open(self, name: str) -> Image.Image:
-        """Read an image as RGB.
-
-        Raises:
-            DataError: If it is in no shard, truncated or not an image.
-        """
-        try:
-            number, offset, size = self._members[posixpath.normpath(name)]
-        except KeyError:
-            raise DataError(f"None of the {len(self.shards)} tar shards contains the image {name}.") from None
-        try:
-            with Path(self.shards[number]).open("rb") as file:
-                file.seek(offset)
-                data = file.read(size)
-        except OSError as error:
-            raise DataError(f"The shard {self.shards[number]} cannot be read: {error.strerror or error}.") from error
-        return decode_image(data, f"{self.shards[number]}:{name}")
-
-    def _index(self, number: int, shard: str) -> None:
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                for member in tar:
-                    if not member.isfile():
-                        continue
-                    name = posixpath.normpath(member.name)
-                    if name in self._members:
-                        raise DataError(
-                            f"Two images in the tar shards are named {name}.",
-                            got=f"{self.shards[self._members[name][0]]} and {shard}",
-                        )
-                    self._members[name] = (number, member.offset_data, member.size)
-        except (OSError, tarfile.TarError) as error:
+    def _locate(self, name: str) -> Path:
+        check_not_url(string(name, "name"), "The image")
+        given = Path(name)
+        path = self.root / given
+        outside = ".." in given.parts or (
+            bool(given.anchor) and not self.allow_absolute and not _is_below(given, self.root, os.path.abspath)
+        )
+        if not outside and not self.follow_links and not (self.allow_absolute and given.anchor):
+            outside = not _is_below(path, self.root, os.path.realpath)
+        if outside:
             raise DataError(
-                f"{shard} cannot be read as a tar shard: {error}.",
-                expected="an uncompressed .tar, which allows random access",
-                fix="decompress it; images do not compress further",
-            ) from error
+                f"The image {shown(name)} lies outside the image folder {self.root}; "
+                "ImageFolder(..., allow_absolute=True) reads absolute names."
+            )
+        return path
 
 
-def _ranges(pattern: str) -> list[str]:
-    """Expand ranges such as `{000..099}`, webdataset's notation for shards."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if found is None:
-        return [pattern]
-    first, last = found.groups()
-    names = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return [path for name in names for path in _ranges(pattern[: found.start()] + name + pattern[found.end() :])]
-
-
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode an image to RGB; transparency is dropped.
-
-    Args:
-        data: The content of the file.
-        name: Name of the image in errors.
+def image_store(images: Any) -> ImageStore:
+    """Take a store, or open a folder.
 
     Raises:
-        DataError: If it is damaged, truncated or not an image.
+        ConfigError: If it is neither.
+        DataError: If the folder does not exist.
     """
-    from PIL import Image as PILImage
+    if isinstance(images, (str, os.PathLike)):
+        return ImageFolder(images)
+    if isinstance(images, type) or not isinstance(images, ImageStore):
+        raise ConfigError(
+            "images is neither a folder nor a store of images.",
+            expected="a path, an ImageFolder, TarImages, or an object with open(name)",
+            got=short(images),
+        )
+    return images
 
+
+def _is_below(path: Path, root: Path, absolute: Callable[[Path], str]) -> bool:
     try:
-        with PILImage.open(io.BytesIO(data)) as image:
-            image.load()
-            if image.mode == "P" and "transparency" in image.info:
-                return image.convert("RGBA").convert("RGB")
-            if image.mode.startswith("I;16"):  # PIL would clip it at 255
-                return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
-    except Exception as error:  # decoders raise all kinds of errors for damaged files
-        raise DataError(f"The image {name} cannot be decoded: {type(error).__name__}: {error}.") from error
+        return Path(absolute(path)).is_relative_to(absolute(root))
+    except ValueError:  # a NUL in the name; it cannot be opened either
+        return True
+
+
+def check_decoder(decoder: ImageDecoder | None) -> ImageDecoder:
+    """Check a decoder, or take the default."""
+    if decoder is not None and not isinstance(decoder, ImageDecoder):
+        raise ConfigError(
+            "decoder does not decode images.", expected="an ImageDecoder or None", got=type(decoder).__name__
+        )
+    return decoder or ImageDecoder()

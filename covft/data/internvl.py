@@ -1,107 +1,25 @@
-"""Reads InternVL's meta file: a mixture of data sets, each with images, JSONL and a repeat factor."""
+"""Reads the rows of InternVL's mixtures: data sets with images, JSONL and a repeat factor."""
 
 from __future__ import annotations
 
 import bisect
 import itertools
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from covft.data.broken import DataError, Place
-from covft.data.images import ImageFolder, ImageStore
-from covft.data.records import JsonRecords
+from covft.data.checks import short, shown
+from covft.data.images import ImageFolder, ImageStore, image_store
+from covft.data.meta import MetaEntry, read_meta
+from covft.data.records import JsonRecords, row_number
 from covft.data.rows import Row, parse_row
-from covft.errors import ConfigError
+from covft.errors import ConfigError, CoVFTError
 
 if TYPE_CHECKING:
     from PIL import Image
-
-
-@dataclass(frozen=True)
-class MetaEntry:
-    """One data set of a mixture; the fields are the keys of the meta file.
-
-    Attributes:
-        name: Name in the meta file.
-        root: Folder of images; empty for text only.
-        annotation: JSONL file.
-        data_augment: Whether to augment the images in training.
-        repeat_time: Repeats per epoch. Below 1: the first `int(rows * repeat_time)` rows; above 1: that many complete
-            copies, and the first rows again for the fraction.
-        length: Number of rows according to the meta file, or None.
-        max_dynamic_patch: Maximum of tiles per image, or None for the setting of the `ConversationDataset`.
-
-    Raises:
-        ConfigError: If a value is invalid.
-    """
-
-    name: str
-    annotation: str
-    root: str = ""
-    data_augment: bool = False
-    repeat_time: float = 1
-    length: int | None = None
-    max_dynamic_patch: int | None = None
-
-    def __post_init__(self) -> None:
-        if (
-            isinstance(self.repeat_time, bool)
-            or not isinstance(self.repeat_time, (int, float))
-            or self.repeat_time <= 0
-        ):
-            raise ConfigError(
-                f"repeat_time of {self.name!r} is invalid.",
-                expected="a number > 0",
-                got=repr(self.repeat_time),
-                fix="remove the data set from the meta file to skip it",
-            )
-        tiles = self.max_dynamic_patch
-        if tiles is not None and (isinstance(tiles, bool) or not isinstance(tiles, int) or tiles < 1):
-            raise ConfigError(
-                f"max_dynamic_patch of {self.name!r} is invalid.", expected="an integer >= 1", got=repr(tiles)
-            )
-
-    def count(self, rows: int) -> int:
-        """Count the rows per epoch of a data set with this many rows."""
-        whole = int(self.repeat_time)
-        return whole * rows + int(rows * (self.repeat_time - whole))
-
-
-def read_meta(path: str | os.PathLike[str]) -> list[MetaEntry]:
-    """Read a meta file: `{name: {root, annotation, data_augment, repeat_time, length, max_dynamic_patch}}`.
-
-    Args:
-        path: The JSON file. Relative paths in it start from the working directory, as in InternVL.
-
-    Returns:
-        The data sets, in the order of the file. Unknown keys are ignored.
-
-    Raises:
-        DataError: If the file is missing or not such JSON.
-        ConfigError: If a value is invalid.
-    """
-    try:
-        meta = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"The meta file {os.fspath(path)} cannot be read.", got=str(error)) from error
-    if not isinstance(meta, Mapping) or not meta:
-        raise DataError(
-            f"{os.fspath(path)} is not a meta file.",
-            expected='{"name": {"root": ..., "annotation": "....jsonl", "repeat_time": 1}, ...}',
-            got=f"{type(meta).__name__} of {len(meta)}" if isinstance(meta, (Mapping, list)) else type(meta).__name__,
-        )
-    known = {field.name for field in fields(MetaEntry)} - {"name"}
-    entries = []
-    for name, values in meta.items():
-        if not isinstance(values, Mapping) or not isinstance(values.get("annotation"), str):
-            raise DataError(f"{name!r} in {os.fspath(path)} has no annotation.", expected="the name of a JSONL file")
-        entries.append(MetaEntry(name=name, **{key: value for key, value in values.items() if key in known}))
-    return entries
 
 
 class InternVLRows:
@@ -126,22 +44,38 @@ class InternVLRows:
         meta: str | os.PathLike[str] | list[MetaEntry],
         images: Mapping[str, ImageStore] | None = None,
     ) -> None:
-        self.entries = read_meta(meta) if isinstance(meta, (str, os.PathLike)) else list(meta)
-        stores = dict(images or {})
-        unknown = sorted(set(stores) - {entry.name for entry in self.entries})
+        entries = meta if isinstance(meta, (list, tuple)) else read_meta(meta)
+        if not entries or not all(isinstance(entry, MetaEntry) for entry in entries):
+            raise ConfigError("meta is not a list of entries.", expected="at least one MetaEntry", got=short(meta))
+        self.entries = list(entries)
+        if images is not None and not isinstance(images, Mapping):
+            raise ConfigError(
+                "images is not a mapping.", expected="{name of a data set: TarImages(...)}", got=short(images)
+            )
+        stores = {name: image_store(store) for name, store in (images or {}).items()}
+        unknown = sorted(set(stores) - {entry.name for entry in self.entries}, key=str)
         if unknown:
             raise ConfigError(
                 "images names data sets that are not in the meta file.",
-                got=", ".join(unknown),
+                got=", ".join(map(str, unknown)),
                 known=", ".join(entry.name for entry in self.entries),
             )
-        self.records = [JsonRecords(entry.annotation) for entry in self.entries]
+        self.records: list[JsonRecords] = []
         self._stores: list[ImageStore | None] = []
-        for entry, records in zip(self.entries, self.records, strict=True):
-            self._stores.append(stores.get(entry.name) or (ImageFolder(entry.root) if entry.root else None))
+        for entry in self.entries:
+            try:
+                records = JsonRecords(entry.annotation)
+                folder = ImageFolder(entry.root) if entry.root and entry.name not in stores else None
+            except CoVFTError as error:
+                where = "" if isinstance(meta, (list, tuple)) else f" in {os.fspath(meta)}"
+                problem = f"{short(entry.name)}{where}: {error.problem}"
+                raise DataError(problem, expected=error.expected, got=error.got, fix=error.fix) from error
+            self.records.append(records)
+            self._stores.append(stores.get(entry.name, folder))
             if entry.length is not None and entry.length != len(records):
                 warnings.warn(
-                    f"The meta file gives {entry.name!r} {entry.length} rows; {entry.annotation} has {len(records)}.",
+                    f"The meta file gives {short(entry.name)} {entry.length} rows; "
+                    f"{entry.annotation} has {len(records)}.",
                     UserWarning,
                     stacklevel=2,
                 )
@@ -163,7 +97,7 @@ class InternVLRows:
             parsed = parse_row(record, add_missing_tag=True)
         except DataError as error:
             raise error.at(self.place(index)) from error.__cause__
-        return replace(parsed, dataset=entry.name, max_tiles=entry.max_dynamic_patch, augment=bool(entry.data_augment))
+        return replace(parsed, dataset=entry.name, max_tiles=entry.max_dynamic_patch, augment=entry.data_augment)
 
     def place(self, index: int) -> Place:
         """Locate a row by file, index and line; copies of a repeated row share one place."""
@@ -181,7 +115,7 @@ class InternVLRows:
         store = self._stores[number]
         if store is None:
             raise ConfigError(
-                f"{self.place(index)} has the image {name}, but {self.entries[number].name!r} has no root.",
+                f"{self.place(index)} has the image {shown(name)}, but {self.entries[number].name!r} has no root.",
                 fix='"root": "folder" in the meta file',
             )
         return store.open(name)
@@ -197,8 +131,7 @@ class InternVLRows:
             start = end
 
     def _locate(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+        index = row_number(index, len(self))
         number = bisect.bisect_right(self._ends, index)
         start = self._ends[number - 1] if number else 0
         return number, (index - start) % len(self.records[number])

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from covft.data.broken import DataError, Place
-from covft.data.images import ImageFolder, ImageStore
+from covft.data.checks import flag, shown
+from covft.data.images import ImageStore, image_store
 from covft.data.records import JsonRecords
 from covft.data.rows import IMAGE_TAG, Row, parse_row
 from covft.errors import ConfigError
@@ -22,11 +23,13 @@ class LlavaRows:
 
     Args:
         annotation: A JSON list as published, or JSONL with one row per line.
-        images: The root folder of the images, or a store such as `TarImages`. Optional if no row has an image.
+        images: The root folder of the images, or a store such as `TarImages` or an `ImageFolder` with options.
+            Optional if no row has an image.
         image_first: Whether to move the tag of a single image before the question, as LLaVA does in training: half of
             the published rows have it at the end.
 
     Raises:
+        ConfigError: If an argument is of the wrong type.
         DataError: If the file or the folder cannot be read.
 
     Example:
@@ -42,9 +45,9 @@ class LlavaRows:
         *,
         image_first: bool = True,
     ) -> None:
+        self.image_first = flag(image_first, "image_first")
+        self.images = None if images is None else image_store(images)
         self.records = JsonRecords(annotation)
-        self.images = ImageFolder(images) if isinstance(images, (str, os.PathLike)) else images
-        self.image_first = image_first
 
     def __len__(self) -> int:
         return len(self.records)
@@ -70,7 +73,7 @@ class LlavaRows:
         """
         if self.images is None:
             raise ConfigError(
-                f"{self.place(index)} has the image {name}, but no folder of images was given.",
+                f"{self.place(index)} has the image {shown(name)}, but no folder of images was given.",
                 fix='LlavaRows(annotation, images="folder")',
             )
         return self.images.open(name)

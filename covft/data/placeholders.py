@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from covft.data.broken import DataError
-from covft.data.rows import IMAGE_TAG
+from covft.data.checks import function, string, whole
+from covft.data.turns import IMAGE_TAG, check_messages
 from covft.errors import ConfigError
 
 
@@ -32,6 +33,11 @@ class ImageText:
     after: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("token", "before", "after"):
+            string(getattr(self, name), name)
+        if not self.token:
+            raise ConfigError("token is empty.", expected="a token of the tokenizer", got=repr(self.token))
+        whole(self.per_tile, "per_tile")
         if self.per_tile < 1:
             raise ConfigError(f"per_tile={self.per_tile} is too small.", expected="at least 1 token per tile")
 
@@ -45,6 +51,7 @@ class ImageText:
         Raises:
             ConfigError: If it is not a single token of the tokenizer.
         """
+        function(tokenizer, "tokenizer")
         ids = tokenizer(self.token, add_special_tokens=False)["input_ids"]
         if len(ids) != 1 or ids[0] == getattr(tokenizer, "unk_token_id", None):
             raise ConfigError(
@@ -65,6 +72,7 @@ class ImageText:
         Raises:
             DataError: If tags and images do not match.
         """
+        messages = check_messages(messages)
         remaining, expanded = list(tiles), []
         for message in messages:
             if message["role"] == "user":

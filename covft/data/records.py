@@ -3,66 +3,68 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
-import re
+import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from covft.data.broken import DataError, Place
+from covft.data.checks import short
+from covft.data.files import check_path, open_regular
+from covft.data.json_index import BOM, MAX_ROW_BYTES, Index, index_lines, index_list
 from covft.errors import ConfigError
-
-_BOM = b"\xef\xbb\xbf"
-_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class JsonRecords:
     """Reads the records of a JSON list or a JSONL file by index.
 
-    Only the offsets of the records stay in memory (16 bytes per record; JSONL 24), so that the workers of a DataLoader
-    stay small. No file stays open. A JSON list is parsed once to locate its records.
+    Only offsets and checksums of the records stay in memory (20 bytes per record; JSONL 28), so that the workers of a
+    DataLoader stay small. No file stays open. The file is read once, in pieces, to locate its records. A record that is
+    read later must be the one that was located.
 
     Args:
         path: The file. Its first character, not its name, tells the format.
 
     Raises:
-        DataError: If the file is missing, empty, or neither a JSON list nor JSONL.
+        ConfigError: If `path` is not a path.
+        DataError: If the file is missing, empty, not a regular file, or neither a JSON list nor JSONL.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        try:
-            with self.path.open("rb") as file:
-                head = file.read(1 << 12).removeprefix(_BOM).lstrip()
-        except OSError as error:
-            raise DataError(f"The annotation file {self.path} cannot be read.", got=str(error)) from error
-        self._size = self.path.stat().st_size
-        self._lines: np.ndarray | None = None
-        if head.startswith(b"["):
-            self._starts, self._ends = _index_list(self.path)
-        else:
-            if head[:1] != b"{" or re.match(rb"\{[ \t]*\r?\n", head):
-                raise DataError(
-                    f"{self.path} is not a file of rows.",
-                    expected="a JSON list of objects, or JSONL: one object per line",
-                    got="an empty file" if not head else f"a file that starts with {head[:20]!r}",
-                )
-            self._starts, self._ends, self._lines = _index_lines(self.path)
+        self.path = check_path(path, "The annotation file")
+        with open_regular(self.path, "The annotation file") as file:
+            self._size = os.fstat(file.fileno()).st_size
+            head = file.read(1 << 12).removeprefix(BOM).lstrip()
+            file.seek(0)
+            self._index = self._locate(file, head)
         if not len(self):
             raise DataError(f"{self.path} has no rows.", got="an empty list")
 
+    def _locate(self, file: BinaryIO, head: bytes) -> Index:
+        if head.startswith(b"["):
+            return index_list(file, self.path)
+        first, _, _ = head.partition(b"\n")
+        if head[:1] != b"{" or (first.strip() == b"{" and b"\n" in head):
+            raise DataError(
+                f"{self.path} is not a file of rows.",
+                expected="a JSON list of objects, or JSONL: one object per line",
+                got="an empty file" if not head else f"a file that starts with {head[:20]!r}",
+            )
+        return index_lines(file)
+
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._index.starts)
 
     def __getitem__(self, row: int) -> Any:
         """Read one record.
 
         Raises:
-            DataError: If it is not JSON.
-            ConfigError: If the size of the file has changed.
+            DataError: If it is not JSON, or larger than 8 MiB.
+            ConfigError: If the file has changed or is gone.
+            IndexError: If there is no such row.
         """
+        row = self._number(row)
         with self._open() as file:
             return self._read(file, row)
 
@@ -77,86 +79,54 @@ class JsonRecords:
 
     def place(self, row: int) -> Place:
         """Locate a record by file, index and line."""
-        return Place(str(self.path), row, None if self._lines is None else int(self._lines[row]))
+        row = self._number(row)
+        return Place(str(self.path), row, None if self._index.lines is None else int(self._index.lines[row]))
+
+    def _number(self, row: int) -> int:
+        return row_number(row, len(self))
 
     def _open(self) -> BinaryIO:
-        file = self.path.open("rb")
-        if os.fstat(file.fileno()).st_size != self._size:
+        try:
+            file = open_regular(self.path, "The annotation file")
+        except DataError as error:
+            raise self._changed(error.reason) from error
+        size = os.fstat(file.fileno()).st_size
+        if size != self._size:
             file.close()
-            raise ConfigError(
-                f"{self.path} has changed since its records were located.",
-                expected=f"{self._size:,} bytes",
-                got=f"{self.path.stat().st_size:,} bytes",
-                fix="rebuild the data set",
-            )
+            raise self._changed(f"{size:,} bytes instead of {self._size:,}")
         return file
 
     def _read(self, file: BinaryIO, row: int) -> Any:
-        start, end = int(self._starts[row]), int(self._ends[row])
+        start, end = int(self._index.starts[row]), int(self._index.ends[row])
+        if end - start > MAX_ROW_BYTES:
+            reason = f"The row has {end - start:,} bytes, more than the limit of {MAX_ROW_BYTES:,}."
+            raise DataError(reason, place=self.place(row))
         file.seek(start)
+        data = file.read(end - start)
+        if zlib.crc32(data) != self._index.checksums[row]:
+            raise self._changed(f"other bytes in {self.place(row)}")
         try:
-            return json.loads(file.read(end - start))
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-            raise DataError(f"The row is not JSON: {error}.", place=self.place(row)) from error
+            return json.loads(data)
+        except (ValueError, RecursionError) as error:  # also not UTF-8, numbers of 5,000 digits
+            raise DataError(f"The row is not JSON that can be read: {error}.", place=self.place(row)) from error
+
+    def _changed(self, got: str) -> ConfigError:
+        return ConfigError(
+            f"{self.path} has changed since its records were located.", got=got, fix="rebuild the data set"
+        )
 
 
-def _index_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    starts, ends, numbers, offset = [], [], [], 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                starts.append(offset)
-                ends.append(offset + len(line))
-                numbers.append(number)
-            offset += len(line)
-    return np.array(starts, np.int64), np.array(ends, np.int64), np.array(numbers, np.int64)
+def row_number(row: Any, rows: int) -> int:
+    """Check an index and count it from 0.
 
-
-def _index_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    data = path.read_bytes()
-    offset = len(_BOM) if data.startswith(_BOM) else 0
+    Raises:
+        ConfigError: If it is not an integer.
+        IndexError: If there is no such row.
+    """
     try:
-        text = data[offset:].decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8.", got=str(error)) from error
-    del data
-    starts, ends = [], []
-    decoder = json.JSONDecoder()
-    # `at` counts characters and `offset` bytes; all characters between records have one byte.
-    at = _skip(text, 0)
-    offset += at + 1
-    at += 1  # the opening bracket
-    try:
-        while True:
-            here = _skip(text, at)
-            if text[here : here + 1] == "]" and not starts:
-                break
-            _, end = decoder.raw_decode(text, here)
-            start = offset + here - at
-            record = text[here:end]
-            offset = start + (len(record) if record.isascii() else len(record.encode()))
-            starts.append(start)
-            ends.append(offset)
-            at = _skip(text, end)
-            if text[at : at + 1] == "]":
-                here = at
-                break
-            if text[at : at + 1] != ",":
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-            offset += at - end + 1
-            at += 1
-        if _skip(text, here + 1) != len(text):
-            raise json.JSONDecodeError("Extra data after the list", text, here + 1)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} is not a JSON list: {error}.",
-            got=f"{len(starts)} complete records before it",
-            fix="if the file is truncated, download it again",
-        ) from error
-    return np.array(starts, np.int64), np.array(ends, np.int64)
-
-
-def _skip(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    assert found is not None  # it also matches the empty string
-    return found.end()
+        number = operator.index(row)
+    except TypeError:
+        raise ConfigError("A row is chosen by its index.", expected="an integer", got=short(row)) from None
+    if not -rows <= number < rows:
+        raise IndexError(f"row {number} of {rows}")
+    return number % rows

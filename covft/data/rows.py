@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from covft.data.broken import DataError, Place
+from covft.data.checks import flag, short
+from covft.data.turns import IMAGE_TAG, check_text, count_tags, like_tags, read_turns, spell_tags
 
 if TYPE_CHECKING:
     from PIL import Image
-
-IMAGE_TAG = "<image>"
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
@@ -58,32 +57,39 @@ class RowSource(Protocol):
 
 
 def parse_row(record: Any, *, add_missing_tag: bool = False) -> Row:
-    """Check and parse a record in LLaVA's format.
+    """Check and parse a record in LLaVA's format, or in the form of chat messages.
 
-    An answer before the first question and a question after the last answer are dropped.
+    An answer before the first question and a question after the last answer are dropped. Answers that are
+    numbers are read as text. `<Image>` and `<ImageHere>` are read as `<image>` where these alone stand for the images.
 
     Args:
         record: `{"id": ..., "image": name or list of names, "conversations": [{"from": "human", "value": ...}, ...]}`;
-            a row without images has no `image`.
+            a row without images has no `image`. Or `{"images": [...], "messages": [{"role": "user", "content": ...},
+            ...]}`, whose content is text or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image"}`.
         add_missing_tag: Whether to add a missing `<image>` before the first question of a row with one image.
 
     Raises:
         DataError: If a field is missing, malformed or out of order, or images and `<image>` tags do not match.
     """
+    flag(add_missing_tag, "add_missing_tag")
     if not isinstance(record, Mapping):
         raise DataError(f"The row is not a JSON object but {type(record).__name__}.")
-    if record.get("video"):
-        raise DataError("The row has a video; only images are supported.")
-    messages = parse_turns(record.get("conversations"))
-    images = _image_names(record)
-    tags = sum(message["content"].count(IMAGE_TAG) for message in messages if message["role"] == "user")
-    if add_missing_tag and len(images) == 1 and tags == 0:
+    for kind in ("video", "videos", "audio", "audios"):
+        if record.get(kind):
+            raise DataError(f"The row has a field {kind!r}; only images are supported.")
+    messages, named = read_turns(_first(record, "conversations", "messages"))
+    images = _images(record, named)
+    messages = spell_tags(messages, len(images))
+    tags = count_tags(messages)
+    others = like_tags(messages) if tags != len(images) else []
+    if add_missing_tag and len(images) == 1 and tags == 0 and not others:
         first = next(i for i, message in enumerate(messages) if message["role"] == "user")
         messages[first] = {"role": "user", "content": f"{IMAGE_TAG}\n{messages[first]['content']}"}
         tags = 1
     if tags != len(images):
         few = "few" if tags < len(images) else "many"
-        raise DataError(f"Too {few} {IMAGE_TAG} tags in the questions: {tags} for {len(images)} images.")
+        found = f" The questions contain {', '.join(others)}." if others else ""
+        raise DataError(f"Too {few} {IMAGE_TAG} tags in the questions: {tags} for {len(images)} images.{found}")
     if any(IMAGE_TAG in message["content"] for message in messages if message["role"] != "user"):
         raise DataError(f"An {IMAGE_TAG} tag stands outside the questions.")
     return Row(messages=tuple(messages), images=images, id=str(record.get("id", "")))
@@ -95,37 +101,35 @@ def parse_turns(turns: Any) -> list[dict[str, str]]:
     Raises:
         DataError: If they are not a list of alternating turns of human and gpt with at least one answer.
     """
-    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise DataError("The row has no list of conversation turns.")
-    messages = []
-    for number, turn in enumerate(turns):
-        role = turn.get("from", turn.get("role")) if isinstance(turn, Mapping) else None
-        value = turn.get("value", turn.get("content")) if isinstance(turn, Mapping) else None
-        if not isinstance(role, str) or role not in _ROLES or not isinstance(value, str):
-            raise DataError(
-                f"Turn {number} of the conversation is not {{from: human|gpt|system, value: text}}: {turn!r}."
-            )
-        messages.append({"role": _ROLES[role], "content": value})
-    system = [messages.pop(0)] if messages[0]["role"] == "system" else []
-    if messages and messages[0]["role"] == "assistant":
-        messages.pop(0)
-    if messages and messages[-1]["role"] == "user":
-        messages.pop()
-    if not messages:
-        raise DataError("The conversation has no question with an answer.")
-    for number, message in enumerate(messages):
-        if message["role"] != ("user", "assistant")[number % 2]:
-            raise DataError(f"Questions and answers do not alternate: message {number} is from the {message['role']}.")
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise DataError(f"The answer in message {number} is empty.")
-    return system + messages
+    return read_turns(turns).messages
 
 
-def _image_names(record: Mapping[str, Any]) -> tuple[str, ...]:
-    images = record.get("image", record.get("images"))
+def _images(record: Mapping[str, Any], named: Sequence[str | None]) -> tuple[str, ...]:
+    """Names of the images, by the row or by the parts of its turns."""
+    one, several = _names(record.get("image")), _names(record.get("images"))
+    if one and several and one != several:
+        raise DataError(f"The row names images twice: image {short(one)}, images {short(several)}.")
+    given = one or several
+    by_parts = [name for name in named if name is not None]
+    if not by_parts:
+        return given
+    if len(by_parts) != len(named) or (given and list(given) != by_parts):
+        raise DataError(f"The row and the parts of its turns name other images: {short(given)}, {short(by_parts)}.")
+    return _names(by_parts)
+
+
+def _names(images: Any) -> tuple[str, ...]:
     if images is None or images == "":
         return ()
     names = [images] if isinstance(images, str) else images
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) and name for name in names):
-        raise DataError(f"The image is neither a name nor a list of names: {images!r}.")
+    if not isinstance(names, Sequence) or isinstance(names, bytes):
+        raise DataError(f"The image is neither a name nor a list of names: {short(images)}.")
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise DataError(f"The image is neither a name nor a list of names: {short(images)}.")
+        check_text(name, "The name of an image")
     return tuple(names)
+
+
+def _first(record: Mapping[str, Any], *keys: str) -> Any:
+    return next((record[key] for key in keys if record.get(key) is not None), None)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from covft.data.broken import DataError
+from covft.data.checks import color as check_color
+from covft.data.checks import flag, picture, short, whole
 from covft.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+MOST_TILES = 1000
 
 
 def tile_grid(
@@ -30,16 +35,15 @@ def tile_grid(
         Columns and rows.
 
     Raises:
-        ConfigError: If not 1 <= min_tiles <= max_tiles.
+        ConfigError: If not 1 <= min_tiles <= max_tiles <= 1000, or a size is not positive.
 
     Example:
         >>> tile_grid(1920, 1080)
         (4, 2)
     """
-    if not 1 <= min_tiles <= max_tiles:
-        raise ConfigError(
-            f"min_tiles={min_tiles}, max_tiles={max_tiles} allow no grid.", expected="1 <= min_tiles <= max_tiles"
-        )
+    for name, value in (("width", width), ("height", height), ("tile_size", tile_size)):
+        whole(value, name, least=1)
+    _check_tiles(min_tiles, max_tiles)
     ratio = width / height
     grids = [
         (columns, rows)
@@ -69,7 +73,8 @@ def tile_image(
     Returns:
         Images of `tile_size` x `tile_size`.
     """
-    columns, rows = tile_grid(*image.size, min_tiles=min_tiles, max_tiles=max_tiles, tile_size=tile_size)
+    flag(thumbnail, "thumbnail")
+    columns, rows = tile_grid(*picture(image).size, min_tiles=min_tiles, max_tiles=max_tiles, tile_size=tile_size)
     resized = image.resize((columns * tile_size, rows * tile_size))
     tiles = []
     for row in range(rows):
@@ -81,16 +86,23 @@ def tile_image(
     return tiles
 
 
-def pad_to_square(image: Image.Image, color: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
+def pad_to_square(image: Image.Image, color: tuple[int, int, int] = (0, 0, 0), *, max_side: int = 8192) -> Image.Image:
     """Centre an image on a square of one colour (LLaVA-1.5's `image_aspect_ratio pad`).
 
     Args:
         image: The image.
         color: RGB of the border, 0 to 255; LLaVA takes the mean of its image processor.
+        max_side: Longest side of the square, in pixels. A longer image is reduced to it first, so that a strip one
+            pixel high does not become a square of its length.
     """
     from PIL import Image as PILImage
 
-    side = max(image.size)
+    color = check_color(color, "color")
+    side = max(picture(image).size)
+    whole(max_side, "max_side", least=1)
+    if side > max_side:
+        image = image.resize(tuple(max(1, round(length * max_side / side)) for length in image.size))  # type: ignore
+        side = max_side
     if image.size == (side, side):
         return image
     square = PILImage.new("RGB", (side, side), color)
@@ -115,9 +127,14 @@ class DynamicTiling:
     tile_size: int = 448
     thumbnail: bool = True
 
+    def __post_init__(self) -> None:
+        _check_tiles(self.min_tiles, self.max_tiles)
+        whole(self.tile_size, "tile_size", least=1)
+        flag(self.thumbnail, "thumbnail")
+
     def __call__(self, image: Image.Image, max_tiles: int | None = None) -> list[Image.Image]:
         """Cut the image into at most `max_tiles`, if given."""
-        most = self.max_tiles if max_tiles is None else max_tiles
+        most = self.max_tiles if max_tiles is None else whole(max_tiles, "max_tiles", least=1)
         return tile_image(
             image,
             min_tiles=min(self.min_tiles, most),
@@ -129,19 +146,61 @@ class DynamicTiling:
 
 @dataclass(frozen=True)
 class PadToSquare:
-    """LLaVA-1.5's padding to a square."""
+    """LLaVA-1.5's padding to a square.
+
+    Attributes:
+        color: RGB of the border, 0 to 255.
+        max_side: Longest side of the square; see `pad_to_square`.
+    """
 
     color: tuple[int, int, int] = (122, 116, 104)  # CLIP's mean (0.481, 0.458, 0.408) in 255ths, rounded down
+    max_side: int = 8192
+
+    def __post_init__(self) -> None:
+        check_color(self.color, "color")
+        whole(self.max_side, "max_side", least=1)
 
     def __call__(self, image: Image.Image, max_tiles: int | None = None) -> list[Image.Image]:
         """Pad the image."""
-        return [pad_to_square(image, self.color)]
+        return [pad_to_square(image, self.color, max_side=self.max_side)]
 
 
 @dataclass(frozen=True)
 class NoTiling:
-    """Passes images to the image processor unchanged."""
+    """Passes images to the image processor unchanged.
+
+    Attributes:
+        max_aspect_ratio: Longest side over shortest side; an image beyond makes a broken row. A processor that resizes
+            the shortest side to 336 would make 90 million pixels of a strip of 800 x 1. 200 is the limit of Qwen2-VL.
+    """
+
+    max_aspect_ratio: float = 200
+
+    def __post_init__(self) -> None:
+        ratio = self.max_aspect_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio >= 1:
+            raise ConfigError(f"max_aspect_ratio={short(ratio)} cannot be used.", expected="a number >= 1")
 
     def __call__(self, image: Image.Image, max_tiles: int | None = None) -> list[Image.Image]:
-        """Return the image."""
+        """Return the image.
+
+        Raises:
+            DataError: If it is too long for its width.
+        """
+        width, height = picture(image).size
+        if max(width, height) > self.max_aspect_ratio * min(width, height):
+            raise DataError(
+                f"An image of {width} x {height} pixels is more than {self.max_aspect_ratio} times as long as it is "
+                "wide; NoTiling(max_aspect_ratio=...), PadToSquare() or DynamicTiling() takes it."
+            )
         return [image]
+
+
+def _check_tiles(min_tiles: Any, max_tiles: Any) -> None:
+    for name, value in (("min_tiles", min_tiles), ("max_tiles", max_tiles)):
+        whole(value, name)
+    if not 1 <= min_tiles <= max_tiles <= MOST_TILES:
+        raise ConfigError(
+            f"min_tiles={min_tiles}, max_tiles={max_tiles} allow no grid.",
+            expected=f"1 <= min_tiles <= max_tiles <= {MOST_TILES}",
+        )

@@ -36,7 +36,7 @@ def table(datasets, folder, several):
 @pytest.mark.parametrize("several", [True, False])
 def test_rows_are_those_of_the_folder(datasets, folder, several):
     data, keep = table(datasets, folder, several)
-    rows, want = DatasetsRows(data), LlavaRows(folder / "llava.json", folder / "images")
+    rows, want = DatasetsRows(data, folder=folder), LlavaRows(folder / "llava.json", folder / "images")
     assert len(rows) == len(keep)
     for index, number in enumerate(keep):
         assert rows[index].messages == want[number].messages
@@ -49,7 +49,7 @@ def test_rows_are_those_of_the_folder(datasets, folder, several):
 def test_samples_and_broken_images(datasets, folder):
     data, _ = table(datasets, folder, True)
     (folder / "images/vg/rocket.jpg").write_bytes(b"no image")
-    rows = DatasetsRows(data)
+    rows = DatasetsRows(data, folder=folder / "images")
     samples = ConversationDataset(
         rows, build_tokenizer("vicuna"), to_tensor(8), image_text=ImageText(per_tile=2), max_broken=1
     )

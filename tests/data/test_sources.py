@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from covft.data import DataError, ImageFolder, InternVLRows, LlavaRows, MetaEntry, TarImages, parse_row, read_meta
+from covft.data import (
+    DataError,
+    ImageDecoder,
+    ImageFolder,
+    InternVLRows,
+    LlavaRows,
+    MetaEntry,
+    TarImages,
+    parse_row,
+    read_meta,
+)
 from covft.errors import ConfigError
 from tests.helpers.data import RECORDS, pack, photograph, talk, write
 
@@ -279,8 +289,6 @@ def test_absolute_names_stand_for_themselves(folder):
 
 
 def test_decoding_needs_no_file():
-    from covft.data.images import decode_image
-
     buffer = io.BytesIO()
     photograph("coffee").save(buffer, "PNG")
-    assert decode_image(buffer.getvalue(), "x").size == photograph("coffee").size
+    assert ImageDecoder()(buffer.getvalue(), "x").size == photograph("coffee").size
