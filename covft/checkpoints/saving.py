@@ -145,6 +145,7 @@ def _config(encoder: WrappedViT, saved: set[str], base: Mapping[str, Tensor]) ->
             "text_dim": encoder.text_dim,
             "revision": encoder.text_source.revision,
         },
+        "reading": encoder.reading,
         "extra": extra,
     }
 

@@ -86,7 +86,9 @@ def attach(
     read = getattr(target.config, "vision_feature_layer", None)
     plan = plan_tower(tower, text_encoder, read, pretrained, config, adapter, settings)
     # Install
-    attachment = Attachment(target, plan.install(), reader, family)
+    encoder = plan.install()
+    encoder.reading = None if reader.tokenizer is None else reader.settings
+    attachment = Attachment(target, encoder, reader, family)
     target.__dict__[KEY] = attachment
     overrides.install(attachment)
     return model
