@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from covft.compression import skip_experts as skip_experts
     from covft.config import CoVFTConfig as CoVFTConfig
     from covft.encoder import ContextEncoder as ContextEncoder
+    from covft.integrations.building.saved import load_model as load_model
     from covft.integrations.mllm.attach import attach as attach
     from covft.integrations.mllm.attach import detach as detach
     from covft.integrations.mllm.attach import get_encoder as get_encoder
@@ -43,6 +44,7 @@ _HOMES = {
     "detach": "covft.integrations.mllm.attach",
     "get_encoder": "covft.integrations.mllm.attach",
     "load": "covft.wrapping",
+    "load_model": "covft.integrations.building.saved",
     "lora_exclude": "covft.integrations.training.trainable",
     "skip_experts": "covft.compression",
     "unwrap": "covft.wrapping",
@@ -67,6 +69,7 @@ __all__ = [
     "get_encoder",
     "integrations",
     "load",
+    "load_model",
     "lora_exclude",
     "nn",
     "skip_experts",

@@ -57,7 +57,7 @@ def load_tower(name: str, pretrained: bool, device: torch.device, options: dict[
         with device:
             return kind._from_config(config, **options)
     options = {"dtype": "auto", **options, "output_loading_info": True}
-    with _quiet():  # the text half of a pair is unused, and missing weights are reported below
+    with quiet():  # the text half of a pair is unused, and missing weights are reported below
         if published:
             model, info = kind.from_pretrained(
                 None, config=config, state_dict=published_weights(name, **hub), **options
@@ -124,7 +124,8 @@ def tower_source(vit: Any) -> tuple[str, dict[str, str]] | None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Hide the warnings of transformers about weights, which the caller reports itself, while this is open."""
     logging: Any = importlib.import_module("transformers.utils.logging")
     before = logging.get_verbosity()
     logging.set_verbosity_error()

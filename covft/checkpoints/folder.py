@@ -11,7 +11,6 @@ the configuration, or hidden files; the next save removes them.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 

@@ -19,6 +19,9 @@ from covft.surgery.wrapped import WrappedViT
 from covft.utils.sharding import full, is_main_process, is_partitioned, is_sharded
 
 FOLDER = "covft"
+# A tensor without a meaning in every model that is saved around its original tower. The rest of such a model was tuned
+# on the adapted tower. transformers lists tensors that it does not know in a warning, which then says so.
+MARK = "the_adapted_tower_is_not_loaded.see_covft.load_model"
 # Options of the Hub that push_to_hub takes too.
 _HUB_OPTIONS = ("commit_message", "private", "token", "create_pr", "revision", "max_shard_size")
 
@@ -67,7 +70,7 @@ class OriginalStateHook:
         original = original_state(self.encoder, own, prefix)
         for name in own:
             del state[name]
-        state.update(original)
+        state.update(original if running.model is vit else marked(original))
         if running.writes and is_main_process():
             self._busy = True
             try:
@@ -133,7 +136,8 @@ def save(encoder: WrappedViT, model: nn.Module, save_pretrained: Any, given: dic
         state = _unsharded_state(model, writes=writes)
     prefix = prefix_of(encoder.vit, model)
     if state or writes:  # a process that only took part has nothing
-        save_pretrained(**{**given, "state_dict": original_state(encoder, state, prefix)})
+        original = original_state(encoder, state, prefix)
+        save_pretrained(**{**given, "state_dict": original if model is encoder.vit else marked(original)})
     vit = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if not writes:
         return None
@@ -166,6 +170,11 @@ def original_state(encoder: WrappedViT, state: Mapping[str, Tensor], prefix: str
         if done and place not in done:  # the second half of a split FFN, which has no tensors now
             result.update(_like(next(iter(done.values())), place, ffn))
     return result
+
+
+def marked(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict with `MARK` in it; an empty one as it is."""
+    return {**state, MARK: next(iter(state.values())).new_zeros(1)} if state else state
 
 
 def _like(tensor: Tensor, place: str, ffn: nn.Module) -> dict[str, Tensor]:

@@ -149,6 +149,7 @@ def _config(encoder: WrappedViT, saved: Mapping[str, Tensor], base: Mapping[str,
             "text_dim": encoder.text_dim,
             "revision": encoder.text_source.revision,
         },
+        "reading": encoder.reading,
         "extra": extra,
         **_dtypes(saved),
     }

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from covft.integrations.building.loading import whole_weights as whole_weights
     from covft.integrations.building.projector import load_projector as load_projector
     from covft.integrations.building.projector import save_projector as save_projector
+    from covft.integrations.building.saved import load_model as load_model
     from covft.integrations.building.saving import save_trained as save_trained
     from covft.integrations.mllm.attach import attach as attach
     from covft.integrations.mllm.attach import detach as detach
@@ -73,6 +74,7 @@ _HOMES = {
     "last_checkpoint": "integrations.training.checkpoints",
     "llava_processor": "integrations.building.build",
     "load_image_processor": "integrations.building.loading",
+    "load_model": "integrations.building.saved",
     "load_projector": "integrations.building.projector",
     "pad_to_square": "data",
     "parts_of": "integrations.training.parts",
@@ -108,6 +110,7 @@ __all__ = [
     "last_checkpoint",
     "llava_processor",
     "load_image_processor",
+    "load_model",
     "load_projector",
     "pad_to_square",
     "parts_of",

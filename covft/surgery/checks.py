@@ -232,7 +232,6 @@ def resolve_layers(layers: tuple[int, ...] | None, spec: ViTSpec, last: int) -> 
     return resolved
 
 
-
 def _shown(layers: tuple[int, ...]) -> str:
     if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"range({layers[0]}, {layers[-1] + 1})"

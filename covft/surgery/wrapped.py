@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -45,7 +45,10 @@ class WrappedViT(nn.Module):
     Attributes:
         layers: Indices of the adapted blocks, ascending.
         norms: Names of the ViT's norm parameters that are trained.
+        reading: How `covft.attach` reads the text from prompts; None if nothing is read.
     """
+
+    reading: Mapping[str, Any] | None = None
 
     def __init__(
         self,

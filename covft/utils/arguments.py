@@ -155,7 +155,7 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 
 def _entries_are_of(value: Any, kind: Any, inner: tuple[Any, ...]) -> bool:
-    """Whether the entries of a collection are of the kinds in its brackets; of an array the first, of an iterator none."""
+    """Whether the entries of a collection are of the kinds in brackets; an array's first one; none of an iterator."""
     if not inner or kind is collections.abc.Callable:
         return True
     if isinstance(value, collections.abc.Mapping) and len(inner) == 2:

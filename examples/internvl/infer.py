@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
 
-from covft.integrations import attach, image_text_of, tile_image
+from covft.integrations import image_text_of, load_model, tile_image
 
 
 @dataclass
@@ -38,9 +38,11 @@ def main() -> str:
     dtype = getattr(torch, args.dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     image_processor = AutoImageProcessor.from_pretrained(args.model)
-    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
     if (Path(args.model) / "covft").is_dir():
-        attach(model, args.text_encoder, tokenizer=tokenizer, pretrained=Path(args.model) / "covft")
+        model, _ = load_model(args.model, args.text_encoder, processor=tokenizer, dtype=dtype)
+    else:  # tuned with --method frozen or full
+        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).eval()
+    model.to(args.device)
 
     size = model.config.vision_config.image_size[0]
     tiles = tile_image(Image.open(args.image).convert("RGB"), max_tiles=args.max_tiles, tile_size=size)

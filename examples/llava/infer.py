@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
-from covft.integrations import attach, pad_to_square
+from covft.integrations import load_model, pad_to_square
 
 
 @dataclass
@@ -35,10 +35,12 @@ def main() -> str:
     """Print and return the answer."""
     [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     dtype = getattr(torch, args.dtype)
-    processor = AutoProcessor.from_pretrained(args.model)
-    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
     if (Path(args.model) / "covft").is_dir():
-        attach(model, args.text_encoder, tokenizer=processor, pretrained=Path(args.model) / "covft")
+        model, processor = load_model(args.model, args.text_encoder, dtype=dtype)
+    else:  # tuned with --method frozen or full
+        processor = AutoProcessor.from_pretrained(args.model)
+        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).eval()
+    model.to(args.device)
 
     mean = processor.image_processor.image_mean
     image = pad_to_square(Image.open(args.image).convert("RGB"), tuple(int(255 * channel) for channel in mean))

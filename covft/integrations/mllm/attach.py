@@ -88,7 +88,9 @@ def attach(
     with naming_tower(prefix_of(tower, target).rstrip(".")):
         plan = plan_tower(tower, text_encoder, read_layers(target), pretrained, config, adapter, settings)
     # Install
-    attachment = Attachment(target, plan.install(), reader, family)
+    encoder = plan.install()
+    encoder.reading = None if reader.tokenizer is None else reader.settings
+    attachment = Attachment(target, encoder, reader, family)
     target.__dict__[KEY] = attachment
     overrides.install(attachment)
     return model

@@ -60,6 +60,8 @@ class PromptReader:
             )
         self.tokenizer: Any = tokenizer
         self.turns, self.system, self.empty_instruction = turns, system, empty_instruction
+        # As attach() takes them; saved with the tower, and restored by load_model().
+        self.settings = {"turns": turns, "system": system, "empty_instruction": empty_instruction}
         self.image_ids = frozenset(image_ids)
         self.marks: TurnMarks | None = None
         self.splitter: TurnSplitter | None = None

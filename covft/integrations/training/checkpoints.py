@@ -92,6 +92,30 @@ def restore(model: nn.Module, checkpoint: str | Path) -> None:
         assign(parameter, tensors[name])
 
 
+def load_trained(model: nn.Module, folder: str | Path) -> None:
+    """Load all trained tensors outside the tower into a model that has parameters of their names.
+
+    Args:
+        model: The model, built as the saved one was.
+        folder: The `covft/` folder of a checkpoint. One without these tensors, as `encoder.save_pretrained` writes it,
+            changes nothing.
+
+    Raises:
+        CheckpointError: If the file is damaged, or its tensors do not fit the model.
+    """
+    folder = Path(folder)
+    if not (folder / TRAINED_NAMES).is_file():
+        return
+    tensors, parameters = _read_trained(folder), dict(model.named_parameters())
+    compare_tensors(
+        {name: shape_of(parameters[name]) for name in tensors if name in parameters},
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        f"{folder / TRAINED}",
+    )
+    for name, tensor in tensors.items():
+        assign(parameters[name], tensor)
+
+
 def check_trained(model: nn.Module, checkpoint: str | Path) -> None:
     """Refuse a checkpoint of a run that trained other parameters, before anything is loaded.
 

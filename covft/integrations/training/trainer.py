@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from covft.checkpoints.pretrained import prefix_of
+from covft.checkpoints.pretrained import MARK, prefix_of
 from covft.data.collator import Collator
 from covft.data.dataset import ConversationDataset
 from covft.data.grouping import ModalityGroupedSampler
@@ -212,7 +212,7 @@ class MLLMTrainer(Trainer):
         if attachment is not None:
             tower = prefix_of(attachment.encoder.vit, own)
             for keys in (load_result.missing_keys, load_result.unexpected_keys):
-                keys[:] = [key for key in keys if not key.startswith(tower)]
+                keys[:] = [key for key in keys if not key.startswith((tower, MARK))]
         super()._issue_warnings_after_load(load_result)
 
 

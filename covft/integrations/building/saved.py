@@ -1,0 +1,315 @@
+"""Loads a saved multimodal LLM with its context-aware tower, attached."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from covft.adapters.huggingface import quiet
+from covft.adapters.spec import Adapter
+from covft.checkpoints.folder import read_config
+from covft.checkpoints.pretrained import FOLDER, MARK
+from covft.errors import CheckpointError, ConfigError, CoVFTError
+from covft.integrations.mllm.attach import attach
+from covft.integrations.mllm.prompt import PromptReader
+from covft.integrations.training.checkpoints import load_trained
+from covft.integrations.training.parts import parts_of
+from covft.utils.extras import import_library
+
+_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What is fetched of a repository: no code, and no pickles.
+_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
+_REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# Options of a config that name code to fetch and run, and options of adapters that name a module to import.
+_CODE_IN_CONFIG = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+_CODE_IN_ADAPTER = ("megatron_config", "custom_modules", "_custom_modules")
+# Where quantization configs list the modules that they leave alone.
+_LEFT_ALONE = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
+
+
+def load_model(
+    folder_or_repo_id: str | os.PathLike[str],
+    text_encoder: Any = None,
+    *,
+    processor: Any = None,
+    base: Any = None,
+    merge_lora: bool = False,
+    dtype: Any = "auto",
+    device_map: Any = None,
+    quantization_config: Any = None,
+    attn_implementation: str | None = None,
+    adapter: Adapter | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load a multimodal LLM that was saved after `attach`, with its tower attached.
+
+    The folder is what `model.save_pretrained` wrote, or a checkpoint of a trainer: the model, its tokenizer or
+    processor, and the adapted tower in `covft/`. The settings of `attach` that decide which text the tower sees
+    (`turns`, `system`, ...) are those of training. No code of the folder runs.
+
+    Args:
+        folder_or_repo_id: The folder, or a repository of the Hugging Face Hub.
+        text_encoder: As for `covft.wrap`; None builds it from the id that was saved.
+        processor: Processor or tokenizer of the model; None loads that of the folder.
+        base: The model that LoRA was trained on, where the folder holds only an adapter of peft: an id, a folder, or
+            the loaded model, changed in place. None takes the id in the adapter's config.
+        merge_lora: Whether to add LoRA to the weights and drop it.
+        dtype: Of the weights; `"auto"` keeps that of the saved weights.
+        device_map: As for `from_pretrained`.
+        quantization_config: As for `from_pretrained`, for the language model: tower and projector are left as they are.
+        attn_implementation: As for `from_pretrained`.
+        adapter: How the tower is built, if no registered adapter knows it.
+        trust_remote_code: As for `from_pretrained`: runs code of the folder. Never taken from a file.
+
+    Returns:
+        The model in eval mode, a `PeftModel` if LoRA is not merged; and its processor, or its tokenizer if the folder
+        has no complete processor.
+
+    Raises:
+        CheckpointError: If the folder has no adapted tower, is incomplete or damaged, or names code to run.
+        ConfigError: If processor or base cannot be loaded.
+
+    Example:
+        >>> model, processor = load_model("runs/llava-covft")  # doctest: +SKIP
+    """
+    transformers = import_library("transformers", "transformers", needed_by="load_model")
+    folder = _local(folder_or_repo_id)
+    tower = folder / FOLDER
+    reading = _reading(tower)
+    trust = {"trust_remote_code": trust_remote_code}
+    is_adapter = (folder / _ADAPTER_CONFIG).is_file()
+    source: Any = _base_of(folder, base) if is_adapter else folder
+    if processor is None:
+        names = [folder] if isinstance(source, nn.Module) or source is folder else [folder, source]
+        processor = _load_processor(transformers, names, trust)
+    if isinstance(source, nn.Module):
+        model: Any = source
+    else:
+        options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation, **trust}
+        options = {name: value for name, value in options.items() if value is not None}
+        model = _load_mllm(transformers, source, quantization_config, options)
+    tokenizer, settings = (None, {}) if reading is None else (processor, reading)
+    attach(model, text_encoder, tokenizer=tokenizer, pretrained=tower, adapter=adapter, **settings)
+    if is_adapter:
+        model = _with_lora(model, folder)
+        if merge_lora:
+            model = model.merge_and_unload()
+    return model.eval(), processor
+
+
+def _local(folder_or_repo_id: str | os.PathLike[str]) -> Path:
+    """Return the folder, which is fetched if it is a repository."""
+    name, folder = os.fspath(folder_or_repo_id), Path(folder_or_repo_id)
+    if not folder.exists() and _REPO_ID.fullmatch(name):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=list(_FILES)))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+            raise CheckpointError(
+                f"{name} is not a folder here, and cannot be fetched from the Hugging Face Hub.",
+                expected="a folder that an attached model was saved to, or a repository that can be reached",
+                got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+                fix=f"hf download {name}, where there is a network",
+            ) from error
+    if not (folder / FOLDER).is_dir():
+        raise CheckpointError(
+            f"{folder} has no adapted tower.",
+            expected=f"a folder with {FOLDER}/, which an attached model was saved to",
+            got=", ".join(sorted(entry.name for entry in folder.iterdir())) if folder.is_dir() else "no such folder",
+            fix="covft.attach(model, ...), then model.save_pretrained(folder); covft.load for a ViT alone",
+        )
+    return folder
+
+
+def _reading(tower: Path) -> dict[str, Any] | None:
+    """Return the settings by which `attach` read prompts in training; None if it read none."""
+    config = read_config(tower)
+    if "reading" not in config:
+        warnings.warn(
+            f"{tower} does not say how prompts were read in training; they are read as covft.attach does by default.",
+            UserWarning,
+            stacklevel=3,
+        )
+        return {}
+    reading = config["reading"]
+    if reading is None:
+        return None
+    parameters = inspect.signature(PromptReader).parameters.values()
+    known = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    found = reading if isinstance(reading, dict) else {}
+    wrong = [name for name, value in found.items() if name not in known or not isinstance(value, str | bool | None)]
+    if wrong or found is not reading:
+        raise CheckpointError(
+            f"{tower} was written by a later version of covft, or is damaged.",
+            expected=f"settings of the prompt reader: {', '.join(sorted(known))}",
+            got=", ".join(map(str, wrong)) or type(reading).__name__,
+            fix="pip install --upgrade covft",
+        )
+    return found
+
+
+def _load_processor(transformers: Any, sources: list[Any], trust: Mapping[str, bool]) -> Any:
+    """Load the processor of the first source that has one, or else its tokenizer."""
+    problem = ""
+    for source in sources:
+        for kind in (transformers.AutoProcessor, transformers.AutoTokenizer):
+            try:
+                with quiet():
+                    return kind.from_pretrained(source, **trust)
+            except Exception as error:  # a processor fails in many ways where some of its files are missing
+                problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+    raise ConfigError(
+        f"{sources[0]} has no processor and no tokenizer that can be loaded.",
+        expected="the files that processor.save_pretrained(folder) writes",
+        got=problem,
+        fix="covft.load_model(folder, processor=processor)",
+    )
+
+
+def _load_mllm(transformers: Any, source: Any, quantization_config: Any, options: dict[str, Any]) -> Any:
+    """Load a model with all its weights, or raise."""
+    name, auto = os.fspath(source), transformers.AutoModelForImageTextToText
+    try:
+        values, _ = transformers.PreTrainedConfig.get_config_dict(name)
+        _refuse_code(values, name, _CODE_IN_CONFIG, lambda value: isinstance(value, str) and "/" in value)
+        if quantization_config is not None:
+            options["quantization_config"] = _sparing(auto, name, quantization_config, options["trust_remote_code"])
+        with quiet():
+            model, info = auto.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if isinstance(error, CoVFTError):
+            raise
+        raise CheckpointError(
+            f"The multimodal LLM in {name} cannot be loaded.",
+            expected="config.json and safetensors of a model that transformers loads for image-text-to-text",
+            got=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}",
+        ) from error
+    found = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(set(info["unexpected_keys"]) - {MARK}),
+        "of another shape": sorted(map(str, info.get("mismatched_keys") or ())),
+    }
+    if any(found.values()):
+        raise CheckpointError(
+            f"The weights in {name} are not those of a {type(model).__name__}.",
+            expected=f"all {len(model.state_dict())} of its tensors",
+            got="; ".join(f"{what}: {', '.join(keys[:4])}" for what, keys in found.items() if keys),
+            fix="copy the complete folder again",
+        )
+    return model
+
+
+def _refuse_code(values: Any, name: str, keys: tuple[str, ...], runs: Any) -> None:
+    """Refuse a config in which an option names code."""
+    for key, value in _walk(values):
+        if key in keys and runs(value):
+            raise CheckpointError(
+                f"The config of {name} names code to run: {key}.",
+                expected="a config without it",
+                got=repr(value)[:100],
+                fix=f"remove {key} from the file; attn_implementation= of load_model sets the attention",
+            )
+
+
+def _walk(values: Any) -> Iterator[tuple[str, Any]]:
+    """Yield all keys and values of nested JSON; the items of a mapping also under its own key."""
+    if isinstance(values, list):
+        for item in values:
+            yield from _walk(item)
+    for key, value in values.items() if isinstance(values, dict) else ():
+        yield key, value
+        if isinstance(value, dict):
+            yield from ((key, item) for item in value.values())
+        yield from _walk(value)
+
+
+def _sparing(auto: Any, name: str, quantization_config: Any, trust_remote_code: bool) -> Any:
+    """Return a quantization config that leaves everything but the language model alone."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = auto.from_config(config, trust_remote_code=trust_remote_code)
+    result, kept = copy.deepcopy(quantization_config), _outside_the_language_model(model)
+    for attribute in _LEFT_ALONE:
+        if hasattr(result, attribute):
+            setattr(result, attribute, [*(getattr(result, attribute) or ()), *kept])
+            return result
+    raise ConfigError(
+        f"load_model does not know how {type(result).__name__} leaves modules alone, so it would quantise the tower.",
+        expected=f"a quantization config with {' or '.join(_LEFT_ALONE)}",
+        got=type(result).__name__,
+        fix="transformers.BitsAndBytesConfig(load_in_4bit=True)",
+    )
+
+
+def _outside_the_language_model(model: Any) -> list[str]:
+    """Return the names of the largest modules that have nothing of the language model, and of its head."""
+    names: list[str] = []
+    in_llm = {name for name, part in parts_of(model).items() if part == "llm"}
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in names)
+        if module is head or (name and not inside and not any(p.startswith(f"{name}.") for p in in_llm)):
+            names.append(name)
+    return names
+
+
+def _base_of(folder: Path, base: Any) -> Any:
+    """Return the base model of an adapter: what the caller gives, or the id in the adapter's config."""
+    config = _adapter_config(folder)
+    if base is not None:
+        return base
+    named = config.get("base_model_name_or_path")
+    named = named if isinstance(named, str) else ""
+    inside = folder / named
+    if named and inside.is_dir() and folder.resolve() in inside.resolve().parents:
+        return inside
+    if not _REPO_ID.fullmatch(named) or Path(named).exists():
+        raise ConfigError(
+            f"{folder} holds only an adapter, and does not name its base model by an id.",
+            expected="the model that LoRA was trained on",
+            got=repr(named),
+            fix="covft.load_model(folder, base=...), an id, a folder or the loaded model",
+        )
+    return named
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    """Read the config of an adapter, and refuse one that would run code."""
+    path = folder / _ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged.", expected="JSON", got=str(error)) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is damaged.", expected="an object", got=type(config).__name__)
+    _refuse_code(config, str(path), _CODE_IN_ADAPTER, bool)
+    if not (folder / _ADAPTER_WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{folder} has the config of an adapter without its weights.",
+            expected=_ADAPTER_WEIGHTS,
+            got=", ".join(sorted(entry.name for entry in folder.iterdir())),
+        )
+    return config
+
+
+def _with_lora(model: nn.Module, folder: Path) -> Any:
+    """Put the adapter of a folder, and what was trained next to it, into an attached model."""
+    peft = import_library("peft", "train", needed_by="This adapter")
+    model = peft.PeftModel.from_pretrained(model, os.fspath(folder))
+    load_trained(model, folder / FOLDER)
+    return model
