@@ -13,7 +13,6 @@ from covft.errors import ConfigError, LayerIndexError, TextEncoderError, Unsuppo
 from covft.surgery.packed import check_plain
 from covft.surgery.skipping import check_layers
 from covft.surgery.slot import AdaptedFFN, Original
-from covft.surgery.split import SecondHalf
 from covft.surgery.wrapped import module_at
 from covft.utils.peft import adapter_parameters, is_adapter, is_trained_copy, plain_name
 from covft.utils.sharding import in_engine, is_partitioned, is_sharded
@@ -121,27 +120,26 @@ def check_weights(vit: nn.Module, spec: ViTSpec, layers: Iterable[int]) -> None:
 
 
 def check_restorable(vit: nn.Module, original: Original) -> None:
-    """Refuse to restore what other libraries have replaced since, and weights that were never in memory.
+    """Refuse to restore what peft has replaced since, norms that are gone, and weights that were never in memory.
 
-    Blocks that were removed since are left out.
+    Blocks that were removed since are left out; `WrappedViT.check_in_place` looks at the others.
 
     Raises:
         UnsupportedViTError: If an adapted FFN or a norm is not where it was put, or if the ViT was wrapped on the meta
             device and got weights since.
     """
     places = {path: module for path in original.ffns if (module := module_at(vit, path)) is not None}
-    replaced = [path for path, module in places.items() if not isinstance(module, AdaptedFFN | SecondHalf)]
+    replaced = [path for path, module in places.items() if is_adapter(module)]
     adapters = adapter_parameters(vit)
     present = {plain_name(name) for name, p in vit.named_parameters() if id(p) not in adapters}
     gone = [name for name in original.values if plain_name(name) not in present]
     missing = [name for name in gone if module_at(vit, name.rpartition(".")[0]) is not None]
     if replaced or missing:
-        by_peft = any(is_adapter(places[path]) for path in replaced)
         raise UnsupportedViTError(
             "Another library has replaced or removed parts of the ViT since wrap(), so it cannot be restored.",
             expected="the adapted FFNs and the norms where wrap() left them",
             got=", ".join([*replaced, *missing][:5]),
-            fix="peft_model.unload(), then undo" if by_peft else "undo what the other library did first",
+            fix="peft_model.unload(), then undo" if replaced else "undo what the other library did first",
         )
     kept = [*original.values.values(), *(p for ffn in original.ffns.values() for p in ffn.parameters())]
     if any(tensor.is_meta for tensor in kept) and not all(p.is_meta for p in vit.parameters()):
