@@ -15,6 +15,7 @@ from covft.encoder import ContextEncoder
 from covft.errors import ConfigError, UnsupportedViTError
 from covft.nn.experts import Experts
 from covft.nn.low_rank import LowRankExperts
+from covft.utils.arguments import check_kinds
 from covft.utils.parameters import count
 
 
@@ -39,6 +40,7 @@ class CompressionReport:
     feature_error: float | None
 
 
+@check_kinds
 @torch.no_grad()
 def compress(
     encoder: ContextEncoder, rank: int, images: Any = None, text: Any = None, *, show: bool = False, **kwargs: Any
@@ -90,6 +92,7 @@ def compress(
     )
 
 
+@check_kinds
 def skip_experts(encoder: ContextEncoder, below: float) -> None:
     """Skip experts whose weight for an image is small, in eval mode, and scale up the other weights.
 

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
 from covft.errors import ConfigError
+from covft.utils.arguments import check_kinds, short
+
+MOST = 1 << 20
+"""Bound on every number in a config, and on the width of text features: one that is larger was not meant."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -116,6 +120,7 @@ class CoVFTConfig:
         """Return the fields that each adapted block is built with, by name."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["per_block"]}
 
+    @check_kinds
     def is_same_model(self, other: CoVFTConfig) -> bool:
         """Return whether weights of one fit the other: all fields are equal but those that only say how it runs.
 
@@ -135,13 +140,19 @@ class CoVFTConfig:
         return dataclasses.replace(self, **settings)
 
     @classmethod
+    @check_kinds
     def choices(cls, name: str) -> tuple[str, ...]:
         """Return the words that a field may have; empty where it is not a word.
 
         Args:
             name: The field.
+
+        Raises:
+            ConfigError: If there is no such field.
         """
-        return next(field.metadata["choices"] for field in dataclasses.fields(cls) if field.name == name)
+        known = {field.name: field.metadata["choices"] for field in dataclasses.fields(cls)}
+        _check_names({name: None})
+        return known[name]
 
     @classmethod
     def reference(cls, **overrides: Any) -> CoVFTConfig:
@@ -161,6 +172,7 @@ class CoVFTConfig:
         return values
 
     @classmethod
+    @check_kinds
     def from_dict(cls, values: dict[str, Any]) -> CoVFTConfig:
         """Make settings of JSON values; the inverse of `to_dict`.
 
@@ -175,6 +187,7 @@ class CoVFTConfig:
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
+    @check_kinds
     def from_json(cls, text: str) -> CoVFTConfig:
         """Make settings of a JSON text; the inverse of `to_json`."""
         try:
@@ -238,16 +251,17 @@ def _whole_number(name: str, value: Any, least: int | None) -> int:
         number = operator.index(value)
     except TypeError:
         number = None
-    if number is None or (least is not None and number < least):
-        bound = "" if least is None else f" >= {least}"
-        raise ConfigError(f"{name}={value!r} cannot be used.", expected=f"a whole number{bound}", got=repr(value))
+    lowest = -MOST if least is None else least
+    if number is None or not lowest <= number <= MOST:
+        bound = f"a whole number from {lowest} to {MOST}"
+        raise ConfigError(f"{name}={short(value)} cannot be used.", expected=bound, got=short(value))
     return number
 
 
 def _layer_tuple(layers: Any) -> tuple[int, ...] | None:
     if layers is None:
         return None
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
+    if isinstance(layers, str | bytes) or not isinstance(layers, Iterable):
         raise ConfigError(
             f"layers={layers!r} cannot be used.",
             expected="an iterable of block indices, or None for the second half without the last block",

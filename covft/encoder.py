@@ -24,6 +24,7 @@ from covft.surgery.wrapped import TextSource, WrappedViT
 from covft.text import CachedTextEncoder, TextEncoder
 from covft.text.base import in_order
 from covft.text.inputs import as_index, check_text_features
+from covft.utils.arguments import check_kinds
 from covft.utils.parameters import param_groups
 
 
@@ -163,6 +164,7 @@ class ContextEncoder(WrappedViT):
             features = encoder.encode([text] if isinstance(text, str) else in_order(text))
         return features.to(self._device())
 
+    @check_kinds
     def set_text_encoder(self, text_encoder: TextEncoder | None) -> None:
         """Replace the text encoder by another of the same width, such as after unpickling.
 
@@ -232,6 +234,7 @@ class ContextEncoder(WrappedViT):
 
     # Train
 
+    @check_kinds
     def param_groups(
         self,
         lr: float,
@@ -259,6 +262,7 @@ class ContextEncoder(WrappedViT):
         rates = {"experts": experts_lr, "router": router_lr, "norms": norms_lr}
         return param_groups(self.vit.named_parameters(), self.part_of, lr=lr, rates=rates, weight_decay=weight_decay)
 
+    @check_kinds
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute activations of the blocks during backward, by the ViT library's own switch.
 
@@ -275,6 +279,7 @@ class ContextEncoder(WrappedViT):
         """Undo `gradient_checkpointing_enable`."""
         set_activation_checkpointing(self.vit, on=False)
 
+    @check_kinds
     def set_recompute(self, recompute: str) -> None:
         """Choose what backward recomputes of experts and contexts instead of keeping it.
 
@@ -308,6 +313,7 @@ class ContextEncoder(WrappedViT):
         """
         return saving.adapted_state_dict(self)
 
+    @check_kinds
     def save_pretrained(self, folder: str | Path) -> None:
         """Save what was added or trained, and what it belongs to; `covft.load` is the inverse.
 
@@ -323,6 +329,7 @@ class ContextEncoder(WrappedViT):
         """
         saving.save(self, folder)
 
+    @check_kinds
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save to a repository of the Hugging Face Hub.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from covft.errors import ConfigError
 from covft.nn.router import Routing
 from covft.text.hashed import HashTextEncoder
+from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 
 __all__ = ["FixedRouter", "HashTextEncoder", "TinyMLLM", "ToyViT", "tiny_internvl", "tiny_llava"]
@@ -65,6 +66,7 @@ class ToyViT(nn.Module):
         torch.Size([2, 5, 16])
     """
 
+    @check_kinds
     def __init__(
         self, width: int = 16, depth: int = 4, num_heads: int = 4, image_size: int = 16, patch_size: int = 8
     ) -> None:
@@ -186,6 +188,7 @@ class TinyMLLM(NamedTuple):
         return batch
 
 
+@check_kinds
 def tiny_llava(depth: int = 6) -> TinyMLLM:
     """Build a small LLaVA with random weights from transformers' own classes: a CLIP tower and a Llama.
 
@@ -210,6 +213,7 @@ def tiny_llava(depth: int = 6) -> TinyMLLM:
     return TinyMLLM(_with_ids(model, tokenizer), tokenizer, "<image>" * 4)
 
 
+@check_kinds
 def tiny_internvl(depth: int = 6) -> TinyMLLM:
     """Build a small InternVL with random weights from transformers' own classes: an InternViT and a Qwen2.
 

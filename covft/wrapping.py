@@ -32,6 +32,7 @@ from covft.surgery.frozen import FrozenWatch
 from covft.surgery.overrides import remove_hooks
 from covft.surgery.skipping import last_read, run_all_blocks, skip_blocks
 from covft.text import TextEncoder, as_text_encoder
+from covft.utils.arguments import check_kinds
 from covft.utils.sharding import in_engine, is_partitioned, unpartitioned
 
 
@@ -155,6 +156,7 @@ def plan_load(
     return plan
 
 
+@check_kinds
 @show_settings
 def wrap(
     vit: nn.Module,
@@ -198,6 +200,7 @@ def wrap(
     return plan_wrap(vit, text_encoder, config, adapter, settings).install()
 
 
+@check_kinds
 def load(
     folder_or_repo_id: str | Path,
     vit: nn.Module | None = None,
@@ -226,6 +229,7 @@ def load(
     return plan_load(folder_or_repo_id, vit, text_encoder, adapter).install()
 
 
+@check_kinds
 def unwrap(encoder: ContextEncoder) -> nn.Module:
     """Restore the ViT as it was before `wrap`, bit for bit, in place.
 

@@ -14,6 +14,7 @@ from covft.adapters.discovery import find_blocks, why_none
 from covft.adapters.input_format import InputFormat, lookup
 from covft.adapters.spec import ViTSpec, class_names
 from covft.errors import UnknownViTError, UnsupportedViTError
+from covft.utils.arguments import check_kinds
 
 # Attributes of models with a text side.
 _TEXT_SIDE = (
@@ -30,6 +31,7 @@ _PACKED_ARGUMENTS = ("grid_thw", "image_grid_thw", "cu_seqlens", "image_sizes")
 _TEXT_CLASS = re.compile(r"Text(Model|Transformer|Encoder|Tower)|CausalLM")
 
 
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class ViTFamily:
     """An adapter that consists of data.

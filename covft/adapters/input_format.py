@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from covft.utils.arguments import check_kinds
 
+
+@check_kinds
 @dataclass(frozen=True, kw_only=True)
 class InputFormat:
     """Assigns the tokens of a ViT to the images of a call.

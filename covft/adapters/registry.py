@@ -14,12 +14,14 @@ from torch import nn
 from covft.adapters.families import FAMILIES
 from covft.adapters.spec import Adapter, ViTSpec
 from covft.errors import ConfigError, UnknownViTError
+from covft.utils.arguments import check_kinds
 
 ENTRY_POINT_GROUP = "covft.adapters"
 
 _registered: dict[str, Adapter] = {}
 
 
+@check_kinds
 def register_adapter(adapter: Adapter) -> Adapter:
     """Add an adapter, which takes precedence over the built-in ones.
 
@@ -52,6 +54,7 @@ def list_adapters() -> list[Adapter]:
     return [*_registered.values(), *_from_entry_points(taken), *ours]
 
 
+@check_kinds
 def describe(vit: nn.Module, adapter: Adapter | None = None) -> ViTSpec:
     """Describe a model as `wrap` sees it: blocks, FFNs, widths, norms. The model is neither run nor changed.
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from covft.adapters.huggingface import load_tower, tower_source
 from covft.errors import CoVFTError, UnknownViTError, UnsupportedViTError
+from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 from covft.utils.sources import split_options, with_options
 
@@ -23,6 +24,7 @@ from covft.utils.sources import split_options, with_options
 _SOURCE_ATTRIBUTE = "_covft_source"
 
 
+@check_kinds
 def load_vit(source: str, pretrained: bool = True, *, device: torch.device | str = "cpu", **options: Any) -> nn.Module:
     """Load a ViT by name.
 
@@ -68,6 +70,7 @@ def load_vit(source: str, pretrained: bool = True, *, device: torch.device | str
         return _LOADERS[kind](name, pretrained, torch.device(device), {**written, **options})
 
 
+@check_kinds
 def source_of(vit: nn.Module) -> str | None:
     """Return the source from which `load_vit` loads a model again.
 

@@ -19,11 +19,13 @@ from covft.nn.context import CrossAttentionContext
 from covft.nn.experts import Experts
 from covft.surgery.slot import AdaptedFFN
 from covft.surgery.wrapped import WrappedViT
+from covft.utils.arguments import check_kinds
 
 _LAYER_KEY = re.compile(r"(?:^|.*\.)layers\.(\d+)\.(.+)$")
 _REFINEMENT = {"fc1": "up", "fc2": "down", "ln": "norm"}
 
 
+@check_kinds
 def import_reference(encoder: WrappedViT, path_or_state_dict: str | Path | Mapping[str, Tensor]) -> None:
     """Put the weights of a checkpoint that the paper's authors released into an encoder, exactly.
 

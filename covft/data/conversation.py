@@ -15,6 +15,7 @@ from covft.data.rows import IMAGE_TAG, Row, parse_row, parse_turns
 from covft.data.spans import AnswersNotFoundError, Span, answer_spans
 from covft.data.turns import check_messages
 from covft.errors import ConfigError
+from covft.utils.arguments import check_kinds
 
 IGNORE_INDEX = -100
 TURNS = ("all", "first", "last")
@@ -85,6 +86,7 @@ def instruction_text(
     return " ".join(filter(None, (_without(turn, placeholders) for turn in chosen)))
 
 
+@check_kinds
 def encode_conversation(
     tokenizer: Any,
     messages: Sequence[dict[str, str]],

@@ -10,8 +10,10 @@ from covft.data.conversation import instruction_text
 from covft.data.internvl import InternVLRows
 from covft.data.llava import LlavaRows
 from covft.data.rows import RowSource
+from covft.utils.arguments import check_kinds
 
 
+@check_kinds
 def open_rows(path: str | Path) -> RowSource:
     """Open LLaVA's JSON or JSONL, or InternVL's meta file.
 
@@ -30,6 +32,7 @@ def open_rows(path: str | Path) -> RowSource:
     return InternVLRows(path) if is_meta else LlavaRows(path)
 
 
+@check_kinds
 def instructions_of(
     source: RowSource, turns: str = "all", *, empty_instruction: str | None = None
 ) -> Iterator[str | None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from covft.data.chat_template import ChatTemplate, any_of
 from covft.errors import ConfigError
+from covft.utils.arguments import check_kinds
 
 Span = tuple[int, int]
 
@@ -16,6 +17,7 @@ class AnswersNotFoundError(ConfigError):
     """The chat template does not write the answers as they are, or the text around them depends on them."""
 
 
+@check_kinds
 def answer_spans(
     tokenizer: Any,
     messages: Sequence[dict[str, str]],

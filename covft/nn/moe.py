@@ -18,6 +18,7 @@ from covft.nn.functional import Place, in_type_of
 from covft.nn.low_rank import LowRankExperts
 from covft.nn.router import Routing, make_router
 from covft.nn.segments import Segments
+from covft.utils.arguments import check_kinds
 
 
 class ContextualMoE(nn.Module):
@@ -48,6 +49,7 @@ class ContextualMoE(nn.Module):
         torch.Size([2, 5, 8])
     """
 
+    @check_kinds
     def __init__(
         self,
         ffn: nn.Module,

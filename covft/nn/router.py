@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from covft.nn.functional import Place, in_type_of, wide_softmax
+from covft.utils.arguments import check_kinds
 
 
 class Routing(NamedTuple):
@@ -72,6 +73,7 @@ class DenseRouter(nn.Module):
 
     needs_context = True
 
+    @check_kinds
     def __init__(self, context_dim: int, num_experts: int, **place: Unpack[Place]) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -95,6 +97,7 @@ class SparseRouter(DenseRouter):
         **place: `device` and `dtype` of the parameters.
     """
 
+    @check_kinds
     def __init__(self, context_dim: int, num_experts: int, top_k: int, **place: Unpack[Place]) -> None:
         super().__init__(context_dim, num_experts, **place)
         self.top_k = top_k
@@ -112,6 +115,7 @@ class UniformRouter(nn.Module):
 
     needs_context = False
 
+    @check_kinds
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -141,6 +145,7 @@ class RandomRouter(nn.Module):
 
     needs_context = False
 
+    @check_kinds
     def __init__(self, num_experts: int, top_k: int, *, eval_seed: int = 0) -> None:
         super().__init__()
         self.num_experts = num_experts

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from covft.config import MOST
 from covft.errors import CoVFTError, ShapeError, TextEncoderError
 from covft.text.cache import DEFAULT_CACHE_BYTES, FeatureCache
 
@@ -229,7 +230,7 @@ def check_texts(texts: Sequence[str]) -> list[str]:
 
 def _is_ordered(texts: object) -> bool:
     """Return whether a value has an order, a length and one axis, as lists, arrays and columns of tables do."""
-    if isinstance(texts, Mapping) or not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__")):
+    if isinstance(texts, Mapping | type) or not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__")):
         return False
     return getattr(texts, "ndim", 1) == 1
 
@@ -263,8 +264,10 @@ def check_features(features: object, text_dim: int | None, text: str) -> None:
 
 def check_width(text_dim: int) -> int:
     """Return the width C of text features; refuse one that is not a positive whole number."""
-    if isinstance(text_dim, bool) or text_dim < 1:
-        raise TextEncoderError("Text features need a width.", expected="an int >= 1", got=describe(text_dim))
+    if isinstance(text_dim, bool) or not 1 <= text_dim <= MOST:
+        raise TextEncoderError(
+            "Text features need a width.", expected=f"an int from 1 to {MOST}", got=describe(text_dim)
+        )
     return int(text_dim)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Hashable
 from torch import Tensor
 
 from covft.errors import TextEncoderError
+from covft.utils.arguments import check_kinds
 
 DEFAULT_CACHE_BYTES = 256 * 2**20
 
@@ -21,6 +22,7 @@ class FeatureCache:
         max_bytes: Bound on features and keys together; 0 caches nothing.
     """
 
+    @check_kinds
     def __init__(self, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         if max_bytes < 0:
             raise TextEncoderError("A cache cannot have a negative size.", expected=">= 0", got=max_bytes)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from covft.errors import TextEncoderError
 from covft.text.base import PROBES, CachedTextEncoder, describe
 from covft.text.cache import DEFAULT_CACHE_BYTES
+from covft.utils.arguments import check_kinds
 
 
 class CallableTextEncoder(CachedTextEncoder):
@@ -34,6 +35,7 @@ class CallableTextEncoder(CachedTextEncoder):
 
     _probe_fix = "covft.text.CallableTextEncoder(function, text_dim=C), if the function knows only certain texts"
 
+    @check_kinds
     def __init__(
         self,
         function: Callable[[list[str]], Any],

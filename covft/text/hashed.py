@@ -9,6 +9,7 @@ from torch import Tensor
 
 from covft.text.base import CachedTextEncoder, check_width
 from covft.text.cache import DEFAULT_CACHE_BYTES
+from covft.utils.arguments import check_kinds
 
 
 class HashTextEncoder(CachedTextEncoder):
@@ -23,6 +24,7 @@ class HashTextEncoder(CachedTextEncoder):
         torch.Size([3, 8])
     """
 
+    @check_kinds
     def __init__(self, text_dim: int, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         self.text_dim = check_width(text_dim)
         super().__init__(f"hash:{text_dim}", cache_bytes=cache_bytes)

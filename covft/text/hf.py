@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from covft.errors import TextEncoderError
-from covft.text.base import CachedTextEncoder, freeze
+from covft.text.base import CachedTextEncoder, describe, freeze
 from covft.text.cache import DEFAULT_CACHE_BYTES
 from covft.text.hf_models import (
     OWN_POOLED_TOKEN,
@@ -25,6 +25,7 @@ from covft.text.hf_models import (
     text_part,
 )
 from covft.text.loading import find_json, load_pretrained
+from covft.utils.arguments import check_kinds
 from covft.utils.foreign_code import refuse_code
 from covft.utils.sources import with_options
 
@@ -55,6 +56,7 @@ class HFTextEncoder(CachedTextEncoder):
         MissingDependencyError: If transformers is not installed and an id or folder is given.
     """
 
+    @check_kinds
     def __init__(
         self,
         model: str | nn.Module,
@@ -70,6 +72,13 @@ class HFTextEncoder(CachedTextEncoder):
             known = " | ".join(POOLINGS)
             raise TextEncoderError(f"pooling={pooling!r} is not known.", expected=known, got=repr(pooling))
         loaded: Any = model
+        if not isinstance(model, str) and not hasattr(model, "config"):
+            raise TextEncoderError(
+                f"{type(model).__name__} is not a text model of transformers.",
+                expected="a model id, a folder, or a loaded model with its config",
+                got=describe(model),
+                fix="covft.text.CallableTextEncoder(function)",
+            )
         if isinstance(model, str):
             refuse_code(find_json(model, "config.json", revision=revision), model)
             loaded = load_pretrained("AutoModel", model, revision=revision)

@@ -64,7 +64,11 @@ def as_index(index: Any, num_texts: int) -> Tensor:
     Raises:
         ShapeError: If it is not one whole number per image, or points at missing texts.
     """
-    index = torch.as_tensor(index)
+    try:
+        index = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = f"{type(index).__name__}: {error}".partition("\n")[0]
+        raise ShapeError("index= says which text each image has.", expected="whole numbers", got=got) from error
     if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
         raise ShapeError(
             "index= says which text each image has.",

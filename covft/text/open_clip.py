@@ -10,6 +10,7 @@ from covft.errors import TextEncoderError
 from covft.text.base import CachedTextEncoder, freeze
 from covft.text.cache import DEFAULT_CACHE_BYTES
 from covft.text.loading import count_tokens
+from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 
 # Size of the vocabulary of CLIP's own byte-pair tokenizer.
@@ -33,6 +34,7 @@ class OpenCLIPTextEncoder(CachedTextEncoder):
         MissingDependencyError: If open_clip is not installed.
     """
 
+    @check_kinds
     def __init__(
         self, model: str | nn.Module, tokenizer: Any = None, *, cache_bytes: int = DEFAULT_CACHE_BYTES
     ) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from covft.errors import TextEncoderError
 from covft.text.base import CachedTextEncoder, check_width, describe
+from covft.utils.arguments import check_kinds
 
 
 class PrecomputedFeatures(CachedTextEncoder):
@@ -22,6 +23,7 @@ class PrecomputedFeatures(CachedTextEncoder):
         'features:768'
     """
 
+    @check_kinds
     def __init__(self, text_dim: int) -> None:
         self.text_dim = check_width(text_dim)
         super().__init__(f"features:{text_dim}", cache_bytes=0)

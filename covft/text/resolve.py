@@ -18,6 +18,7 @@ from covft.text.loading import find_json
 from covft.text.open_clip import OpenCLIPTextEncoder
 from covft.text.precomputed import PrecomputedFeatures
 from covft.text.sentence_transformers import SentenceTransformersEncoder, check_modules
+from covft.utils.arguments import check_kinds
 from covft.utils.sources import split_options
 
 ACCEPTED = (
@@ -27,6 +28,7 @@ ACCEPTED = (
 )
 
 
+@check_kinds
 def as_text_encoder(obj: Any, *, pooling: str | None = None, revision: str | None = None) -> TextEncoder:
     """Make a text encoder.
 

@@ -11,6 +11,7 @@ from covft.errors import TextEncoderError
 from covft.text.base import CachedTextEncoder, freeze
 from covft.text.cache import DEFAULT_CACHE_BYTES
 from covft.text.loading import count_tokens, find_json, not_loaded
+from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 from covft.utils.foreign_code import refuse_code
 
@@ -38,11 +39,14 @@ class SentenceTransformersEncoder(CachedTextEncoder):
         MissingDependencyError: If sentence-transformers is not installed and an id or folder is given.
     """
 
+    @check_kinds
     def __init__(
         self, model: str | nn.Module, *, revision: str | None = None, cache_bytes: int = DEFAULT_CACHE_BYTES
     ) -> None:
         loaded: Any = model
         if isinstance(model, str):
+            if not model:
+                raise TextEncoderError("A text encoder needs a name.", expected="a model id or a folder", got="''")
             library = import_library("sentence_transformers", "sentence-transformers", needed_by="This text encoder")
             check_modules(model, revision)
             safely: Any = {"trust_remote_code": False, "model_kwargs": {"weights_only": True}}

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm  # comes with huggingface_hub
 
 from covft.errors import TextEncoderError
 from covft.text.base import CachedTextEncoder, TextEncoder, check_texts, shown
+from covft.utils.arguments import check_kinds
 from covft.utils.files import write_tensors
 
 # Metadata of the file, with name and sha256; the format is what `write_tensors` adds.
@@ -42,6 +43,7 @@ class FeatureTable(CachedTextEncoder):
         torch.Size([1, 8])
     """
 
+    @check_kinds
     def __init__(self, digests: Tensor, features: Tensor, name: str, fallback: TextEncoder | None = None) -> None:
         shape, kinds = tuple(features.shape), (digests.dtype, features.is_floating_point())
         if len(shape) != 2 or not features.numel() or digests.shape != (shape[0], 32) or kinds != (torch.uint8, True):
@@ -67,6 +69,7 @@ class FeatureTable(CachedTextEncoder):
         return len(self._rows)
 
     @classmethod
+    @check_kinds
     def precompute(
         cls, text_encoder: TextEncoder, texts: Iterable[str], path: str | Path | None = None, *, show: bool = False
     ) -> FeatureTable:
@@ -95,6 +98,7 @@ class FeatureTable(CachedTextEncoder):
             table.save(path)
         return table
 
+    @check_kinds
     def save(self, path: str | Path) -> None:
         """Write the table atomically, with a digest of its content.
 
@@ -103,9 +107,10 @@ class FeatureTable(CachedTextEncoder):
         """
         tensors = {"digests": _matrix(self._rows), "features": self._features}
         about = {**_ABOUT, "name": self.name}
-        write_tensors(Path(path), tensors, **{**about, "sha256": _sha256(tensors, about)})
+        write_tensors(Path(path), tensors, {**about, "sha256": _sha256(tensors, about)})
 
     @classmethod
+    @check_kinds
     def load(cls, path: str | Path, fallback: TextEncoder | None = None) -> FeatureTable:
         """Read a table.
 

@@ -104,7 +104,7 @@ def check_kinds(function: Checked) -> Checked:
             if name in given and not _is_of(given[name], kind):
                 value = given[name]
                 raise ArgumentError(
-                    f"{called}() cannot use {name}={_short(value)}.", expected=_told(kind), got=type(value).__name__
+                    f"{called}() cannot use {name}={short(value)}.", expected=_told(kind), got=type(value).__name__
                 )
         return function(*args, **kwargs)
 
@@ -188,6 +188,11 @@ def _told(kind: Any) -> str:
     return f"{name} of {' and '.join(_told(one) for one in inner if one is not ...)}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Show a value in a message, cut where it is long.
+
+    Args:
+        value: Anything.
+    """
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -74,7 +74,7 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, _json(content))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], **about: str) -> dict[str, Any]:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Write tensors and metadata to a `.safetensors` file atomically, and make its folder if needed.
 
     Returns:
@@ -85,7 +85,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], **about: str) -> di
     """
     _check_complete(tensors)
     with _staged(path.parent) as stage:
-        stated = stage.add_tensors(path.name, tensors, **about)
+        stated = stage.add_tensors(path.name, tensors, about)
         stage.publish(path.name)
     return stated
 
@@ -226,13 +226,15 @@ class _Stage:
             file.flush()
             os.fsync(file.fileno())
 
-    def add_tensors(self, name: str, tensors: Mapping[str, Tensor], **about: str) -> dict[str, Any]:
+    def add_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """Write a `.safetensors` file, and return its statement."""
         path = self.aside / name
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         path.touch()
         mode = path.stat().st_mode & 0o777  # what the user's umask leaves; safetensors makes its files 0600
-        save_file(on_cpu, path, {"format": "pt", **about})
+        save_file(on_cpu, path, {"format": "pt", **(about or {})})
         with contextlib.suppress(PermissionError):  # file systems without modes
             path.chmod(mode)
         with path.open("rb") as file:

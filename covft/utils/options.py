@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from covft.config import CoVFTConfig
 from covft.errors import ConfigError
+from covft.utils.arguments import check_kinds
 
 
 class Option(NamedTuple):
@@ -35,6 +36,7 @@ def options(without: Collection[str] = ()) -> Iterator[Option]:
         yield Option(field.name, parse, field.metadata["choices"], field.default, meanings.get(field.name, ""))
 
 
+@check_kinds
 def add_options(parser: argparse.ArgumentParser, prefix: str = "", without: Collection[str] = ()) -> None:
     """Add every field to an argument parser as `--PREFIXname`, but for those `without`; see `given_options`."""
     for option in options(without):

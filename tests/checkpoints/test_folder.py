@@ -137,7 +137,7 @@ def test_what_is_not_a_digest_is_refused_and_names_no_file(tmp_path, digest):
     config = json.loads((tmp_path / CONFIG).read_text())
     config["weights"]["sha256"] = digest
     (tmp_path / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="is not the file that|is incomplete"):
+    with pytest.raises(CheckpointError, match=r"is not the file that|is incomplete"):
         read_folder(tmp_path)
 
 

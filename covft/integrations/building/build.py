@@ -15,12 +15,14 @@ from covft.adapters.sources import load_vit
 from covft.data.placeholders import ImageText
 from covft.errors import ConfigError, UnsupportedViTError
 from covft.integrations.building.loading import load_language_model, whole_weights
+from covft.utils.arguments import check_kinds
 
 # Towers that take images of any size; all others take only that of their config.
 _ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers", "dinov3_vit"})
 _INTERNVL_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
 
 
+@check_kinds
 @whole_weights()
 def build_llava(
     vision: Any,
@@ -85,6 +87,7 @@ def build_llava(
     return _join(LlavaForConditionalGeneration, config, tower, LlavaMultiModalProjector(config), llm, tokenizer)
 
 
+@check_kinds
 @whole_weights()
 def build_internvl(
     vision: Any,
@@ -160,6 +163,7 @@ def build_internvl(
     return _join(InternVLForConditionalGeneration, config, tower, InternVLMultiModalProjector(config), llm, tokenizer)
 
 
+@check_kinds
 def image_text_of(model: Any, tokenizer: Any) -> ImageText:
     """Return the placeholders of an image in the text of a LLaVA or InternVL; for `covft.data.ConversationDataset`.
 
@@ -173,6 +177,7 @@ def image_text_of(model: Any, tokenizer: Any) -> ImageText:
     return ImageText(token, per_tile=config.image_seq_length, before=around[0], after=around[1])
 
 
+@check_kinds
 def llava_processor(model: Any, tokenizer: Any, image_processor: Any) -> Any:
     """Build the processor of a LLaVA, which expands the placeholder of an image to one per image token.
 

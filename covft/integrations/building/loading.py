@@ -12,6 +12,7 @@ from torch import nn
 
 from covft.adapters.huggingface import tower_config
 from covft.errors import CheckpointError, ConfigError
+from covft.utils.arguments import check_kinds
 from covft.utils.sharding import unpartitioned
 
 # Settings of what follows the head in some language models; LLaVA and InternVL have only the head.
@@ -89,6 +90,7 @@ def load_language_model(
     return model
 
 
+@check_kinds
 def load_image_processor(source: Any, image_size: int | None = None) -> Any:
     """Load the image processor of a tower, set to the image size that the tower takes.
 

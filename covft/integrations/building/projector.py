@@ -11,12 +11,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from covft.errors import CheckpointError, UnsupportedViTError
+from covft.utils.arguments import check_kinds
 from covft.utils.files import write_tensors
 from covft.utils.sharding import full, is_distributed, is_main_process
 
 PROJECTOR_NAME = "projector.safetensors"
 
 
+@check_kinds
 def save_projector(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Save the projector of a multimodal LLM.
 
@@ -43,6 +45,7 @@ def save_projector(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     return path
 
 
+@check_kinds
 def load_projector(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Load a saved projector into a model, keeping the model's device and dtype.
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from covft.utils.arguments import check_kinds
 from covft.utils.sharding import full, gathered, is_sharded
 
 
+@check_kinds
 def save_trained(trainer: Any, *processors: Any) -> None:
     """Save the model of a trainer to its output folder, LoRA merged into the weights.
 

@@ -19,11 +19,13 @@ from covft.integrations.mllm.families import find_tower
 from covft.integrations.mllm.prompt import PromptReader
 from covft.surgery.packed import naming_tower
 from covft.surgery.skipping import check_read
+from covft.utils.arguments import check_kinds
 from covft.wrapping import WrapPlan, plan_load, plan_wrap, unwrap
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@check_kinds
 @show_settings
 def attach(
     model: Model,
@@ -152,6 +154,7 @@ def unattached(model: nn.Module) -> Any:
     return target
 
 
+@check_kinds
 def detach(model: Model) -> Model:
     """Undo `attach`, in place: methods, FFNs, norms and names are as they were, bit for bit.
 
@@ -182,6 +185,7 @@ def detach(model: Model) -> Model:
     return model
 
 
+@check_kinds
 def get_encoder(model: nn.Module) -> ContextEncoder:
     """Return the context-aware tower of an attached model.
 

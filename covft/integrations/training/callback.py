@@ -27,6 +27,7 @@ from covft.integrations.training.gradients import GradientWatch
 from covft.integrations.training.monitor import RoutingMonitor
 from covft.integrations.training.parts import parts_of
 from covft.integrations.training.trainable import after_peft, check_trainable
+from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 from covft.utils.sharding import is_sharded
 
@@ -146,6 +147,7 @@ class CoVFTCallback(TowerCallback):
         >>> trainer = Trainer(model, args, callbacks=[CoVFTCallback("bert-base-uncased")])  # doctest: +SKIP
     """
 
+    @check_kinds
     def __init__(
         self,
         text_encoder: Any = None,

@@ -26,6 +26,7 @@ from covft.checkpoints.loading import load_into
 from covft.checkpoints.pretrained import FOLDER
 from covft.errors import CheckpointError
 from covft.integrations.mllm.attachment import attachment_of
+from covft.utils.arguments import check_kinds
 from covft.utils.files import Pair, is_temporary, read_pair, write_json, write_pair
 from covft.utils.sharding import assign, full, shape_of
 
@@ -150,6 +151,7 @@ def seal(checkpoint: str | Path, step: int) -> None:
     write_json(checkpoint / SEAL, {"format": 1, "step": step, "files": files})
 
 
+@check_kinds
 def check_checkpoint(checkpoint: str | Path) -> None:
     """Refuse an incomplete checkpoint.
 
@@ -184,6 +186,7 @@ def check_checkpoint(checkpoint: str | Path) -> None:
         )
 
 
+@check_kinds
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """Return the last complete checkpoint of a run; a warning names later, incomplete ones.
 

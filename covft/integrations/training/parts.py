@@ -14,6 +14,7 @@ from covft.errors import ConfigError
 from covft.integrations.mllm.attachment import attachment_of, without_peft
 from covft.integrations.mllm.families import find_tower
 from covft.utils import parameters
+from covft.utils.arguments import check_kinds
 from covft.utils.peft import adapter_parameters
 
 PARTS = ("experts", "router", "norms", "vision", "projector", "llm")
@@ -24,6 +25,7 @@ _PROJECTORS = frozenset(
 )
 
 
+@check_kinds
 def parts_of(model: nn.Module) -> dict[str, str]:
     """Return the part that each parameter belongs to.
 
@@ -52,6 +54,7 @@ def parts_of(model: nn.Module) -> dict[str, str]:
     return parts
 
 
+@check_kinds
 def train_only(model: nn.Module, parts: Iterable[str], *, dtype: torch.dtype | None = None) -> dict[str, int]:
     """Train these parts of a multimodal LLM, and freeze everything else.
 
@@ -101,6 +104,7 @@ def train_only(model: nn.Module, parts: Iterable[str], *, dtype: torch.dtype | N
     return counts
 
 
+@check_kinds
 def freeze_unread(model: nn.Module) -> list[str]:
     """Freeze the parameters of the tower that no loss depends on.
 

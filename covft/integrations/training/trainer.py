@@ -20,6 +20,7 @@ from covft.integrations.mllm.families import base_of
 from covft.integrations.training.callback import CoVFTCallback, SealCallback
 from covft.integrations.training.checkpoints import check_checkpoint, check_trained, last_checkpoint
 from covft.integrations.training.parts import param_groups
+from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class MLLMTrainer(Trainer):
         >>> MLLMTrainer(model, args, train_dataset=dataset, processing_class=tokenizer).train()  # doctest: +SKIP
     """
 
+    @check_kinds
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -122,6 +124,9 @@ class MLLMTrainer(Trainer):
         callbacks: list[Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if data_collator is not None and not callable(data_collator):
+            got = type(data_collator).__name__
+            raise ConfigError("A collator is called with a list of samples.", expected="a callable", got=got)
         args = MLLMTrainingArguments("trainer_output") if args is None else args
         args.remove_unused_columns = False  # the collator reads columns that no model takes
         callbacks = list(callbacks or ())
