@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import importlib
 import logging
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def _reported(kind: str, name: str) -> Iterator[None]:
         yield
     except CoVFTError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, pickle.UnpicklingError) as error:
         first_line = str(error).strip().partition("\n")[0][:300]
         fix = "fetch it where there is a network, or pass pretrained=False for random weights"
         if kind == "hf":

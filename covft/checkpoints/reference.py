@@ -206,7 +206,7 @@ def _read_any(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist.", expected="a file, or a folder of weights")
     if path.name.endswith(".index.json"):
-        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = _shards(path)
         absent = [shard for shard in shards if not (path.parent / shard).is_file()]
         if absent:
             raise CheckpointError(f"{path.parent} is incomplete.", expected=", ".join(shards), got=f"no {absent}")
@@ -221,3 +221,18 @@ def _read_any(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} does not hold weights.", expected="tensors by name", got=type(state).__name__)
     return state.get("state_dict", state)
+
+
+def _shards(path: Path) -> list[str]:
+    """Return the names of the files in an index, which are next to it."""
+    try:
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        beside = all(isinstance(name, str) and Path(name).name == name and "\\" not in name for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        got = f"{type(error).__name__}: {error}"[:200]
+        raise CheckpointError(f"{path} cannot be read.", expected="an index of weights", got=got) from error
+    if not names or not beside or any(name.endswith(".json") for name in names):
+        raise CheckpointError(
+            f"{path} does not name files of weights next to it.", expected="names without a path", got=str(names)[:200]
+        )
+    return names

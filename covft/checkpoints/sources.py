@@ -38,7 +38,7 @@ def public_source(source: str | None) -> str | None:
     if kind in ("", "hf") and is_folder_name(name):
         return with_options(f"{LOCAL}:{_last_part(name)}", options)
     architecture, _, tag = name.partition("/")
-    if kind == "open_clip" and (is_folder_name(tag) or exists(tag)):
+    if kind == "open_clip" and tag and (is_folder_name(tag) or exists(tag)):
         return f"{LOCAL}:{architecture}/{_last_part(tag)}"
     if kind == "open_clip":
         options = {key: text for key, text in options.items() if key in _OPTIONS[kind]}

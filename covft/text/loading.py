@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from covft.errors import TextEncoderError
 from covft.utils.extras import import_library
 from covft.utils.sharding import unpartitioned
 from covft.utils.sources import is_folder_name
+
+# What the libraries raise for models that cannot be loaded.
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, pickle.UnpicklingError)
 
 
 def load_pretrained(auto_class: str, source: str, **kwargs: Any) -> Any:
@@ -23,7 +27,7 @@ def load_pretrained(auto_class: str, source: str, **kwargs: Any) -> Any:
     try:
         with unpartitioned():
             return getattr(transformers, auto_class).from_pretrained(source, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise not_loaded(source, error) from error
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from covft.errors import TextEncoderError
 from covft.text.base import CachedTextEncoder, freeze
 from covft.text.cache import DEFAULT_CACHE_BYTES
-from covft.text.loading import count_tokens, find_json, not_loaded
+from covft.text.loading import LOADING_ERRORS, count_tokens, find_json, not_loaded
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 from covft.utils.foreign_code import refuse_code
@@ -53,7 +53,7 @@ class SentenceTransformersEncoder(CachedTextEncoder):
             try:
                 # On the CPU, like every other encoder that covft loads; the library itself would take a GPU.
                 loaded = library.SentenceTransformer(model, revision=revision, device="cpu", **safely)
-            except (OSError, ValueError, KeyError) as error:
+            except LOADING_ERRORS as error:
                 raise not_loaded(model, error) from error
             self._owned = loaded
         if "SentenceTransformer" not in {cls.__name__ for cls in type(loaded).__mro__}:

@@ -11,9 +11,11 @@ from covft.errors import CheckpointError
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 # Keywords of `from_pretrained` that sentence-transformers takes from a file.
 _SWITCHES = frozenset({"allow_all_kernels", "kernel_config", "trust_remote_code", "use_kernels", "weights_only"})
-# Of transformers' configs around timm: `timm.create_model` takes more, such as files and addresses of weights.
-_TIMM_ARGUMENTS = frozenset(
+# What may be in `model_args`, of transformers' configs around timm and of sentence-transformers. `timm.create_model`
+# takes more, such as files and addresses of weights.
+_ARGUMENTS = frozenset(
     {"depth", "dynamic_img_size", "embed_dim", "global_pool", "img_size", "num_classes", "num_heads", "patch_size"}
+    | {"add_pooling_layer", "attn_implementation", "dtype", "torch_dtype"}
 )
 
 
@@ -38,8 +40,8 @@ def refuse_code(config: Any, source: str) -> None:
             _refuse(source, path, value)
         if name == "architecture" and isinstance(value, str) and ":" in value:
             _refuse(source, path, value)
-        if name == "model_args" and isinstance(value, Mapping) and not _TIMM_ARGUMENTS.issuperset(value):
-            _refuse(source, path, sorted(set(value) - _TIMM_ARGUMENTS))
+        if name == "model_args" and isinstance(value, Mapping) and not _ARGUMENTS.issuperset(value):
+            _refuse(source, path, sorted(set(value) - _ARGUMENTS))
 
 
 def _entries(config: Any) -> list[tuple[tuple[str, ...], Any]]:

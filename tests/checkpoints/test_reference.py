@@ -342,3 +342,26 @@ def test_an_encoder_of_other_sizes_is_refused():
         with pytest.raises(CheckpointError):
             import_reference(encoder, released_state())
         assert_unchanged(encoder, before)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {},
+        [],
+        None,
+        {"weight_map": []},
+        {"weight_map": {}},
+        {"weight_map": {"a": "../secret.bin"}},
+        {"weight_map": {"a": "/secret.bin"}},
+        {"weight_map": {"a": "sub\\secret.bin"}},
+        {"weight_map": {"a": 3}},
+        {"weight_map": {"a": "model.bin.index.json"}},
+    ],
+)
+def test_an_index_names_files_next_to_it_alone(index, tmp_path):
+    (tmp_path / "inside").mkdir()
+    torch.save({"a": torch.ones(1)}, tmp_path / "secret.bin")
+    (tmp_path / "inside" / "model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="cannot be read|does not name files of weights next to it"):
+        import_reference(reference_encoder(), tmp_path / "inside")

@@ -110,6 +110,7 @@ def test_losses_fall_and_a_question_is_answered(parts, data, tmp_path, monkeypat
             "--image": data / "images" / record["image"],
             "--question": record["conversations"][0]["value"].removeprefix("<image>\n"),
             "--max_new_tokens": 8,
+            "--text_encoder": minilm,
             "--device": "cpu",
         },
     )

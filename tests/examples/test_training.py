@@ -250,6 +250,7 @@ def test_llava_answers_as_it_was_trained(runs, monkeypatch, capsys):
     question = "What colour is it?"
     arguments = ["--model", runs / "llava-covft", "--image", runs / "llava" / "images" / "green.png"]
     arguments += ["--question", question, "--max_new_tokens", 6, "--device", "cpu"]
+    arguments += ["--text_encoder", runs / "models" / "bert"]
     answer, seen = ask(monkeypatch, "llava/infer.py", *arguments)
     assert capsys.readouterr().out.strip() == answer
     assert covft.get_encoder(seen["model"]).text_encoder.text_dim == 16
@@ -286,6 +287,7 @@ def test_llava_answers_with_beams_lora_and_without_covft(runs, monkeypatch):
     picture = runs / "llava" / "images" / "red.png"
     for folder in ("llava-lora", "llava-full"):
         arguments = ["--model", runs / folder, "--image", picture, "--question", "What colour is it?"]
+        arguments += ["--text_encoder", runs / "models" / "bert"]
         answer, seen = ask(
             monkeypatch, "llava/infer.py", *arguments, "--beams", 3, "--max_new_tokens", 4, "--dtype", "bfloat16"
         )
@@ -301,6 +303,7 @@ def test_internvl_answers_as_it_was_trained(runs, monkeypatch):
 
     arguments = ["--model", runs / "internvl-covft", "--image", runs / "internvl" / "images" / "red.png"]
     arguments += ["--question", "What colour is it?", "--max_tiles", 2, "--max_new_tokens", 6, "--beams", 2]
+    arguments += ["--text_encoder", runs / "models" / "bert"]
     _, seen = ask(monkeypatch, "internvl/infer.py", *arguments)
     tokenizer = AutoTokenizer.from_pretrained(runs / "internvl-covft")
     trained = ConversationDataset(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from covft.errors import MissingDependencyError, TextEncoderError
+from covft.errors import CheckpointError, MissingDependencyError, TextEncoderError
 from covft.testing import HashTextEncoder
 from covft.text import (
     CallableTextEncoder,
@@ -143,7 +143,9 @@ def test_a_folder_may_have_a_question_mark_in_its_name(make_bert, bert_tokenizer
     assert as_text_encoder(folder).encode(TEXTS).shape == (2, 16)
 
 
-@pytest.mark.parametrize("name", ["callable:embed", "transformers:BertModel?pooling=cls", "open_clip:CLIP()"])
+@pytest.mark.parametrize(
+    "name", ["callable:embed", "transformers:BertModel?pooling=cls", "open_clip:CLIP()", "local:bert"]
+)
 def test_names_that_cannot_give_it_back_say_so(name):
     with pytest.raises(TextEncoderError, match="pass it again"):
         as_text_encoder(name)
@@ -171,3 +173,70 @@ def test_importing_and_using_it_imports_no_model_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+EVIL_MODULES = [
+    "evil.Model",
+    "os.system",
+    "torch",
+    "sentence_transformers.util.torch",
+    "sentence_transformers.models.Router",
+    "sentence_transformers.models.WordEmbeddings",
+    "sentence_transformers.models.Transformer.evil",
+    " sentence_transformers.models.Pooling",
+]
+
+
+@pytest.mark.parametrize("name", EVIL_MODULES)
+def test_classes_of_a_repository_are_not_loaded(name, minilm_folder, tmp_path):
+    folder = tmp_path / "evil"
+    shutil.copytree(minilm_folder, folder)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\n")
+    modules = json.loads((folder / "modules.json").read_text())
+    modules.append({"idx": 3, "name": "3", "path": "", "type": name})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(TextEncoderError, match="does not load from a file"):
+        as_text_encoder(str(folder))
+    with pytest.raises(TextEncoderError, match="does not load from a file"):
+        SentenceTransformersEncoder(str(folder))
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("file", ["sentence_bert_config.json", "sentence_xlnet_config.json"])
+@pytest.mark.parametrize("arguments", [{"weights_only": False}, {"trust_remote_code": True}])
+def test_arguments_of_a_repository_cannot_ask_for_code(file, arguments, minilm_folder, tmp_path):
+    folder = tmp_path / "evil"
+    shutil.copytree(minilm_folder, folder)
+    (folder / file).write_text(json.dumps({"max_seq_length": 64, "model_args": arguments}))
+    with pytest.raises(CheckpointError, match="asks for code"):
+        as_text_encoder(str(folder))
+
+
+@pytest.mark.parametrize("text", ["{", "3", "[1]", '[{"path": ""}]', "\ufeff[]"])
+def test_a_damaged_list_of_modules_is_an_error(text, minilm_folder, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(minilm_folder, folder)
+    (folder / "modules.json").write_text(text, encoding="utf-8")
+    with pytest.raises(TextEncoderError, match=r"modules\.json of .* cannot be read"):
+        as_text_encoder(str(folder))
+
+
+def test_pickled_weights_are_not_unpickled(make_bert, bert_tokenizer, tmp_path):
+    """Weights of a repository whose pickle calls a function leave no trace."""
+    model = make_bert()
+    model.config.save_pretrained(tmp_path / "evil")
+    bert_tokenizer.save_pretrained(tmp_path / "evil")
+    torch.save({**model.state_dict(), "x": Evil(tmp_path / "trace")}, tmp_path / "evil" / "pytorch_model.bin")
+    with pytest.raises(TextEncoderError):
+        as_text_encoder(str(tmp_path / "evil"))
+    assert not (tmp_path / "trace").exists()
+
+
+class Evil:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
