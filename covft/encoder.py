@@ -317,15 +317,15 @@ class ContextEncoder(WrappedViT):
     def save_pretrained(self, folder: str | Path) -> None:
         """Save what was added or trained, and what it belongs to; `covft.load` is the inverse.
 
-        Writes `covft_config.json`, `model.safetensors` and, if there is none, `README.md`. A save that was cut short is
-        never taken for a complete one. Where weights are sharded (FSDP2, ZeRO-3) every process has to call this, and
-        the first one writes.
+        Writes `covft_config.json`, `model.safetensors` and, if there is none, `README.md`. An encoder that is in the
+        folder can be loaded until the new one can, also if the save is cut short. Where weights are sharded (FSDP2,
+        ZeRO-3) every process has to call this, and the first one writes.
 
         Args:
             folder: Created if it does not exist.
 
         Raises:
-            CheckpointError: If the folder is a file, or weights are on the meta device.
+            CheckpointError: If the folder is a file or cannot be written to, or weights are on the meta device.
         """
         saving.save(self, folder)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import torch
 
 from covft.errors import CheckpointError
 from covft.utils.extras import import_library
-from covft.utils.files import file_sha256
+from covft.utils.files import file_sha256, write_tensors
 from study.packages import saliency_model
 
 if TYPE_CHECKING:
@@ -88,7 +88,6 @@ def _check(what: str, found: str, known: str, fix: str) -> None:
 
 def _convert(folder: Path) -> None:
     """Convert the backbone into a temporary folder, then rename it."""
-    from safetensors.torch import save_file
     from transformers import Dinov2Config
 
     source = saliency_model()
@@ -99,10 +98,10 @@ def _convert(folder: Path) -> None:
         architectures=["Dinov2Model"],
     )  # fmt: skip
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
+    aside = folder.with_name(f"{folder.name}-{uuid.uuid4().hex}")
     try:
         config.save_pretrained(aside)
-        save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(aside / "model.safetensors", weights)
         try:
             aside.rename(folder)
         except OSError:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from covft.utils.files import write_text
 from study import figures
 from study.backbone import NAME
 from study.inspection import Inspection
@@ -70,12 +71,13 @@ def write_report(path: Path, report: Report) -> None:
     if report.inspection is not None:
         parts += [_routing(report.inspection), _contexts(report.inspection)]
     parts.append(_foot(report))
-    path.write_text(
+    write_text(
+        path,
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>CoVFT in miniature</title><style>{STYLE}</style></head>\n<body><main>\n"
         + "\n".join(parts)
-        + "\n</main></body></html>\n"
+        + "\n</main></body></html>\n",
     )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
+from covft.utils.files import write_json
 from study.settings import StudySettings
 
 
@@ -39,4 +39,4 @@ def write_result(path: Path, settings: StudySettings, result: StudyResult) -> No
         "threads": torch.get_num_threads(),
         **asdict(result),
     }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(path, record)

@@ -102,15 +102,21 @@ def perturb_alike(encoder):
 
 
 def main(folder: str, output: str, kill_at: str, resume: str) -> None:
-    """Train eight steps with a checkpoint every two; `kill_at` is where the process kills itself."""
+    """Train eight steps with a checkpoint every two; `kill_at` is where or when the process kills itself."""
     import os
     import signal
+    import threading
 
     from transformers import TrainerCallback
 
     from covft.integrations import MLLMTrainer, train_only
 
     class Killer(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            if kill_at.startswith("after "):
+                seconds = float(kill_at.removeprefix("after "))
+                threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
         def on_step_begin(self, args, state, control, **kwargs):
             if kill_at == f"step {state.global_step}":
                 os.kill(os.getpid(), signal.SIGKILL)

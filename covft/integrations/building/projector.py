@@ -34,6 +34,7 @@ def save_projector(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         UnsupportedViTError: If the model has no projector.
+        CheckpointError: If the file cannot be written; an old one is then as it was.
     """
     values = find_projector(model).state_dict(keep_vars=True)
     state = {name: full(value).cpu() for name, value in values.items()}

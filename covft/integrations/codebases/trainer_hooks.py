@@ -18,7 +18,8 @@ from covft.checkpoints.loading import load_into
 from covft.checkpoints.pretrained import FOLDER
 from covft.integrations.mllm.attachment import Attachment, attachment_of
 from covft.integrations.training.callback import TowerCallback, refuse_reentrant, seal_when_all_have_written
-from covft.integrations.training.checkpoints import check_checkpoint, checkpoint_folder
+from covft.integrations.training.checkpoints import check_checkpoint, checkpoint_folder, unseal
+from covft.integrations.training.resuming import check_settings
 from covft.integrations.training.trainable import check_trainable
 
 
@@ -46,6 +47,7 @@ def join_trainer(trainer: Any) -> None:
     # Before the reporters, which then see its figures.
     trainer.callback_handler.callbacks.insert(0, LauncherCallback())
     trainer._load_from_checkpoint = partial(_load_from_checkpoint, trainer._load_from_checkpoint, attachment)
+    trainer._save_checkpoint = partial(_save_checkpoint, trainer._save_checkpoint, trainer)
     trainer._load_rng_state = partial(_load_rng_state, trainer._load_rng_state)
 
 
@@ -85,8 +87,15 @@ def _load_from_checkpoint(
 ) -> None:
     # Not called with DeepSpeed, whose own checkpoints include the adapted tower.
     check_checkpoint(resume_from_checkpoint)
+    check_settings(attachment.encoder, resume_from_checkpoint)
     inner(resume_from_checkpoint, model)
     load_into(attachment.encoder, Path(resume_from_checkpoint) / FOLDER)
+
+
+def _save_checkpoint(inner: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    if trainer.args.should_save:
+        unseal(checkpoint_folder(trainer.args, trainer.state))
+    return inner(*args, **kwargs)
 
 
 def _load_rng_state(inner: Any, checkpoint: str | None) -> None:

@@ -22,10 +22,17 @@ from covft.errors import (
 )
 from covft.integrations.mllm.attach import attach
 from covft.integrations.mllm.attachment import Attachment, attachment_of
-from covft.integrations.training.checkpoints import checkpoint_folder, restore, seal, write_trained
+from covft.integrations.training.checkpoints import (
+    checkpoint_folder,
+    restore,
+    seal,
+    unseal,
+    write_trained,
+)
 from covft.integrations.training.gradients import GradientWatch
 from covft.integrations.training.monitor import RoutingMonitor
 from covft.integrations.training.parts import parts_of
+from covft.integrations.training.resuming import watch_resuming
 from covft.integrations.training.trainable import after_peft, check_trainable
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
@@ -194,6 +201,16 @@ class CoVFTCallback(TowerCallback):
         after_peft(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             check_trainable(model)  # the optimizer would fail, and not say why
+        watch_resuming(model)
+
+    def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """See `TowerCallback`; a checkpoint that will be overwritten now is incomplete from here on."""
+        super().on_step_end(args, state, control, **kwargs)
+        _unseal_before_saving(args, state, control)
+
+    def on_epoch_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Mark a checkpoint incomplete that will be overwritten now."""
+        _unseal_before_saving(args, state, control)
 
     def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Restore the checkpoint, if training resumes, and start watching gradients."""
@@ -238,6 +255,12 @@ class SealCallback(TrainerCallback):
     def on_save(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Write `complete.json`."""
         seal_when_all_have_written(args, checkpoint_folder(args, state), state.global_step)
+
+
+def _unseal_before_saving(args: Arguments, state: State, control: Control) -> None:
+    # Trainer's own callbacks decide before those of the user, except for save_strategy="best".
+    if control.should_save and args.should_save:
+        unseal(checkpoint_folder(args, state))
 
 
 def seal_when_all_have_written(args: Arguments, checkpoint: Path, step: int) -> None:

@@ -4,11 +4,11 @@
       ...                        written by the trainer: model, optimizer, scheduler, random states
       covft/                     the adapted tower, as `covft.load` and `covft.attach(pretrained=...)` read it
       covft/trained.safetensors  all other trained tensors, by their names in the running model
-      covft/trained.json         their names, and the digest of that file
+      covft/trained.json         their names, those of the tower's trained tensors, and the digest of that file
       complete.json              written last: every file with its size
 
 A trainer writes one file after another, so a killed run leaves a folder that looks like a checkpoint. It has no
-`complete.json`, and is refused.
+`complete.json`, and is refused. A checkpoint that is overwritten loses its `complete.json` first.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def write_trained(model: nn.Module, folder: Path, *, main: bool = True) -> None:
         if main:
             tensors[name] = tensor.cpu()
     if main:
-        write_pair(folder, _PAIR, tensors, lambda stated: {"format": 1, "names": sorted(tensors), **stated})
+        names = {"names": sorted(tensors), "tower": sorted(_trained_inside(model))}
+        write_pair(folder, _PAIR, tensors, lambda stated: {"format": 1, **names, **stated})
 
 
 def restore(model: nn.Module, checkpoint: str | Path) -> None:
@@ -128,15 +129,41 @@ def check_trained(model: nn.Module, checkpoint: str | Path) -> None:
         CheckpointError: If other parameters are trained now.
     """
     path = Path(checkpoint) / FOLDER / TRAINED_NAMES
-    saved = _read_index(path)["names"]
-    compare_tensors(dict.fromkeys(trained_outside(model), ()), dict.fromkeys(saved, ()), str(path))
+    index = _read_index(path)
+    now, then = set(trained_outside(model)), set(index["names"])
+    if index["tower"] is not None:
+        now, then = now | _trained_inside(model), then | set(index["tower"])
+    compare_tensors(dict.fromkeys(now, ()), dict.fromkeys(then, ()), str(path))
 
 
 def trained_outside(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trained parameters outside the tower of an attached model, by their names in the running model."""
-    attachment = attachment_of(model)
-    inside = set() if attachment is None else {id(parameter) for parameter in attachment.encoder.parameters()}
+    inside = _tower(model)
     return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
+
+
+def _trained_inside(model: nn.Module) -> set[str]:
+    inside = _tower(model)
+    named = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters())
+    return {name for name, p in named if p.requires_grad and id(p) in inside}
+
+
+def _tower(model: nn.Module) -> set[int]:
+    attachment = attachment_of(model)
+    return set() if attachment is None else {id(parameter) for parameter in attachment.encoder.parameters()}
+
+
+def unseal(checkpoint: str | Path) -> None:
+    """Mark a checkpoint incomplete before its files are overwritten: a mix of two runs has files of the right sizes.
+
+    Args:
+        checkpoint: Its folder, which need not exist.
+    """
+    seal_file = Path(checkpoint) / SEAL
+    try:
+        seal_file.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{seal_file} cannot be removed.", got=f"{type(error).__name__}: {error}") from error
 
 
 def seal(checkpoint: str | Path, step: int) -> None:
@@ -232,8 +259,8 @@ def _read_trained(folder: Path) -> dict[str, Tensor]:
 def _read_index(path: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        return {name: index[name] for name in ("names", "bytes", "sha256")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {"tower": index.get("tower"), **{name: index[name] for name in ("names", "bytes", "sha256")}}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is missing or damaged.", got=str(error)) from error
 
 

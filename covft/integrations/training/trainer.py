@@ -18,8 +18,9 @@ from covft.integrations.mllm.attachment import attachment_of, without_peft
 from covft.integrations.mllm.dummies import without_dummies
 from covft.integrations.mllm.families import base_of
 from covft.integrations.training.callback import CoVFTCallback, SealCallback
-from covft.integrations.training.checkpoints import check_checkpoint, check_trained, last_checkpoint
+from covft.integrations.training.checkpoints import check_checkpoint, checkpoint_folder, last_checkpoint, unseal
 from covft.integrations.training.parts import param_groups
+from covft.integrations.training.resuming import check_resumed
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 
@@ -153,7 +154,8 @@ class MLLMTrainer(Trainer):
             **kwargs: As for transformers' Trainer.
 
         Raises:
-            CheckpointError: If the checkpoint is incomplete, or of a run that trained other parameters.
+            CheckpointError: If the checkpoint is incomplete, or of a run with other settings or other trained
+                parameters.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
@@ -163,7 +165,7 @@ class MLLMTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, CoVFTCallback) and resume is not None:
                 own: Any = self.model
-                check_trained(own, resume)
+                check_resumed(own, resume)
                 callback.resume_from = resume
         return super().train(resume_from_checkpoint=resume, **kwargs)
 
@@ -193,6 +195,11 @@ class MLLMTrainer(Trainer):
         inputs = {name: value for name, value in inputs.items() if name not in _FOR_THE_TOWER}
         with without_dummies(base_of(without_peft(own)), flags):
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.should_save:
+            unseal(checkpoint_folder(self.args, self.state))
+        return super()._save_checkpoint(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -209,3 +211,27 @@ def test_killed__a_run_resumes_and_ends_with_the_same_weights_bit_for_bit(folder
     assert same(found, expected)
     steps = json.loads((tmp_path / "killed" / "checkpoint-8" / "complete.json").read_text())
     assert steps["step"] == 8
+
+
+@pytest.mark.slow
+def test_killed__at_random_moments_it_resumes_and_ends_with_the_same_weights(folder, tmp_path):
+    start = time.perf_counter()
+    whole = run_script(folder, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    seconds = (time.perf_counter() - start) / 4  # most of it is imports
+    kills, resume = 0, "anew"
+    for _ in range(40):
+        moment = f"after {random.uniform(0, seconds)}" if kills < 8 else "never"
+        run = run_script(folder, tmp_path / "killed", moment, resume)
+        kills += run.returncode == -signal.SIGKILL
+        if run.returncode == 0 and kills == 8:
+            break
+        if run.returncode == 0:  # it was over before the kill: begin again, over what is there
+            resume = "anew"
+        elif run.returncode == -signal.SIGKILL:
+            resume = "resume"
+        else:  # killed before the first checkpoint was complete
+            assert "None of the checkpoints" in run.stderr, run.stderr
+            resume = "anew"
+    assert kills == 8
+    assert same(torch.load(tmp_path / "killed" / "final.pt"), torch.load(tmp_path / "whole" / "final.pt"))
