@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from covft.nn.functional import per_image
-from covft.nn.fused import can_mix, mix
+from covft.nn.fused import can_mix, is_transformed, mix, needs_plain_operations
 from covft.nn.plan import FFNPlan
 from covft.nn.router import Routing
 
@@ -87,7 +88,8 @@ class Experts(nn.ModuleList):
             chosen_BE = weights_BE >= self.skip_below
             weights_BE = weights_BE * chosen_BE
             weights_BE = weights_BE / weights_BE.sum(dim=-1, keepdim=True)
-        if chosen_BE is None:
+        # Where rows cannot be chosen by value, all experts run: the unchosen have weights of zero.
+        if chosen_BE is None or (not torch.compiler.is_compiling() and is_transformed()):
             return self._mix(x, weights_BE, list(self), *args, **kwargs)
         mixed: Any = None
         for index, expert in enumerate(self):
@@ -106,10 +108,28 @@ class Experts(nn.ModuleList):
             return mix(x, weights_BE, experts, self.plan, keep_pre_activations=self.recompute == "activation")
         mixed: Any = None
         for weight_B, expert in zip(weights_BE.unbind(-1), experts, strict=True):
-            if self.recompute == "all" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                output = checkpoint(expert, x, *args, use_reentrant=False, **kwargs)
+            if self.recompute == "all" and torch.is_grad_enabled() and not needs_plain_operations():
+                output = checkpoint(_Repeatable(expert), x, *args, use_reentrant=False, **kwargs)
             else:
                 output = expert(x, *args, **kwargs)
             weight = per_image(weight_B, output)
             mixed = output * weight if mixed is None else torch.addcmul(mixed, output, weight)
         return mixed
+
+
+class _Repeatable:
+    """Calls an expert, and in backward again with the weights of the first call, which `functional_call` may have lent.
+
+    Args:
+        expert: The expert.
+    """
+
+    def __init__(self, expert: nn.Module) -> None:
+        self.expert = expert
+        self.weights: dict[str, Tensor] = dict(expert.named_parameters())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        now = dict(self.expert.named_parameters())
+        if all(now.get(name) is weight for name, weight in self.weights.items()):
+            return self.expert(*args, **kwargs)
+        return functional_call(self.expert, self.weights, args, kwargs)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from covft.nn.functional import per_image
 from covft.nn.plan import Between, FFNPlan, pairs, run_ffn
@@ -25,10 +26,23 @@ _ROWS = 512
 
 def can_mix(plan: FFNPlan | None, experts: Sequence[nn.Module]) -> bool:
     """Return whether `mix` can run these experts now."""
-    # The compiler decides by itself what to recompute; transforms of torch.func need plain operations.
-    if plan is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if plan is None or needs_plain_operations():
         return False
     return all(plan.applies_to(expert) for expert in experts)
+
+
+def needs_plain_operations() -> bool:
+    """Return whether nothing may be recomputed.
+
+    The compiler decides by itself what to recompute; transforms of torch.func and forward-mode derivatives follow
+    single operations.
+    """
+    return torch.compiler.is_compiling() or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Return whether a transform of torch.func, or a forward-mode derivative, is running."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def mix(

@@ -84,3 +84,9 @@ def test_packed__patches_as_one_sequence_are_refused_for_other_towers():
     with pytest.raises(ShapeError, match="Tower was given patches as one sequence"):
         read(torch.randn(24, 192))
     assert read(torch.ones(24, 2, dtype=torch.long)).num_images is None  # token ids, not patches
+
+
+def test_mask__of_an_image_that_is_all_padding_counts_all_its_tokens():
+    call = read(torch.randn(2, 2, 4), torch.tensor([[False, False], [True, False]]))
+    assert call.mask_for(3).tolist() == [[True, True, True], [True, True, False]]
+    assert call.mask_for(2).tolist() == [[True, True], [True, False]]

@@ -14,7 +14,7 @@ from benchmarks.coverage.transformers_inputs import GRIDS, Call
 from covft.adapters import InputFormat, ViTFamily
 from covft.errors import ShapeError
 from tests.helpers import oracle
-from tests.helpers.towers import TEXT_DIM, perturb
+from tests.helpers.towers import BY_NAME, TEXT_DIM, features, perturb
 
 TOWERS = (
     "Siglip2VisionModel",
@@ -197,3 +197,32 @@ def test_adapter__tells_what_padding_is():
     assert not spec.input.is_packed
     assert covft.describe(build("Gemma4VisionModel")).input.mask_padding == -1
     assert covft.describe(build("Siglip2VisionModel")).input.mask_padding is None
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", ["hf-siglip2", "timm-naflex"])
+def test_an_image_that_is_all_padding__makes_nothing_but_itself_differ(name, settings):
+    tower = BY_NAME[name]
+    encoder = covft.wrap(tower.build(), TEXT_DIM, **settings).train()
+    perturb(encoder)
+    text = torch.randn(2, TEXT_DIM)
+    if name == "hf-siglip2":
+        images, inputs = tower.images(2), tower.inputs(2)
+        real = inputs["pixel_attention_mask"]
+        inputs["pixel_attention_mask"] = real * torch.tensor([[1], [0]])
+        args: tuple[Any, ...] = (images,)
+    else:
+        patches = torch.randn(2, 16, 3 * 8 * 8)
+        rows = torch.arange(4).repeat_interleave(4)
+        coordinates = torch.stack([rows, torch.arange(4).repeat(4)], dim=-1).expand(2, -1, -1)
+        valid = torch.ones(2, 16, dtype=torch.bool)
+        valid[1] = False
+        args, inputs = (patches,), {"patch_coord": coordinates, "patch_valid": valid}
+    output = features(encoder(*args, text, **inputs))
+    assert output[0].isfinite().all()
+    for weights in encoder.routing_weights().values():
+        assert weights.isfinite().all()
+    output[0].square().sum().backward()
+    gradients = [parameter.grad for parameter in encoder.trainable_parameters() if parameter.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert any(gradient.abs().max() > 0 for gradient in gradients)

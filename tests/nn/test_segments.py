@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from covft.errors import ShapeError
 from covft.nn import ContextualMoE, Routing, Segments
@@ -110,3 +111,16 @@ def test_other_numbers_of_tokens_or_texts_are_refused():
         moe(torch.zeros(4, 6), torch.zeros(2, 8), segments=segments)
     with pytest.raises(ShapeError, match=r"text features of shape \(2, C\)"):
         moe(torch.zeros(5, 6), torch.zeros(5, 8), segments=segments)
+
+
+@pytest.mark.parametrize("context", ["cve", "image", "concat"])
+def test_an_image_without_tokens_makes_no_nan(context):
+    moe = ContextualMoE(
+        nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), embed_dim=8, text_dim=4, context=context
+    )
+    segments, tokens = Segments([3, 0, 2]), torch.randn(5, 8)
+    routing, _ = moe.route(tokens, torch.randn(3, 4), segments=segments)
+    assert routing.weights_BE.isfinite().all()
+    moe.mix(tokens, routing, segments).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in moe.parameters() if p.grad is not None)
+    assert segments.per_image(tokens)[1].abs().max() == 0
