@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -75,10 +76,27 @@ class BatchOverride(TextOverride):
         args = self._own(args)
         if not args and kwargs.get("pixel_values") is None and kwargs.get("pixel_values_videos") is None:
             return self.inner(**kwargs)  # the short way for each generated token
-        given = self._named(args, kwargs)
-        base = base_of(self.attachment.model)
-        with self.attachment.conditioned(given, context_text, context_index), without_dummies(base, image_flags):
+        return self._with_text(args, kwargs, context_text, context_index, image_flags)
+
+    # Not traced, but what it calls is: torch.compile would otherwise compile the reading of every new prompt.
+    @torch.compiler.disable(recursive=False)
+    def _with_text(self, args: Any, kwargs: Any, context_text: Any, context_index: Any, image_flags: Any) -> Any:
+        holding = self._hold(args, kwargs, context_text, context_index, image_flags)
+        try:
             return self.inner(*args, **kwargs)
+        finally:
+            holding.close()
+
+    @torch.compiler.disable
+    def _hold(
+        self, args: Any, kwargs: Any, context_text: Any, context_index: Any, image_flags: Any
+    ) -> contextlib.ExitStack:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(
+                self.attachment.conditioned(self._named(args, kwargs), context_text, context_index)
+            )
+            stack.enter_context(without_dummies(base_of(self.attachment.model), image_flags))
+            return stack.pop_all()
 
 
 class BaseOverride(BatchOverride):
@@ -153,7 +171,8 @@ class LayerOverride(MethodOverride):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method if the hidden state that it reads is not a copy of another."""
         args = self._own(args)
-        self.attachment.check_read(self._named(args, kwargs))
+        if not torch.compiler.is_compiling():  # forward, which is not traced, has checked it then
+            self.attachment.check_read(self._named(args, kwargs))
         return self.inner(*args, **kwargs)
 
 
