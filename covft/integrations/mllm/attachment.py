@@ -33,6 +33,8 @@ class Attachment:
         reader: Reads instructions from `input_ids`.
         family: How images reach the tower.
         saved_in: The folder that holds the tower's present weights; None if they changed since the last save.
+        balanced: Whether the load-balancing loss of sparse routing was ever added to the model's loss.
+        balancing: Whether a call is running that adds it.
     """
 
     model: nn.Module
@@ -40,6 +42,8 @@ class Attachment:
     reader: PromptReader
     family: MLLMFamily
     saved_in: Path | None = None
+    balanced: bool = False
+    balancing: bool = False
 
     def conditioned(
         self, given: Mapping[str, Any], context_text: Any, context_index: Any = None
@@ -78,7 +82,9 @@ class Attachment:
         Raises:
             UnsupportedViTError: If peft runs a copy of it.
         """
-        check_not_copied(getattr(base_of(self.model), self.family.tower))
+        tower = getattr(base_of(self.model), self.family.tower, None)
+        if tower is not None:
+            check_not_copied(tower)
 
     @contextlib.contextmanager
     def _repeatable(self, condition: AbstractContextManager[Any], images: Any) -> Iterator[None]:

@@ -11,6 +11,7 @@ from torch import nn
 from covft.checkpoints import pretrained
 from covft.errors import CheckpointError
 from covft.integrations.mllm.attachment import Attachment
+from covft.integrations.mllm.balance import call_with_balance_loss
 from covft.integrations.mllm.dummies import without_dummies
 from covft.integrations.mllm.families import base_of
 from covft.surgery.overrides import Override
@@ -76,7 +77,10 @@ class BatchOverride(TextOverride):
         given = self._named(args, kwargs)
         base = base_of(self.attachment.model)
         with self.attachment.conditioned(given, context_text, context_index), without_dummies(base, image_flags):
-            return self.inner(*args, **kwargs)
+            return self._run(args, kwargs, {**given, "image_flags": image_flags})
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
+        return call_with_balance_loss(self.attachment, lambda: self.inner(*args, **kwargs), given)
 
 
 class BaseOverride(BatchOverride):
@@ -90,6 +94,9 @@ class BaseOverride(BatchOverride):
     def owner(self) -> Any:
         """The model without its head."""
         return base_of(self.attachment.model)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
+        return self.inner(*args, **kwargs)  # there is no loss yet
 
 
 class FeaturesOverride(TextOverride):
