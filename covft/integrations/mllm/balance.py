@@ -112,5 +112,5 @@ def _added(output: Any, added: Tensor, attachment: Attachment) -> Any:
         if isinstance(output, dict):  # a ModelOutput is one, too
             output["loss"] = loss + added.to(loss)
         else:
-            output.loss = loss + added.to(loss)
+            output.loss = loss + added.to(loss)  # type: ignore[union-attr]
     return output
