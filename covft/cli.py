@@ -76,7 +76,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     for option in options():
         text = option.help + (f" {' | '.join(option.choices)}." if option.choices else "")
         shown = "such as 11-22 or 3,5,-2" if option.name == "layers" else str(option.default)
-        kind: Any = int if option.parse is int else str
+        kind: Any = option.parse if option.parse in (int, float) else str
         info = typer.Option(help=text, show_default=shown)
         annotation = Annotated[kind | None, info]  # type: ignore[valid-type]
         added.append(

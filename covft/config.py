@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import operator
 import typing
 from collections import Counter
@@ -60,6 +61,8 @@ class CoVFTConfig:
             nothing. `"activation"`: all but the products of the first linear layers. `"all"`: all, from the tokens.
             Results are the same. Experts of another form than linear, activation, linear (or gated) are recomputed
             entirely for `"all"`, and not at all for `"activation"`.
+        router_aux_loss_coef: Factor of the load-balancing loss, which an attached model adds to its loss in training
+            with sparse routing. 0.01 is that of Switch Transformers (section 2.2); 0 adds nothing.
         feature_layer: Hidden state of the ViT that is read: an index into its hidden states, the embeddings being 0,
             negative ones counted from the end, such as -2 in LLaVA. Later blocks are skipped: the hidden states after
             it are copies of it. None runs all blocks.
@@ -82,6 +85,7 @@ class CoVFTConfig:
     num_heads: int = _option(4, per_block=True)
     expert_rank: int | None = _option(None, per_block=True)
     recompute: str = _option("all", "none", "activation", "all", per_block=True, changes_model=False)
+    router_aux_loss_coef: float = _option(0.01, changes_model=False)
     feature_layer: int | None = _option(None, changes_model=False)
 
     def __post_init__(self) -> None:
@@ -96,6 +100,9 @@ class CoVFTConfig:
                     fix=f"{name}={choices[0]!r}",
                 )
             if name == "layers" or choices or (value is None and field.default is None):
+                continue
+            if isinstance(field.default, float):
+                object.__setattr__(self, name, _factor(name, value))
                 continue
             object.__setattr__(self, name, _whole_number(name, value, None if name == "feature_layer" else 1))
         if self.routing in ("sparse", "random") and self.top_k > self.experts:
@@ -212,6 +219,7 @@ class Settings(TypedDict, total=False):
     num_heads: int
     expert_rank: int | None
     recompute: str
+    router_aux_loss_coef: float
     feature_layer: int | None
 
 
@@ -256,6 +264,12 @@ def _whole_number(name: str, value: Any, least: int | None) -> int:
         bound = f"a whole number from {lowest} to {MOST}"
         raise ConfigError(f"{name}={short(value)} cannot be used.", expected=bound, got=short(value))
     return number
+
+
+def _factor(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ConfigError(f"{name}={value!r} cannot be used.", expected="a number >= 0", got=repr(value))
+    return float(value)
 
 
 def _layer_tuple(layers: Any) -> tuple[int, ...] | None:

@@ -31,7 +31,7 @@ def options(without: Collection[str] = ()) -> Iterator[Option]:
     for field in dataclasses.fields(CoVFTConfig):
         if field.name in without:
             continue
-        kinds = [kind for kind in (hints[field.name], *typing.get_args(hints[field.name])) if kind in (int, str)]
+        kinds = [kind for kind in (hints[field.name], *typing.get_args(hints[field.name])) if kind in (int, float, str)]
         parse = parse_layers if field.name == "layers" else kinds[0]
         yield Option(field.name, parse, field.metadata["choices"], field.default, meanings.get(field.name, ""))
 

@@ -30,6 +30,7 @@ TYPED = {
     "num_heads": ("2", 2),
     "expert_rank": ("16", 16),
     "recompute": ("activation", "activation"),
+    "router_aux_loss_coef": ("0.02", 0.02),
     "feature_layer": ("-2", -2),
 }
 

@@ -14,14 +14,17 @@ from typing_extensions import Unpack
 from covft.adapters.families import ViTFamily
 from covft.adapters.registry import list_adapters
 from covft.adapters.spec import Adapter
+from covft.checkpoints.pretrained import prefix_of
 from covft.config import Settings
 from covft.errors import ConfigError
 from covft.integrations.codebases.conversations import prompt_reader
 from covft.integrations.codebases.launch import Flags, launch
 from covft.integrations.mllm.attach import plan_tower, unattached
 from covft.integrations.mllm.attachment import KEY, Attachment
+from covft.integrations.mllm.balance import LossOverride
 from covft.integrations.mllm.families import MLLMFamily
 from covft.integrations.mllm.overrides import MethodOverride, SaveOverride
+from covft.surgery.packed import naming_tower
 
 Model = TypeVar("Model", bound=nn.Module)
 _PREFIX_TOKENS = {"InternVisionModel": (1,), "SigLipVisionModel": (0,)}
@@ -39,7 +42,7 @@ class Codebase(ABC):
 
     program: ClassVar[str]
     loader: ClassVar[str]
-    overrides: ClassVar[Mapping[str, type[MethodOverride]]]
+    overrides: ClassVar[Mapping[str, type[MethodOverride] | type[LossOverride]]]
     unread_fix: ClassVar[str]
 
     def attach(
@@ -98,7 +101,8 @@ class Codebase(ABC):
                 got=getattr(conversation, "version", name),
                 fix=self.unread_fix,
             )
-        plan = plan_tower(tower, text_encoder, read, pretrained, None, _adapter_for(tower), settings)
+        with naming_tower(prefix_of(tower, target).rstrip(".")):
+            plan = plan_tower(tower, text_encoder, read, pretrained, None, _adapter_for(tower), settings)
         attachment = TowerAttachment(target, plan.install(), reader, MLLMFamily())
         target.__dict__[KEY] = attachment
         overrides = {**self.overrides, "save_pretrained": SaveOverride}

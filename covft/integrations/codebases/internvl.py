@@ -19,6 +19,7 @@ from covft.integrations.codebases.installing import Codebase, TowerAttachment
 from covft.integrations.codebases.launch import Flags
 from covft.integrations.codebases.patches import non_reentrant
 from covft.integrations.mllm.attachment import NO_IMAGE, refuse_packed
+from covft.integrations.mllm.balance import call_with_balance_loss
 from covft.integrations.mllm.overrides import MethodOverride
 
 IMAGE_CONTEXT = "<IMG_CONTEXT>"
@@ -36,9 +37,9 @@ class TilesOverride(MethodOverride):
         assert isinstance(attachment, TowerAttachment)
         unread = given.get("pixel_values") is None or given.get("visual_features") is not None
         if unread or attachment.is_idle:
-            return self.inner(*args, **kwargs)
+            return call_with_balance_loss(attachment, lambda: self.inner(*args, **kwargs), given)
         with attachment.encoder.condition(*texts_of_tiles(attachment, given)):
-            return self.inner(*args, **kwargs)
+            return call_with_balance_loss(attachment, lambda: self.inner(*args, **kwargs), given)
 
 
 class GenerateTilesOverride(TilesOverride):

@@ -3,7 +3,7 @@
     python -m covft.integrations.codebases.llava --covft_layers 11-22 -- llava/train/train_mem.py <their flags>
 
 Their only function that sees images and token ids, in training as in generation, is
-`prepare_inputs_labels_for_multimodal`; its override reads the prompts first.
+`prepare_inputs_labels_for_multimodal`; its override reads the prompts first. `forward` gets the load-balancing loss.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from covft.errors import ConfigError, ShapeError, UnsupportedViTError
 from covft.integrations.codebases.installing import Codebase, TowerAttachment
 from covft.integrations.codebases.launch import Flags
 from covft.integrations.mllm.attachment import NO_IMAGE, attachment_of
+from covft.integrations.mllm.balance import LossOverride
 from covft.integrations.mllm.overrides import MethodOverride
 from covft.surgery.overrides import Override
 
@@ -60,7 +61,7 @@ class LLaVA(Codebase):
 
     program = "covft.integrations.codebases.llava"
     loader = "llava.model.builder.load_pretrained_model"
-    overrides: ClassVar = {_PREPARE: PrepareOverride}
+    overrides: ClassVar = {_PREPARE: PrepareOverride, "forward": LossOverride}
     unread_fix = "train stage 1 (plain captions) without covft, or give empty_instruction='Describe the image.'"
 
     def find_tower(self, model: Any) -> tuple[nn.Module, int | None]:

@@ -38,6 +38,8 @@ class Attachment:
         family: How images reach the tower.
         saved_in: The folder that holds the tower's present weights; None if they changed since the last save.
         overrides: What has replaced methods of the model.
+        balanced: Whether the load-balancing loss of sparse routing was ever added to the model's loss.
+        balancing: Whether a call is running that adds it.
     """
 
     model: nn.Module
@@ -46,6 +48,8 @@ class Attachment:
     family: MLLMFamily
     saved_in: Path | None = None
     overrides: list[Override] = field(default_factory=list)
+    balanced: bool = False
+    balancing: bool = False
 
     def override(self, overrides: Mapping[str, Callable[[Attachment, str], Override]]) -> None:
         """Override methods of the model, by name, and note what is installed."""
@@ -118,7 +122,9 @@ class Attachment:
         Raises:
             UnsupportedViTError: If peft runs a copy of it.
         """
-        check_not_copied(getattr(base_of(self.model), self.family.tower))
+        tower = getattr(base_of(self.model), self.family.tower, None)
+        if tower is not None:
+            check_not_copied(tower)
 
     @contextlib.contextmanager
     def _repeatable(self, condition: AbstractContextManager[Any], images: Any) -> Iterator[None]:

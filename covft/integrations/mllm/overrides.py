@@ -11,6 +11,7 @@ import torch
 from covft.checkpoints import pretrained
 from covft.errors import CheckpointError
 from covft.integrations.mllm.attachment import Attachment
+from covft.integrations.mllm.balance import call_with_balance_loss
 from covft.integrations.mllm.dummies import without_dummies
 from covft.integrations.mllm.families import base_of
 from covft.surgery.overrides import Override
@@ -81,22 +82,25 @@ class BatchOverride(TextOverride):
     # Not traced, but what it calls is: torch.compile would otherwise compile the reading of every new prompt.
     @torch.compiler.disable(recursive=False)
     def _with_text(self, args: Any, kwargs: Any, context_text: Any, context_index: Any, image_flags: Any) -> Any:
-        holding = self._hold(args, kwargs, context_text, context_index, image_flags)
+        holding, given = self._hold(args, kwargs, context_text, context_index, image_flags)
         try:
-            return self.inner(*args, **kwargs)
+            return self._run(args, kwargs, given)
         finally:
             holding.close()
+
+    @torch.compiler.disable(recursive=False)
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
+        return call_with_balance_loss(self.attachment, lambda: self.inner(*args, **kwargs), given)
 
     @torch.compiler.disable
     def _hold(
         self, args: Any, kwargs: Any, context_text: Any, context_index: Any, image_flags: Any
-    ) -> contextlib.ExitStack:
+    ) -> tuple[contextlib.ExitStack, dict[str, Any]]:
+        given = self._named(args, kwargs)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(
-                self.attachment.conditioned(self._named(args, kwargs), context_text, context_index)
-            )
+            stack.enter_context(self.attachment.conditioned(given, context_text, context_index))
             stack.enter_context(without_dummies(base_of(self.attachment.model), image_flags))
-            return stack.pop_all()
+            return stack.pop_all(), {**given, "image_flags": image_flags}
 
 
 class BaseOverride(BatchOverride):
@@ -110,6 +114,10 @@ class BaseOverride(BatchOverride):
     def owner(self) -> Any:
         """The model without its head."""
         return base_of(self.attachment.model)
+
+    @torch.compiler.disable(recursive=False)
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
+        return self.inner(*args, **kwargs)  # there is no loss yet
 
 
 class FeaturesOverride(TextOverride):

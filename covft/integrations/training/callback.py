@@ -22,13 +22,8 @@ from covft.errors import (
 )
 from covft.integrations.mllm.attach import attach
 from covft.integrations.mllm.attachment import Attachment, attachment_of
-from covft.integrations.training.checkpoints import (
-    checkpoint_folder,
-    restore,
-    seal,
-    unseal,
-    write_trained,
-)
+from covft.integrations.mllm.balance import LossOverride, wants_balance
+from covft.integrations.training.checkpoints import checkpoint_folder, restore, seal, unseal, write_trained
 from covft.integrations.training.gradients import GradientWatch
 from covft.integrations.training.monitor import RoutingMonitor
 from covft.integrations.training.parts import parts_of
@@ -78,6 +73,7 @@ class TowerCallback(TrainerCallback):
         """Add the figures to the log entry; later callbacks see them, too."""
         if self._monitor is not None:
             self._monitor.log(logs, state)
+            self._monitor.check_separation(state.global_step)
 
     def _start(self, encoder: ContextEncoder, named: Iterable[tuple[str, nn.Parameter]]) -> None:
         self._monitor = RoutingMonitor(encoder, self.per_layer)
@@ -100,6 +96,7 @@ class TowerCallback(TrainerCallback):
             if all(parts[name] != "llm" for name in missing):
                 return  # rows without images so far: check again after the next step
         self._stop_watching()
+        self._check_balance(_attachment(model))
         if not missing:
             return
         error = MissingGradientError(
@@ -111,6 +108,17 @@ class TowerCallback(TrainerCallback):
         if self.missing_gradients == "raise":
             raise error
         warnings.warn(str(error), UserWarning, stacklevel=2)
+
+    def _check_balance(self, attachment: Attachment) -> None:
+        """Warn if the trainer takes its loss from elsewhere than the model, without the load-balancing loss."""
+        if wants_balance(attachment) and not attachment.balanced and attachment.encoder.aux_loss().requires_grad:
+            warnings.warn(
+                "The load-balancing loss of sparse routing was not added in the first step: the loss does not come "
+                "from the model (label_smoothing_factor, compute_loss_func). Fix: add router_aux_loss_coef * "
+                "covft.get_encoder(model).aux_loss() to it, or set router_aux_loss_coef=0.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _save(self, args: Arguments, model: nn.Module, folder: Path) -> None:
         """Save the tower, unless the model's own `save_pretrained` just has, which the process that writes knows."""
@@ -133,7 +141,9 @@ class CoVFTCallback(TowerCallback):
       model. `complete.json` is written last; a checkpoint without it counts as incomplete.
     - On resume, and for `load_best_model_at_end`, loads them strictly, because the plain Trainer restores nothing of
       an attached tower. DeepSpeed and FSDP restore it themselves.
-    - Logs routing entropy, expert load and the norm of the gates' gradients.
+    - Logs routing entropy, expert load, the norm of the gates' gradients, the distance of the experts from each other
+      and, with sparse routing, the load-balancing loss, which the attached model adds to its loss. Warns once if the
+      experts are still equal after 100 steps.
     - Before the first step, raises if other code has frozen everything that covft adds, and warns if it has frozen a
       part of it. What `get_peft_model` has frozen is trained again.
     - After the first step, raises if a trained parameter got no gradient.
@@ -219,6 +229,7 @@ class CoVFTCallback(TowerCallback):
         if state.global_step > 0 and not _restores_itself():
             restore(model, self.resume_from or _checkpoint_of(args, state))
         check_trainable(model, self.missing_gradients)
+        self._cover_forward(model)
         self._start(encoder, model.named_parameters())
 
     def on_pre_optimizer_step(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
@@ -244,9 +255,23 @@ class CoVFTCallback(TowerCallback):
     def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Load the tower of the best checkpoint, if the trainer has loaded the rest of it."""
         self._stop_watching()
+        self._uncover_forward(kwargs["model"])
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and not _restores_itself():
             restore(kwargs["model"], best)
+
+    def _cover_forward(self, model: nn.Module) -> None:
+        """Add the load-balancing loss around a `forward` that another library has put over the model's, as TRL does."""
+        attachment = _attachment(model)
+        own = [known for known in attachment.overrides if known.name == "forward" and known.owner is attachment.model]
+        if wants_balance(attachment) and not all(override.is_installed for override in own):
+            LossOverride(attachment).install()
+
+    def _uncover_forward(self, model: nn.Module) -> None:
+        attachment = _attachment(model)
+        forward = attachment.model.__dict__.get("forward")
+        if isinstance(forward, LossOverride) and forward not in attachment.overrides:
+            forward.remove()
 
 
 class SealCallback(TrainerCallback):
