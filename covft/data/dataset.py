@@ -24,6 +24,8 @@ from covft.errors import ConfigError, ShapeError
 if TYPE_CHECKING:
     from PIL import Image
 
+_MOST_CHARACTERS = 1 << 20  # a tokenizer takes about 300 bytes for each
+
 
 class ConversationDataset(Dataset[dict[str, Any]]):
     """Encodes conversations about images, ready for a `Collator`.
@@ -178,6 +180,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         Args:
             rows: Indices of the rows; None reads all.
         """
+        if rows is not None and not isinstance(rows, Iterable):
+            raise ConfigError("rows is not a list of rows.", expected="indices, or None for all", got=short(rows))
         found = []
         for row in range(len(self)) if rows is None else rows:
             try:
@@ -191,9 +195,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         row = self.source[index]
         if not isinstance(row, Row):
             raise ConfigError("The source does not return rows.", expected="covft.data.Row", got=short(row))
-        for message in row.messages:
-            check_text(message["content"], "The conversation")
-        self._check_number(len(row.images))
+        self._check_size(row)
         text = instruction_text(row, self.turns) or self.empty_instruction
         if not text:
             raise DataError("The user's turns hold only images, so there is no instruction to condition on.")
@@ -209,8 +211,14 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             "row": index,
         }
 
-    def _check_number(self, images: int) -> None:
-        """Refuse more images than fit into `max_length`, before they are read."""
+    def _check_size(self, row: Row) -> None:
+        """Refuse text that no tokenizer reads, and more than fits into `max_length`, before anything is read."""
+        for message in row.messages:
+            check_text(message["content"], "The conversation")
+        characters = sum(len(message["content"]) for message in row.messages)
+        if characters > _MOST_CHARACTERS:
+            raise DataError(f"The conversation has {characters:,} characters, more than {_MOST_CHARACTERS:,}.")
+        images = len(row.images)
         least = images * self.image_text.per_tile
         if self.max_length is not None and least > self.max_length:
             raise DataError(

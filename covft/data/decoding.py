@@ -30,7 +30,8 @@ class ImageDecoder:
     is divided by 256; 32-bit grey, integer or float, has no range that is known and is refused. The first frame of an
     animation is read.
 
-    A picture takes at most `max_bytes` and 16 bytes per pixel at a time: 1.5 GiB with the default limits.
+    A picture takes at most `max_bytes` and 28 bytes per pixel while it is decoded (transparent JPEG 2000; 8 for JPEG):
+    2.5 GiB with the default limits. What remains takes 4 bytes per pixel.
 
     Attributes:
         max_bytes: Largest file, in bytes.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from covft.data.broken import DataError
 from covft.data.conversation import instruction_text
+from covft.data.files import check_path, open_regular
 from covft.data.internvl import InternVLRows
 from covft.data.llava import LlavaRows
 from covft.data.rows import RowSource
@@ -23,12 +24,10 @@ def open_rows(path: str | Path) -> RowSource:
     Raises:
         DataError: If the file cannot be read.
     """
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            start = file.read(4096)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    is_meta = start.lstrip().startswith("{") and '"annotation"' in start and '"conversations"' not in start
+    with open_regular(check_path(path, "The annotation file"), "The annotation file") as file:
+        start = file.read(4096).decode(errors="replace")
+    is_rows = '"conversations"' in start or '"messages"' in start
+    is_meta = start.lstrip("\ufeff \t\r\n").startswith("{") and '"annotation"' in start and not is_rows
     return InternVLRows(path) if is_meta else LlavaRows(path)
 
 

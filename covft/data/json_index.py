@@ -18,7 +18,7 @@ BOM = b"\xef\xbb\xbf"
 MAX_ROW_BYTES = 8 << 20
 _PIECE = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
-_MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*("?)|[\[{]|[\]}]', re.DOTALL)
+_MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*("?)|[\[{]+|[\]}]+', re.DOTALL)
 
 
 class Index(NamedTuple):
@@ -139,7 +139,7 @@ class _Text:
             held = len(self._text) - self._at
             if held > MAX_ROW_BYTES:
                 raise _NotJsonError(f"No record ends within {MAX_ROW_BYTES:,} characters")
-            self._more(max(held, _PIECE))
+            self._more(min(max(held, _PIECE), MAX_ROW_BYTES + 1 - held))
         value = self._text[self._at : end].encode("utf-8", "surrogateescape")
         self._move(end, len(value))
         return value
@@ -168,10 +168,12 @@ def _end_of_value(decoder: json.JSONDecoder, text: str, at: int) -> int:
             if mark[0][0] == '"':
                 if not mark[1]:
                     break
+            elif mark[0][0] in "[{":
+                depth += len(mark[0])
+            elif len(mark[0]) < depth:
+                depth -= len(mark[0])
             else:
-                depth += 1 if mark[0] in "[{" else -1
-                if depth <= 0:
-                    return mark.end()
+                return mark.start() + depth
         raise json.JSONDecodeError("Unterminated value", text, at) from None
 
 

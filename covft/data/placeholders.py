@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from covft.data.broken import DataError
-from covft.data.checks import function, string, whole
+from covft.data.checks import function, short, string, whole
 from covft.data.turns import IMAGE_TAG, check_messages
 from covft.errors import ConfigError
 
@@ -43,6 +43,7 @@ class ImageText:
 
     def __call__(self, tiles: int) -> str:
         """Write the text for an image of this many tiles."""
+        whole(tiles, "tiles", least=1)
         return f"{self.before}{self.token * (self.per_tile * tiles)}{self.after}"
 
     def token_id(self, tokenizer: Any) -> int:
@@ -73,6 +74,8 @@ class ImageText:
             DataError: If tags and images do not match.
         """
         messages = check_messages(messages)
+        if not isinstance(tiles, Sequence):
+            raise ConfigError("tiles is not a list.", expected="a number of tiles per image", got=short(tiles))
         remaining, expanded = list(tiles), []
         for message in messages:
             if message["role"] == "user":
