@@ -82,7 +82,8 @@ class BatchOverride(TextOverride):
     # Not traced, but what it calls is: torch.compile would otherwise compile the reading of every new prompt.
     @torch.compiler.disable(recursive=False)
     def _with_text(self, args: Any, kwargs: Any, context_text: Any, context_index: Any, image_flags: Any) -> Any:
-        holding, given = self._hold(args, kwargs, context_text, context_index, image_flags)
+        hold: Any = self._hold
+        holding, given = hold(args, kwargs, context_text, context_index, image_flags)
         try:
             return self._run(args, kwargs, given)
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -119,15 +120,12 @@ class MLLMTrainer(Trainer):
         self,
         model: nn.Module | None = None,
         args: MLLMTrainingArguments | None = None,
-        data_collator: Any = None,
+        data_collator: Callable[..., Any] | None = None,
         train_dataset: Any = None,
         *,
         callbacks: list[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if data_collator is not None and not callable(data_collator):
-            got = type(data_collator).__name__
-            raise ConfigError("A collator is called with a list of samples.", expected="a callable", got=got)
         args = MLLMTrainingArguments("trainer_output") if args is None else args
         args.remove_unused_columns = False  # the collator reads columns that no model takes
         callbacks = list(callbacks or ())
