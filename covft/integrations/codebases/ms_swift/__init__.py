@@ -152,7 +152,7 @@ def _tokenizer(model: Any, flags: Flags) -> Any:
     """Return the processor of a model, with the chat template that the flags name."""
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(model.model_info.model_dir, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(model.model_info.model_dir, trust_remote_code=False)
     if flags.chat_template is None:
         return processor
     tokenizer = getattr(processor, "tokenizer", processor)
