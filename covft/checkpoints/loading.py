@@ -240,7 +240,10 @@ def _check_values(tensors: Mapping[str, Tensor], dtype: str, others: Mapping[str
             got=f"{name}: {_dtype(tensors[name]) if name in tensors else 'no such tensor'}",
             fix="copy the complete folder again",
         )
-    broken = [n for n, t in sorted(tensors.items()) if t.is_floating_point() and not bool(t.isfinite().all())]
+    floats = (
+        (name, t if t.itemsize > 1 else t.float()) for name, t in sorted(tensors.items()) if t.is_floating_point()
+    )
+    broken = [name for name, tensor in floats if not bool(tensor.isfinite().all())]
     if broken:
         raise CheckpointError(
             f"{folder} has weights that are not finite.",

@@ -15,7 +15,7 @@ from covft.adapters.sources import source_of
 from covft.checkpoints.card import model_card
 from covft.checkpoints.fingerprint import fingerprint
 from covft.checkpoints.folder import CONFIG_NAME, write_folder
-from covft.checkpoints.sources import public_source
+from covft.checkpoints.sources import public_revision, public_source
 from covft.errors import CheckpointError
 from covft.surgery.wrapped import WrappedViT
 from covft.utils.sharding import full, is_main_process, is_sharded
@@ -139,7 +139,7 @@ def _config(encoder: WrappedViT, saved: Mapping[str, Tensor], base: Mapping[str,
         "covft": encoder.covft_config.to_dict(),
         "base": {
             "source": public_source(source_of(encoder.vit)),
-            "revision": getattr(getattr(encoder.vit, "config", None), "_commit_hash", None),
+            "revision": public_revision(getattr(getattr(encoder.vit, "config", None), "_commit_hash", None)),
             "library": encoder.spec.library,
             "class_name": encoder.spec.class_name,
             "fingerprint": fingerprint((name, tensor) for name, tensor in base.items() if name not in extra),
@@ -147,7 +147,7 @@ def _config(encoder: WrappedViT, saved: Mapping[str, Tensor], base: Mapping[str,
         "text": {
             "source": public_source(encoder.text_name),
             "text_dim": encoder.text_dim,
-            "revision": encoder.text_source.revision,
+            "revision": public_revision(encoder.text_source.revision),
         },
         "reading": encoder.reading,
         "extra": extra,

@@ -12,12 +12,15 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from covft.checkpoints.sources import MOST
+from covft.checkpoints.sources import MOST, REVISION
 from covft.config import CoVFTConfig
 from covft.errors import CheckpointError, ConfigError
 
-# The types in which weights are saved; whole numbers count batches in norms.
-DTYPES = frozenset({"float64", "float32", "float16", "bfloat16", "int64", "bool"})
+# The types that weights may be saved in; buffers may hold whole numbers.
+DTYPES = frozenset(
+    {"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"}
+    | {"int64", "int32", "int16", "int8", "uint8", "bool"}
+)
 _Check = Callable[[Any], "str | None"]  # returns what was expected; None if the value is that
 
 
@@ -89,7 +92,7 @@ def _whole(least: int, most: int = MOST, *, or_none: bool = False) -> _Check:
     return check
 
 
-def _text(pattern: str = r"[^\x00-\x1f\x7f]{1,1024}", *, or_none: bool = False) -> _Check:
+def _text(pattern: str = r"(?s:.{0,65536})", *, or_none: bool = False) -> _Check:
     def check(value: Any) -> str | None:
         right = isinstance(value, str) and re.fullmatch(pattern, value)
         return None if right or (or_none and value is None) else f"a text like {pattern}"
@@ -151,7 +154,6 @@ def _setting(name: str) -> _Check:
 
 
 _SHA256 = _text(r"[0-9a-f]{64}")
-_REVISION = _text(r"[A-Za-z0-9][\w./-]{0,127}", or_none=True)
 _FIELDS: dict[str, Any] = {
     "format": _exactly(1),
     "library_version": _text(r"[\w.+!-]{1,64}"),
@@ -159,7 +161,7 @@ _FIELDS: dict[str, Any] = {
     "covft": {("layers" if name == "layers" else f"{name}?"): _setting(name) for name in CoVFTConfig.__annotations__},
     "base": {
         "source": _text(or_none=True),
-        "revision": _REVISION,
+        "revision": _text(REVISION, or_none=True),
         "library": _text(),
         "class_name": _text(),
         "fingerprint": {
@@ -170,7 +172,11 @@ _FIELDS: dict[str, Any] = {
             "samples": _samples,
         },
     },
-    "text": {"source": _text(or_none=True), "text_dim": _whole(1, or_none=True), "revision": _REVISION},
+    "text": {
+        "source": _text(or_none=True),
+        "text_dim": _whole(1, or_none=True),
+        "revision": _text(REVISION, or_none=True),
+    },
     "reading?": _scalars,  # how `attach` reads the text from prompts
     "extra": _names,
     "dtype": _dtype,

@@ -17,7 +17,7 @@ from covft.utils.sources import exists, is_folder_name, split_options, with_opti
 
 LOCAL = "local"  # `local:NAME` is a folder or file of the machine that saved, without its path
 MOST = 1 << 20  # no width, number of tokens or of classes is as large
-_REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,127}")
+REVISION = r"[A-Za-z0-9][\w./-]{0,127}"
 
 
 def public_source(source: str | None) -> str | None:
@@ -34,7 +34,7 @@ def public_source(source: str | None) -> str | None:
     """
     if source is None:
         return None
-    kind, name, options = _parts(source)
+    kind, name, options = _parts(source.encode("utf-8", "replace").decode()[:4096])
     if kind in ("", "hf") and is_folder_name(name):
         return with_options(f"{LOCAL}:{_last_part(name)}", options)
     architecture, _, tag = name.partition("/")
@@ -43,6 +43,11 @@ def public_source(source: str | None) -> str | None:
     if kind == "open_clip":
         options = {key: text for key, text in options.items() if key in _OPTIONS[kind]}
     return with_options(f"{kind}:{name}" if kind else name, options)
+
+
+def public_revision(revision: object) -> str | None:
+    """Return a revision as `load` takes it; None for what is not a branch, tag or commit."""
+    return revision if isinstance(revision, str) and re.fullmatch(REVISION, revision) else None
 
 
 def vit_source(source: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:
@@ -185,7 +190,7 @@ _TEXT_OPTIONS: dict[str, Callable[[str], Any]] = {
     "max_length": _whole,
     "normalize": _flag,
     "pooling": _word("|".join(POOLINGS)),
-    "revision": _word(_REVISION.pattern),
+    "revision": _word(REVISION),
 }
 
 

@@ -159,3 +159,25 @@ def test_a_text_encoder_of_another_width_than_the_file_says_is_refused(tmp_path)
     with pytest.raises(CheckpointError, match="another width"):
         covft.load(tmp_path, base)
     assert torch.is_tensor(next(base.parameters()))
+
+
+class Named:
+    """A text encoder with any name and revision."""
+
+    text_dim = WIDTH
+
+    def __init__(self, name, revision):
+        self.name, self.revision = name, revision
+
+    def encode(self, texts):
+        return torch.ones(len(texts), WIDTH)
+
+
+@pytest.mark.parametrize("revision", [None, "main", 3, "../x", ["main"]])
+@pytest.mark.parametrize(
+    "name", ["", "a\nb\x00c", "x" * 100_000, "\ud800", "?", "open_clip:", "hf:/", "/", "a?b=c?d=e"]
+)
+def test_what_was_saved_loads_whatever_the_text_encoder_is_called(name, revision, tmp_path):
+    base = clip_vit()
+    covft.wrap(copy.deepcopy(base), Named(name, revision), layers=[1], experts=1).save_pretrained(tmp_path)
+    covft.load(tmp_path, base, WIDTH)

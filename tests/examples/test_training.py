@@ -303,7 +303,6 @@ def test_internvl_answers_as_it_was_trained(runs, monkeypatch):
 
     arguments = ["--model", runs / "internvl-covft", "--image", runs / "internvl" / "images" / "red.png"]
     arguments += ["--question", "What colour is it?", "--max_tiles", 2, "--max_new_tokens", 6, "--beams", 2]
-    arguments += ["--text_encoder", runs / "models" / "bert"]
     _, seen = ask(monkeypatch, "internvl/infer.py", *arguments)
     tokenizer = AutoTokenizer.from_pretrained(runs / "internvl-covft")
     trained = ConversationDataset(
