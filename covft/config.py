@@ -58,6 +58,9 @@ class CoVFTConfig:
         feature_layer: Hidden state of the ViT that is read: an index into its hidden states, the embeddings being 0,
             negative ones counted from the end, such as -2 in LLaVA. Later blocks are skipped: the hidden states after
             it are copies of it. None runs all blocks.
+        instructions: What the text encoder reads of a text. `"as_given"`: all of it, as in the paper authors' code.
+            `"clean"`: without format suffixes, answer options, OCR tokens and bounding boxes, as
+            `covft.data.clean_instruction` removes them. Features and tokenised batches are never changed.
 
     Raises:
         ConfigError: If a value cannot work.
@@ -78,6 +81,7 @@ class CoVFTConfig:
     expert_rank: int | None = _option(None, per_block=True)
     recompute: str = _option("all", "none", "activation", "all", per_block=True, changes_model=False)
     feature_layer: int | None = _option(None, changes_model=False)
+    instructions: str = _option("as_given", "as_given", "clean")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _layer_tuple(self.layers))
@@ -199,6 +203,7 @@ class Settings(TypedDict, total=False):
     expert_rank: int | None
     recompute: str
     feature_layer: int | None
+    instructions: str
 
 
 def show_settings(function: Function) -> Function:

@@ -54,6 +54,7 @@ def test_json_holds_plain_values_under_the_names_of_the_keywords():
         "expert_rank": None,
         "recompute": "all",
         "feature_layer": None,
+        "instructions": "as_given",
     }
 
 

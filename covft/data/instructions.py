@@ -10,6 +10,7 @@ from covft.data.conversation import instruction_text
 from covft.data.internvl import InternVLRows
 from covft.data.llava import LlavaRows
 from covft.data.rows import RowSource
+from covft.text.cleaning import clean_instruction
 
 
 def open_rows(path: str | Path) -> RowSource:
@@ -31,7 +32,7 @@ def open_rows(path: str | Path) -> RowSource:
 
 
 def instructions_of(
-    source: RowSource, turns: str = "all", *, empty_instruction: str | None = None
+    source: RowSource, turns: str = "all", *, empty_instruction: str | None = None, clean: bool = False
 ) -> Iterator[str | None]:
     """Extract the instruction of each row, without opening images.
 
@@ -39,12 +40,14 @@ def instructions_of(
         source: The rows.
         turns: User turns that make the instruction: `"all"`, joined by a space, the `"first"` or the `"last"`.
         empty_instruction: Instruction of rows whose user turns hold no text.
+        clean: Whether to clean them, for a ViT with `instructions="clean"`.
 
     Yields:
         The instruction; None for an unusable row.
     """
     for number in range(len(source)):
         try:
-            yield instruction_text(source[number], turns) or empty_instruction
+            text = instruction_text(source[number], turns) or empty_instruction
+            yield clean_instruction(text) if text and clean else text
         except DataError:
             yield None

@@ -31,6 +31,7 @@ TYPED = {
     "expert_rank": ("16", 16),
     "recompute": ("activation", "activation"),
     "feature_layer": ("-2", -2),
+    "instructions": ("clean", "clean"),
 }
 
 

@@ -92,9 +92,7 @@ class BatchOverride(TextOverride):
         self, args: Any, kwargs: Any, context_text: Any, context_index: Any, image_flags: Any
     ) -> contextlib.ExitStack:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(
-                self.attachment.conditioned(self._named(args, kwargs), context_text, context_index)
-            )
+            stack.enter_context(self.attachment.conditioned(self._named(args, kwargs), context_text, context_index))
             stack.enter_context(without_dummies(base_of(self.attachment.model), image_flags))
             return stack.pop_all()
 

@@ -60,6 +60,7 @@ FLAGS = {
     "expert_rank": ("8", 8),
     "recompute": ("activation", "activation"),
     "feature_layer": ("-1", -1),
+    "instructions": ("clean", "clean"),
 }
 
 
