@@ -325,12 +325,13 @@ def precompute(
     text_encoder: Annotated[str, typer.Option(help="Id or folder of the text encoder.")],
     turns: Annotated[str, typer.Option(help="User turns that make the instruction: all, first or last.")] = "all",
     empty_instruction: Annotated[str | None, typer.Option(help="Instruction of rows whose user says nothing.")] = None,
+    clean: Annotated[bool, typer.Option("--clean", help='Clean them, for a ViT with instructions="clean".')] = False,
 ) -> None:
     """Encode the instructions of a data set once, for `covft.text.FeatureTable.load`."""
     from covft.data import instructions_of, open_rows
     from covft.text import FeatureTable, as_text_encoder
 
-    found = list(instructions_of(open_rows(annotation), turns, empty_instruction=empty_instruction))
+    found = list(instructions_of(open_rows(annotation), turns, empty_instruction=empty_instruction, clean=clean))
     texts = [text for text in found if text]
     table = FeatureTable.precompute(as_text_encoder(text_encoder), texts, output, show=sys.stderr.isatty())
     typer.echo(f"{len(table)} distinct instructions of {len(found)} rows, {table.text_dim} numbers each: {output}")

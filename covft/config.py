@@ -66,6 +66,9 @@ class CoVFTConfig:
         feature_layer: Hidden state of the ViT that is read: an index into its hidden states, the embeddings being 0,
             negative ones counted from the end, such as -2 in LLaVA. Later blocks are skipped: the hidden states after
             it are copies of it. None runs all blocks.
+        instructions: What the text encoder reads of a text. `"as_given"`: all of it, as in the paper authors' code.
+            `"clean"`: without format suffixes, answer options, OCR tokens and bounding boxes, as
+            `covft.data.clean_instruction` removes them. Features and tokenised batches are never changed.
 
     Raises:
         ConfigError: If a value cannot work.
@@ -87,6 +90,7 @@ class CoVFTConfig:
     recompute: str = _option("all", "none", "activation", "all", per_block=True, changes_model=False)
     router_aux_loss_coef: float = _option(0.01, changes_model=False)
     feature_layer: int | None = _option(None, changes_model=False)
+    instructions: str = _option("as_given", "as_given", "clean")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _layer_tuple(self.layers))
@@ -221,6 +225,7 @@ class Settings(TypedDict, total=False):
     recompute: str
     router_aux_loss_coef: float
     feature_layer: int | None
+    instructions: str
 
 
 def show_settings(function: Function) -> Function:

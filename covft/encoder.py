@@ -23,6 +23,7 @@ from covft.surgery.slot import Original
 from covft.surgery.wrapped import TextSource, WrappedViT
 from covft.text import CachedTextEncoder, TextEncoder
 from covft.text.base import in_order
+from covft.text.cleaning import clean_instruction
 from covft.text.inputs import as_index, check_text_features
 from covft.utils.arguments import check_kinds
 from covft.utils.parameters import param_groups
@@ -129,7 +130,7 @@ class ContextEncoder(WrappedViT):
             self.conditioning.leave(scope)
 
     def encode_text(self, text: str | Sequence[str] | Mapping[str, Tensor]) -> Tensor:
-        """Encode texts, each alone, cached per distinct string.
+        """Encode texts, each alone, cached per distinct string, and cleaned if the settings say so.
 
         Args:
             text: One text, several, or a tokenised batch.
@@ -161,7 +162,10 @@ class ContextEncoder(WrappedViT):
                 )
             features = encode_tokens(text)
         else:
-            features = encoder.encode([text] if isinstance(text, str) else in_order(text))
+            texts = [text] if isinstance(text, str) else in_order(text)
+            if self.covft_config.instructions == "clean":
+                texts = [clean_instruction(entry) if isinstance(entry, str) else entry for entry in texts]
+            features = encoder.encode(texts)
         return features.to(self._device())
 
     @check_kinds

@@ -55,6 +55,7 @@ def test_json_holds_plain_values_under_the_names_of_the_keywords():
         "recompute": "all",
         "router_aux_loss_coef": 0.01,
         "feature_layer": None,
+        "instructions": "as_given",
     }
 
 

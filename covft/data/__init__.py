@@ -24,6 +24,7 @@ from covft.data.shards import TarImages
 from covft.data.spans import answer_spans
 from covft.data.templates import CHAT_TEMPLATES
 from covft.data.tiling import DynamicTiling, NoTiling, PadToSquare, Tiling, pad_to_square, tile_grid, tile_image
+from covft.text.cleaning import clean_instruction
 
 __all__ = [
     "CHAT_TEMPLATES",
@@ -54,6 +55,7 @@ __all__ = [
     "TarImages",
     "Tiling",
     "answer_spans",
+    "clean_instruction",
     "drop_dummies",
     "encode_conversation",
     "instruction_text",

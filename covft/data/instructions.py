@@ -11,6 +11,7 @@ from covft.data.files import check_path, open_regular
 from covft.data.internvl import InternVLRows
 from covft.data.llava import LlavaRows
 from covft.data.rows import RowSource
+from covft.text.cleaning import clean_instruction
 from covft.utils.arguments import check_kinds
 
 
@@ -33,7 +34,7 @@ def open_rows(path: str | Path) -> RowSource:
 
 @check_kinds
 def instructions_of(
-    source: RowSource, turns: str = "all", *, empty_instruction: str | None = None
+    source: RowSource, turns: str = "all", *, empty_instruction: str | None = None, clean: bool = False
 ) -> Iterator[str | None]:
     """Extract the instruction of each row, without opening images.
 
@@ -41,12 +42,14 @@ def instructions_of(
         source: The rows.
         turns: User turns that make the instruction: `"all"`, joined by a space, the `"first"` or the `"last"`.
         empty_instruction: Instruction of rows whose user turns hold no text.
+        clean: Whether to clean them, for a ViT with `instructions="clean"`.
 
     Yields:
         The instruction; None for an unusable row.
     """
     for number in range(len(source)):
         try:
-            yield instruction_text(source[number], turns) or empty_instruction
+            text = instruction_text(source[number], turns) or empty_instruction
+            yield clean_instruction(text) if text and clean else text
         except DataError:
             yield None

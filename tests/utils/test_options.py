@@ -32,6 +32,7 @@ TYPED = {
     "recompute": ("activation", "activation"),
     "router_aux_loss_coef": ("0.02", 0.02),
     "feature_layer": ("-2", -2),
+    "instructions": ("clean", "clean"),
 }
 
 

@@ -60,6 +60,8 @@ FLAGS = {
     "expert_rank": ("8", 8),
     "recompute": ("activation", "activation"),
     "feature_layer": ("-1", -1),
+    "instructions": ("clean", "clean"),
+    "router_aux_loss_coef": ("0.5", 0.5),
 }
 
 
