@@ -133,6 +133,16 @@ def test_gradients_with_their_checkpointing(internvl_code):
         torch.testing.assert_close(checkpointed[name], gradient)
 
 
+def test_sparse_routing__the_load_balancing_loss_is_in_the_loss_of_training(internvl_code):
+    model, tokenizer = attached(routing="sparse", experts=3, top_k=1)
+    batch = batch_of(model, tokenizer, QUESTIONS[:2], [1, 2])
+    plain = model.eval()(**batch).loss
+    loss = model.train()(**batch).loss
+    balance = covft.get_encoder(model).aux_loss()
+    torch.testing.assert_close(loss - plain, 0.01 * balance, rtol=1e-2, atol=1e-5)
+    loss.backward()
+
+
 def test_dummies_alone_give_gradients_of_zero(internvl_code):
     model, tokenizer = attached()
     model.train()

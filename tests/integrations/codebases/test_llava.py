@@ -222,3 +222,14 @@ def test_a_copy_has_a_tower_of_its_own(llava_code, llava_home):
     assert all(p.grad is not None for p in covft.get_encoder(twin).trainable_parameters())
     assert all(p.grad is None for p in covft.get_encoder(model).trainable_parameters())
     assert (twin.eval()(**batch, images=images).logits - model(**batch, images=images).logits).abs().max() > 1e-4
+
+
+def test_sparse_routing__the_load_balancing_loss_is_in_the_loss_of_training(llava_code, llava_home):
+    model, tokenizer, conversation = attached(llava_home, routing="sparse", experts=3, top_k=1)
+    encoder = covft.get_encoder(model)
+    batch = batch_of(tokenizer, conversation, QUESTIONS[:2], [1, 1])
+    given = {**batch, "labels": batch["input_ids"], "images": torch.randn(2, 3, SIZE, SIZE)}
+    plain = model.eval()(**given).loss
+    loss = model.train()(**given).loss
+    torch.testing.assert_close(loss - plain, 0.01 * encoder.aux_loss(), rtol=1e-2, atol=1e-5)
+    loss.backward()
