@@ -24,7 +24,7 @@ from covft.errors import ConfigError, ShapeError
 if TYPE_CHECKING:
     from PIL import Image
 
-_MOST_CHARACTERS = 1 << 20  # a tokenizer takes about 300 bytes for each
+_MOST_CHARACTERS = 1 << 20  # a tokenizer takes up to 512 bytes for each
 
 
 class ConversationDataset(Dataset[dict[str, Any]]):
