@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +78,7 @@ def instruction_text(
         raise ConfigError(
             f"turns={short(turns)} is not known.", expected=" | ".join(TURNS), got=short(turns), fix="turns='all'"
         )
-    if isinstance(placeholders, str) or not isinstance(placeholders, Iterable):
+    if isinstance(placeholders, str) or not isinstance(placeholders, Sequence):
         raise ConfigError("placeholders is not a list.", expected="a list of strings", got=short(placeholders))
     placeholders = [string(mark, "a placeholder") for mark in placeholders]
     said = [message["content"] for message in to_messages(row) if message["role"] == "user"]

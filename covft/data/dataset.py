@@ -294,7 +294,12 @@ def _check_parts(source: Any, tokenizer: Any, image_processor: Any, image_text: 
             expected="LlavaRows, InternVLRows, DatasetsRows or a RowSource",
             got=f"{short(source)} without {', '.join(missing)}" if missing else short(source),
         )
-    function(tokenizer, "tokenizer")
+    if isinstance(tokenizer, type) or not hasattr(tokenizer, "apply_chat_template"):
+        raise ConfigError(
+            "The tokenizer cannot render a conversation.",
+            expected="a tokenizer of transformers, which has apply_chat_template",
+            got=short(tokenizer),
+        )
     for name, value in (("image_processor", image_processor), ("tiling", tiling), ("augment", augment)):
         if value is not None and not hasattr(value, "preprocess"):
             function(value, name)

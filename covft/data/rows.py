@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from covft.data.broken import DataError, Place
 from covft.data.checks import flag, short
@@ -36,6 +36,7 @@ class Row:
     augment: bool = False
 
 
+@runtime_checkable
 class RowSource(Protocol):
     """Provides the rows of a data set."""
 

@@ -45,6 +45,8 @@ def answer_spans(
         ConfigError: If no special token ends an answer, or they do not all end alike.
         DataError: If the template refuses the conversation.
     """
+    if not messages:
+        raise DataError("The conversation is empty.", expected="messages with at least one answer", got="none")
     template = ChatTemplate(tokenizer, chat_template)
     text = template.render(messages)
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 MOST_TILES = 1000
 
 
+_LARGEST_TILE = 4096  # pixels; towers take up to some 1000
+
+
 def tile_grid(
     width: int, height: int, *, min_tiles: int = 1, max_tiles: int = 12, tile_size: int = 448
 ) -> tuple[int, int]:
@@ -35,14 +38,15 @@ def tile_grid(
         Columns and rows.
 
     Raises:
-        ConfigError: If not 1 <= min_tiles <= max_tiles <= 1000, or a size is not positive.
+        ConfigError: If not 1 <= min_tiles <= max_tiles <= 1000, or a size cannot be used.
 
     Example:
         >>> tile_grid(1920, 1080)
         (4, 2)
     """
-    for name, value in (("width", width), ("height", height), ("tile_size", tile_size)):
+    for name, value in (("width", width), ("height", height)):
         whole(value, name, least=1)
+    whole(tile_size, "tile_size", least=1, most=_LARGEST_TILE)
     _check_tiles(min_tiles, max_tiles)
     ratio = width / height
     grids = [
@@ -129,7 +133,7 @@ class DynamicTiling:
 
     def __post_init__(self) -> None:
         _check_tiles(self.min_tiles, self.max_tiles)
-        whole(self.tile_size, "tile_size", least=1)
+        whole(self.tile_size, "tile_size", least=1, most=_LARGEST_TILE)
         flag(self.thumbnail, "thumbnail")
 
     def __call__(self, image: Image.Image, max_tiles: int | None = None) -> list[Image.Image]:

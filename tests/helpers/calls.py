@@ -208,7 +208,7 @@ call(
     "encoder.condition",
     lambda w: lambda text, index=None: w.encoder.condition(text, index).__enter__(),
     lambda w: {"text": "a cup"},
-    text="none word nul",
+    text="none word nul empty",
     index="none",
 )
 call("encoder.encode_text", lambda w: w.encoder.encode_text, lambda w: {"text": "a cup"})
@@ -288,6 +288,7 @@ public(
     data,
     "ConversationDataset",
     lambda w: {"source": data.LlavaRows(w.rows, w.folder), "tokenizer": w.tiny.tokenizer},
+    tiling="function module",
 )
 public(data, "Collator", lambda w: {"pad_token_id": 0})
 public(data, "ModalityGroupedSampler", lambda w: {"lengths": [3, -4], "batch_size": 1})
