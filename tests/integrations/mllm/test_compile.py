@@ -13,17 +13,16 @@ pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"layers": [0, 1], "feature_layer": -2}], ids=["all", "skipping"])
-def test_compile__new_questions_compile_no_more_than_without_covft(settings):
+def test_compile__new_questions_compile_no_more_than_without_covft():
     from torch._dynamo.testing import CompileCounter
 
     mllm = BY_NAME["llava"]
     counts = []
     for with_covft in (False, True):
         model = mllm.build()
-        batches = [mllm.batch(model, [Row(1, text)]).inputs for text in (CUP, PEOPLE, DOG, "is it?", "red or blue?")]
+        batches = [mllm.batch(model, [Row(1, text)]).inputs for text in (CUP, PEOPLE, DOG)]
         if with_covft:
-            attach(model, TEXTS, tokenizer=mllm.tokenizer, **settings)
+            attach(model, TEXTS, tokenizer=mllm.tokenizer)
         with torch.no_grad():
             wanted = [model(**batch).logits for batch in batches]
             torch.compiler.reset()
