@@ -35,7 +35,7 @@ class ViTTowerConfig(_transformers.PreTrainedConfig):
     """The config of a `ViTTower`: from what its ViT is built, and what a multimodal LLM has to know of it.
 
     Attributes:
-        source: As for `covft.adapters.load_vit`: `"timm:NAME?options"` or `"open_clip:NAME?options"`.
+        source: As for `covft.adapters.sources.load_vit`: `"timm:NAME?options"` or `"open_clip:NAME?options"`.
         hidden_size: Width of the tokens.
         num_hidden_layers: Number of blocks.
         image_size: Height and width of the images, in pixels.
@@ -149,8 +149,8 @@ def vit_tower(source: str, vit: nn.Module | None = None, *, pretrained: bool = T
     """Make a vision tower of transformers from a ViT of timm or open_clip.
 
     Args:
-        source: As for `covft.adapters.load_vit`: `"timm:NAME"` or `"open_clip:NAME/TAG"`; options may follow. A saved
-            model builds its tower by this name.
+        source: As for `covft.adapters.sources.load_vit`: `"timm:NAME"` or `"open_clip:NAME/TAG"`; options may
+            follow. A saved model builds its tower by this name.
         vit: The ViT, if it is loaded already; it is not copied. None loads it.
         pretrained: Whether to load the ViT's weights.
 
