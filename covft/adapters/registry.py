@@ -12,6 +12,7 @@ from importlib import metadata
 from torch import nn
 
 from covft.adapters.families import FAMILIES
+from covft.adapters.nested import NESTED
 from covft.adapters.spec import Adapter, ViTSpec
 from covft.errors import ConfigError, UnknownViTError
 from covft.utils.arguments import check_kinds
@@ -49,7 +50,7 @@ def register_adapter(adapter: Adapter) -> Adapter:
 
 def list_adapters() -> list[Adapter]:
     """Return all adapters, in order of precedence."""
-    ours: list[Adapter] = [*FAMILIES]
+    ours: list[Adapter] = [*NESTED, *FAMILIES]
     taken = {adapter.name for adapter in (*_registered.values(), *ours)}
     return [*_registered.values(), *_from_entry_points(taken), *ours]
 

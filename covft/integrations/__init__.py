@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from covft.integrations.building.projector import save_projector as save_projector
     from covft.integrations.building.saved import load_model as load_model
     from covft.integrations.building.saving import save_trained as save_trained
+    from covft.integrations.building.tower import ViTTower as ViTTower
+    from covft.integrations.building.tower import vit_tower as vit_tower
     from covft.integrations.mllm.attach import attach as attach
     from covft.integrations.mllm.attach import detach as detach
     from covft.integrations.mllm.attach import get_encoder as get_encoder
@@ -62,6 +64,7 @@ _HOMES = {
     "RECIPES": "integrations.training.recipes",
     "Recipe": "integrations.training.recipes",
     "add_options": "utils.options",
+    "ViTTower": "integrations.building.tower",
     "attach": "integrations.mllm.attach",
     "build_internvl": "integrations.building.build",
     "build_llava": "integrations.building.build",
@@ -82,6 +85,7 @@ _HOMES = {
     "save_trained": "integrations.building.saving",
     "tile_image": "data",
     "train_only": "integrations.training.parts",
+    "vit_tower": "integrations.building.tower",
     "whole_weights": "integrations.building.loading",
 }
 
@@ -97,6 +101,7 @@ __all__ = [
     "MLLMTrainingArguments",
     "PadToSquare",
     "Recipe",
+    "ViTTower",
     "add_options",
     "attach",
     "build_internvl",
@@ -118,6 +123,7 @@ __all__ = [
     "save_trained",
     "tile_image",
     "train_only",
+    "vit_tower",
     "whole_weights",
 ]
 

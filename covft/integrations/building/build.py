@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from typing import Any
 
@@ -19,6 +20,7 @@ from covft.utils.arguments import check_kinds
 
 # Towers that take images of any size; all others take only that of their config.
 _ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers", "dinov3_vit"})
+TOWER = "covft_vit"  # model type of `covft.integrations.building.tower.ViTTower`
 _INTERNVL_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
 
 
@@ -43,12 +45,14 @@ def build_llava(
     LLaVA drops only the first token, so the language model reads the registers too.
 
     Args:
-        vision: Id or folder of a tower (CLIP, SigLIP, DINOv2, DINOv3, InternViT, ...), or the loaded tower.
+        vision: Id or folder of a tower (CLIP, SigLIP, DINOv2, DINOv3, InternViT, ...), `"timm:NAME"` or
+            `"open_clip:NAME/TAG"`, or the loaded tower. A ViT of timm or open_clip becomes a `ViTTower`, whose hidden
+            states are the patches alone.
         language: Id or folder of a language model (Llama and Vicuna, Phi-3, Qwen2, SmolLM2, ...), or the loaded model.
         tokenizer: The tokenizer of the language model; changed in place.
         feature_layer: Index of the hidden state of the tower that the projector reads.
-        image_size: Height and width of the images, in pixels; None takes that of the tower's config. Only DINOv2 and
-            DINOv3 support another.
+        image_size: Height and width of the images, in pixels; None takes that of the tower's config. Only DINOv2,
+            DINOv3, and ViTs of timm and open_clip by name support another.
         image_token: The placeholder of an image in the text.
         dtype: Of all weights; None takes that of the language model.
         attn_implementation: Of the parts that are loaded here: `"sdpa"`, `"flash_attention_2"`, ...
@@ -71,7 +75,7 @@ def build_llava(
     from transformers import LlavaConfig, LlavaForConditionalGeneration
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-    tower, llm = _load(vision, language, dtype, attn_implementation)
+    tower, llm = _load(vision, language, dtype, attn_implementation, image_size)
     _check_layer(tower, feature_layer)
     prefix, patches = _count_tokens(tower, image_size)
     _prepare_tokens(tokenizer, llm, (image_token,))
@@ -203,10 +207,16 @@ def llava_processor(model: Any, tokenizer: Any, image_processor: Any) -> Any:
 # ---------------------------------------------------------------------------------------- steps
 
 
-def _load(vision: Any, language: Any, dtype: torch.dtype | None, attn_implementation: str | None) -> tuple[Any, Any]:
+def _load(
+    vision: Any,
+    language: Any,
+    dtype: torch.dtype | None,
+    attn_implementation: str | None,
+    image_size: int | None = None,
+) -> tuple[Any, Any]:
     """Load both parts, and check that a saved model would load with their classes."""
     options: Any = {"dtype": dtype, "attn_implementation": attn_implementation}
-    tower = vision if isinstance(vision, nn.Module) else load_vit(f"hf:{os.fspath(vision)}", **options)
+    tower: Any = _load_tower(vision, image_size, options)
     llm = load_language_model(language, **options)
     for name, part, inner in (("vision", tower, tower), ("language", llm, llm.base_model)):
         wanted = class_of(part.config)
@@ -226,12 +236,34 @@ def _load(vision: Any, language: Any, dtype: torch.dtype | None, attn_implementa
     return tower.to(llm.device, dtype or llm.dtype), llm.to(dtype or llm.dtype)
 
 
-def _check_layer(tower: nn.Module, feature_layer: int) -> None:
-    depth = describe(tower).depth
-    if not -depth - 1 <= feature_layer <= depth:
+def _load_tower(vision: Any, image_size: int | None, options: dict[str, Any]) -> nn.Module:
+    """Load a tower; one of timm or open_clip becomes a `ViTTower`, one that LLaVA cannot call is refused."""
+    from covft.integrations.building.tower import as_tower, is_source, vit_tower, with_image_size
+
+    if is_source(vision):
+        tower: Any = vit_tower(with_image_size(vision, image_size))
+    else:
+        tower = as_tower(vision if isinstance(vision, nn.Module) else load_vit(f"hf:{os.fspath(vision)}", **options))
+    _, *others = inspect.signature(tower.forward).parameters.values()
+    needed = [p.name for p in others if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if needed:
+        raise UnsupportedViTError(
+            f"{type(tower).__name__} cannot be the tower of a LLaVA, which passes it the images alone.",
+            expected="a tower for images of one size",
+            got=f"a tower that needs {', '.join(needed)} too",
+            fix="the same ViT for one size, such as google/siglip2-so400m-patch14-384 instead of -naflex",
+        )
+    return tower
+
+
+def _check_layer(tower: Any, feature_layer: int) -> None:
+    depth, first = describe(tower).depth, 0
+    if tower.config.model_type == TOWER:
+        first = 1  # it has no state for the embeddings
+    if not -depth - 1 + first <= feature_layer <= depth or (first and feature_layer == 0):
         raise ConfigError(
             f"feature_layer={feature_layer} is not a hidden state of this tower.",
-            expected=f"an index in [{-depth - 1}, {depth}]",
+            expected=f"an index in [{-depth - 1 + first}, {depth}]{' other than 0' if first else ''}",
             got=feature_layer,
             fix="feature_layer=-2",
         )
@@ -243,7 +275,7 @@ def _count_tokens(tower: nn.Module, image_size: int | None) -> tuple[int, int]:
     kind, own, patch = getattr(config, "model_type", None), getattr(config, "image_size", None), config.patch_size
     own, patch = _first(own), _first(patch)
     size = own if image_size is None else image_size
-    prefix = describe(tower).input.prefix_tokens
+    prefix = 0 if kind == TOWER else describe(tower).input.prefix_tokens  # a ViTTower returns the patches alone
     if prefix is None or own is None:
         raise UnsupportedViTError(
             f"The number of tokens per image of a {type(tower).__name__} is unknown.",

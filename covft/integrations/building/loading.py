@@ -95,7 +95,7 @@ def load_image_processor(source: Any, image_size: int | None = None) -> Any:
     """Load the image processor of a tower, set to the image size that the tower takes.
 
     Args:
-        source: Id or folder of the tower.
+        source: Id or folder of the tower; `timm:NAME` or `open_clip:NAME/TAG`; or a `ViTTower`.
         image_size: Height and width in pixels; None takes those of the tower's config, from which the saved processor
             may differ (DINOv2's does).
 
@@ -104,9 +104,15 @@ def load_image_processor(source: Any, image_size: int | None = None) -> Any:
     """
     from transformers import AutoImageProcessor
 
+    from covft.integrations.building.tower import image_processor_of, is_source, of_timm
+
+    if is_source(source) or isinstance(source, nn.Module):
+        return image_processor_of(source, image_size)
     name = os.fspath(source)
     with _reported("image processor", name):
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        if type(processor).__name__ == "TimmWrapperImageProcessor":
+            return of_timm(processor.data_config, image_size)
         if image_size is None:
             own = getattr(tower_config(name)[0], "image_size", None)
             image_size = own[0] if isinstance(own, (list, tuple)) else own

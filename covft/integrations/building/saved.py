@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import json
 import os
@@ -33,6 +34,7 @@ _FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Options of a config that name code to fetch and run, and options of adapters that name a module to import.
 _CODE_IN_CONFIG = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+_PICKLES_IN_CONFIG = ("checkpoint_path", "pretrained_cfg_overlay")  # model_args of transformers' TimmWrapperModel
 _CODE_IN_ADAPTER = ("megatron_config", "custom_modules", "_custom_modules")
 # Where quantization configs list the modules that they leave alone.
 _LEFT_ALONE = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
@@ -84,6 +86,7 @@ def load_model(
         >>> model, processor = load_model("runs/llava-covft")  # doctest: +SKIP
     """
     transformers = import_library("transformers", "transformers", needed_by="load_model")
+    importlib.import_module("covft.integrations.building.tower")  # registers the towers of timm and open_clip
     folder = _local(folder_or_repo_id)
     tower = folder / FOLDER
     reading = _reading(tower)
@@ -185,6 +188,7 @@ def _load_mllm(transformers: Any, source: Any, quantization_config: Any, options
     try:
         values, _ = transformers.PreTrainedConfig.get_config_dict(name)
         _refuse_code(values, name, _CODE_IN_CONFIG, lambda value: isinstance(value, str) and "/" in value)
+        _refuse_code(values, name, _PICKLES_IN_CONFIG, bool)
         if quantization_config is not None:
             options["quantization_config"] = _sparing(auto, name, quantization_config, options["trust_remote_code"])
         with quiet():

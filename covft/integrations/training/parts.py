@@ -128,10 +128,11 @@ def freeze_unread(model: nn.Module) -> list[str]:
         read = max(state if state >= 0 else len(blocks) + 1 + state for state in states)
         first_unread = f"{blocks[read].path}." if read < len(blocks) else None
     names, after = [], False
+    never = set(getattr(tower, "unread", list)())  # of a `ViTTower`
     for name, parameter in tower.named_parameters():
         # Towers register their modules in the order in which they run.
         after = after or (first_unread is not None and name.startswith(first_unread))
-        if after or name.endswith("mask_token"):
+        if after or name in never or name.endswith("mask_token"):
             parameter.requires_grad_(False)
             names.append(name)
     return names
