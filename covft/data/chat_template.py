@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from covft.data.broken import DataError
 from covft.errors import ConfigError
@@ -13,6 +13,29 @@ from covft.errors import ConfigError
 # By tokenizer and template.
 _WANTS_PARTS: weakref.WeakKeyDictionary[Any, dict[str, bool]] = weakref.WeakKeyDictionary()
 _EXCHANGE = [{"role": "user", "content": "Qz1zQ"}, {"role": "assistant", "content": "Qz2zQ"}]
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What building and data sets need of a tokenizer of transformers."""
+
+    chat_template: Any
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """Render a conversation."""
+        ...
+
+    def convert_ids_to_tokens(self, ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the tokens of ids."""
+        ...
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """Return the ids of tokens."""
+        ...
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the ids by token."""
+        ...
 
 
 class ChatTemplate:

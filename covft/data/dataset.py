@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from covft.data.augment import JpegAugment
 from covft.data.broken import BrokenLog, BrokenRow, DataError
+from covft.data.chat_template import Tokenizer
 from covft.data.checks import flag, function, short, string, whole
 from covft.data.conversation import IGNORE_INDEX, Encoded, encode_conversation, instruction_text
 from covft.data.placeholders import ImageText
@@ -294,7 +295,7 @@ def _check_parts(source: Any, tokenizer: Any, image_processor: Any, image_text: 
             expected="LlavaRows, InternVLRows, DatasetsRows or a RowSource",
             got=f"{short(source)} without {', '.join(missing)}" if missing else short(source),
         )
-    if isinstance(tokenizer, type) or not hasattr(tokenizer, "apply_chat_template"):
+    if isinstance(tokenizer, type) or not isinstance(tokenizer, Tokenizer):
         raise ConfigError(
             "The tokenizer cannot render a conversation.",
             expected="a tokenizer of transformers, which has apply_chat_template",

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from covft.data.broken import DataError
 from covft.data.chat_template import ChatTemplate, any_of
 from covft.errors import ConfigError
 from covft.utils.arguments import check_kinds

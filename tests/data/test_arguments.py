@@ -120,6 +120,7 @@ CALLS = {
     "parse_row": ("path", lambda p, x: data.parse_row(x)),
     "parse_row(add_missing_tag)": ("flag", lambda p, x: data.parse_row(RECORDS[0], add_missing_tag=x)),
     "to_messages": ("messages", lambda p, x: data.to_messages(x)),
+    "clean_instruction": ("text", lambda p, x: data.clean_instruction(x)),
     "instruction_text": ("messages", lambda p, x: data.instruction_text(x)),
     "instruction_text(turns)": ("path", lambda p, x: data.instruction_text(RECORDS[0], x)),
     "instruction_text(placeholders)": ("text", lambda p, x: data.instruction_text(RECORDS[0], placeholders=x or 3)),

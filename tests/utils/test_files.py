@@ -52,7 +52,7 @@ def write(folder, number):
 WRITERS = {
     "text": lambda path, number: write_text(path, f"number {number} ä\n"),
     "json": lambda path, number: write_json(path, {"number": number}),
-    "tensors": lambda path, number: write_tensors(path, tensors(number), about="numbers"),
+    "tensors": lambda path, number: write_tensors(path, tensors(number), {"about": "numbers"}),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import nn
 from covft.adapters.huggingface import class_of
 from covft.adapters.registry import describe
 from covft.adapters.sources import load_vit
+from covft.data.chat_template import Tokenizer
 from covft.data.placeholders import ImageText
 from covft.errors import ConfigError, UnsupportedViTError
 from covft.integrations.building.loading import load_language_model, whole_weights
+from covft.integrations.mllm.families import base_of
 from covft.utils.arguments import check_kinds
 
 # Towers that take images of any size; all others take only that of their config.
@@ -27,9 +30,9 @@ _INTERNVL_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
 @check_kinds
 @whole_weights()
 def build_llava(
-    vision: Any,
-    language: Any,
-    tokenizer: Any,
+    vision: str | os.PathLike[str] | nn.Module,
+    language: str | os.PathLike[str] | nn.Module,
+    tokenizer: Tokenizer,
     *,
     feature_layer: int = -2,
     image_size: int | None = None,
@@ -94,9 +97,9 @@ def build_llava(
 @check_kinds
 @whole_weights()
 def build_internvl(
-    vision: Any,
-    language: Any,
-    tokenizer: Any,
+    vision: str | os.PathLike[str] | nn.Module,
+    language: str | os.PathLike[str] | nn.Module,
+    tokenizer: Tokenizer,
     *,
     feature_layer: int = -1,
     downsample_ratio: float = 0.5,
@@ -168,43 +171,67 @@ def build_internvl(
 
 
 @check_kinds
-def image_text_of(model: Any, tokenizer: Any) -> ImageText:
+def image_text_of(model: nn.Module, tokenizer: Tokenizer) -> ImageText:
     """Return the placeholders of an image in the text of a LLaVA or InternVL; for `covft.data.ConversationDataset`.
 
     Args:
         model: The model, built here or loaded.
         tokenizer: Its tokenizer.
+
+    Raises:
+        ConfigError: If the model is neither.
     """
-    config = model.config
+    config = _config_of(model, "image_token_id", "image_seq_length")
     token = tokenizer.convert_ids_to_tokens(config.image_token_id)
     around = ("<img>", "</img>") if config.model_type == "internvl" else ("", "")
     return ImageText(token, per_tile=config.image_seq_length, before=around[0], after=around[1])
 
 
 @check_kinds
-def llava_processor(model: Any, tokenizer: Any, image_processor: Any) -> Any:
+def llava_processor(model: nn.Module, tokenizer: Tokenizer, image_processor: Callable[..., Any]) -> Any:
     """Build the processor of a LLaVA, which expands the placeholder of an image to one per image token.
 
     Args:
         model: A model from `build_llava`.
         tokenizer: Its tokenizer, with the chat template.
         image_processor: `load_image_processor(vision, image_size)`.
+
+    Raises:
+        ConfigError: If the model is not a LLaVA, or transformers refuses one of the others.
     """
     from transformers import LlavaProcessor
 
-    prefix, _ = _count_tokens(model.model.vision_tower, None)
-    return LlavaProcessor(
-        image_processor,
-        tokenizer,
-        patch_size=_first(model.config.vision_config.patch_size),
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-        chat_template=tokenizer.chat_template,
-        image_token=tokenizer.convert_ids_to_tokens(model.config.image_token_id),
-        num_additional_image_tokens=prefix,
-    )
+    config = _config_of(model, "image_token_id", "vision_feature_select_strategy")
+    prefix, _ = _count_tokens(base_of(model).vision_tower, None)
+    try:
+        return LlavaProcessor(
+            image_processor,
+            tokenizer,
+            patch_size=_first(config.vision_config.patch_size),
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            chat_template=tokenizer.chat_template,
+            image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),
+            num_additional_image_tokens=prefix,
+        )
+    except TypeError as error:
+        got = str(error).partition("\n")[0]
+        raise ConfigError("A processor cannot be built of these.", expected="parts of transformers", got=got) from error
 
 
 # ---------------------------------------------------------------------------------------- steps
+
+
+def _config_of(model: Any, *needed: str) -> Any:
+    """Return the config of a multimodal LLM; refuse another model."""
+    config = getattr(model, "config", None)
+    missing = [name for name in needed if not hasattr(config, name)]
+    if missing:
+        raise ConfigError(
+            f"{type(model).__name__} is not a multimodal LLM of this kind.",
+            expected="a LLaVA or an InternVL of transformers",
+            got=f"a config without {', '.join(missing)}" if config else "a model without a config",
+        )
+    return config
 
 
 def _load(

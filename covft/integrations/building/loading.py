@@ -91,7 +91,7 @@ def load_language_model(
 
 
 @check_kinds
-def load_image_processor(source: Any, image_size: int | None = None) -> Any:
+def load_image_processor(source: str | os.PathLike[str] | nn.Module, image_size: int | None = None) -> Any:
     """Load the image processor of a tower, set to the image size that the tower takes.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from covft.errors import ConfigError
 from covft.utils.arguments import check_kinds
 from covft.utils.sharding import full, gathered, is_sharded
 
@@ -17,7 +18,13 @@ def save_trained(trainer: Any, *processors: Any) -> None:
     Args:
         trainer: An `MLLMTrainer`, after training.
         *processors: Tokenizer, image processor or processor, to save next to the model.
+
+    Raises:
+        ConfigError: If it is not a trainer.
     """
+    if not hasattr(trainer, "accelerator"):
+        got = type(trainer).__name__
+        raise ConfigError("save_trained() saves the model of a trainer.", expected="an MLLMTrainer", got=got)
     folder, writes = trainer.args.output_dir, trainer.is_world_process_zero()
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):
