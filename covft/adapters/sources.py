@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import difflib
 import importlib
@@ -19,7 +18,7 @@ from covft.adapters.huggingface import load_tower, tower_source
 from covft.errors import CoVFTError, UnknownViTError, UnsupportedViTError
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
-from covft.utils.sources import split_options, with_options
+from covft.utils.sources import split_values, with_options
 
 # Set on loaded models that do not say themselves where they came from.
 _SOURCE_ATTRIBUTE = "_covft_source"
@@ -65,8 +64,7 @@ def load_vit(source: str, pretrained: bool = True, *, device: torch.device | str
             got=f"pretrained=True, device={str(device)!r}",
             fix=f"load_vit({source!r}, pretrained=False, device='meta')",
         )
-    name, texts = split_options(rest)
-    written = {key: _value(text) for key, text in texts.items()}
+    name, written = split_values(rest)
     with _reported(kind, name):
         return _LOADERS[kind](name, pretrained, torch.device(device), {**written, **options})
 
@@ -213,10 +211,3 @@ def _quiet_root_logger() -> Iterator[None]:
     finally:
         root.removeFilter(not_about_weights)
         root.removeHandler(handler)
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return text

@@ -11,6 +11,7 @@ the configuration, or hidden files; the next save removes them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,49 @@ def compare_tensors(wanted: dict[str, tuple], found: dict[str, tuple], source: s
             got="; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names),
             fix="wrap with the settings that it was trained with",
         )
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that are not finite.
+
+    Args:
+        tensors: The weights, by name; integers are passed over.
+        source: Their name in the message.
+
+    Raises:
+        CheckpointError: If there is a NaN or an infinity.
+    """
+    floats = (
+        (name, t if t.itemsize > 1 else t.float()) for name, t in sorted(tensors.items()) if t.is_floating_point()
+    )
+    broken = [name for name, tensor in floats if not bool(tensor.isfinite().all())]
+    if broken:
+        raise CheckpointError(
+            f"{source} has weights that are not finite.",
+            expected="numbers",
+            got=f"NaN or infinity in {len(broken)} tensors: {', '.join(broken[:5])}",
+            fix="load an earlier checkpoint; the training had diverged",
+        )
+
+
+def check_trained_weights(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that no training can have written: integers, complex numbers, NaN, infinity.
+
+    Args:
+        tensors: The weights, by name.
+        source: Their name in the message.
+
+    Raises:
+        CheckpointError: If there are any.
+    """
+    other = [f"{name} {tensor.dtype}" for name, tensor in sorted(tensors.items()) if not tensor.is_floating_point()]
+    if other:
+        raise CheckpointError(
+            f"{source} has weights that are not floating-point numbers.",
+            expected="float32, bfloat16, ...",
+            got=", ".join(other[:5]),
+        )
+    check_finite(tensors, source)
 
 
 def _listing(folder: Path) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from covft.adapters.sources import load_vit
 from covft.checkpoints.fingerprint import difference, fingerprint
-from covft.checkpoints.folder import CONFIG_NAME, WEIGHTS_NAME, compare_tensors, read_config, read_folder
+from covft.checkpoints.folder import CONFIG_NAME, WEIGHTS_NAME, check_finite, compare_tensors, read_config, read_folder
 from covft.checkpoints.saving import adapted_tensors, base_state_dict
 from covft.checkpoints.schema import check_fields
 from covft.checkpoints.sources import LOCAL, public_source, text_source, vit_source
@@ -240,17 +240,7 @@ def _check_values(tensors: Mapping[str, Tensor], dtype: str, others: Mapping[str
             got=f"{name}: {_dtype(tensors[name]) if name in tensors else 'no such tensor'}",
             fix="copy the complete folder again",
         )
-    floats = (
-        (name, t if t.itemsize > 1 else t.float()) for name, t in sorted(tensors.items()) if t.is_floating_point()
-    )
-    broken = [name for name, tensor in floats if not bool(tensor.isfinite().all())]
-    if broken:
-        raise CheckpointError(
-            f"{folder} has weights that are not finite.",
-            expected="numbers",
-            got=f"NaN or infinity in {len(broken)} tensors: {', '.join(broken[:5])}",
-            fix="load an earlier checkpoint; the training had diverged",
-        )
+    check_finite(tensors, str(folder))
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from covft.checkpoints.folder import compare_tensors
+from covft.checkpoints.folder import check_trained_weights, compare_tensors
 from covft.errors import CheckpointError
 from covft.nn.context import CrossAttentionContext
 from covft.nn.experts import Experts
@@ -64,6 +64,8 @@ def import_reference(encoder: WrappedViT, path_or_state_dict: str | Path | Mappi
         wanted[name] = tuple(encoder.vit.get_parameter(name).shape)
         found[name] = tuple(value.shape)
     compare_tensors(wanted, found, "the released checkpoint")
+    for part in (*by_layer.values(), norms):
+        check_trained_weights(part, "the released checkpoint")
     with torch.no_grad():
         for layer, slot in slots.items():
             _fill_from_reference(slot, by_layer[layer])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,17 @@ def split_options(name: str) -> tuple[str, dict[str, str]]:
     return source, dict(parse_qsl(query, keep_blank_values=True))
 
 
+def split_values(name: str) -> tuple[str, dict[str, Any]]:
+    """Split a name from its options, read as Python's literals; what is not one stays a string.
+
+    Example:
+        >>> split_values("timm:test_vit?num_classes=0&global_pool=avg")
+        ('timm:test_vit', {'num_classes': 0, 'global_pool': 'avg'})
+    """
+    source, texts = split_options(name)
+    return source, {key: _value(text) for key, text in texts.items()}
+
+
 def is_folder_name(name: str) -> bool:
     """Return whether a string names a folder rather than a model id (which has at most one slash)."""
     looks_like_path = name.startswith((".", "~", "/", os.sep)) or name.count("/") > 1 or "\\" in name
@@ -45,3 +57,10 @@ def exists(name: str, *, folder: bool = False) -> bool:
         return Path(name).is_dir() if folder else Path(name).exists()
     except (OSError, ValueError):  # too long, or with a null character
         return False
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return text

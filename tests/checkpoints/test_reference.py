@@ -287,6 +287,16 @@ def test_a_released_checkpoint_that_does_not_fit_changes_nothing(damage):
     assert_unchanged(encoder, before)
 
 
+@pytest.mark.parametrize("change", [lambda t: t.fill_(torch.nan), lambda t: t.int()], ids=["nan", "int32"])
+def test_weights_that_no_training_has_written_change_nothing(change):
+    encoder, state = reference_encoder(), released_state()
+    before = snapshot(encoder)
+    name = next(name for name in sorted(state) if ".mlp.gate." in name)
+    with pytest.raises(CheckpointError, match=r"not finite|not floating-point"):
+        import_reference(encoder, {**state, name: change(state[name].clone())})
+    assert_unchanged(encoder, before)
+
+
 def test_norms_of_another_shape_change_nothing():
     encoder = reference_encoder()
     before = snapshot(encoder)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from covft.checkpoints.folder import check_trained_weights
 from covft.errors import CheckpointError, UnsupportedViTError
 from covft.utils.arguments import check_kinds
 from covft.utils.files import write_tensors
@@ -80,6 +81,7 @@ def load_projector(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             got=", ".join(f"{name} {shape}" for name, shape in found.items()),
             fix="the vision tower, language model and vision_feature_layer that it was trained with",
         )
+    check_trained_weights(state, str(path))
     projector.load_state_dict(state)
 
 

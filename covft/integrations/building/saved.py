@@ -9,7 +9,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,14 @@ from covft.integrations.mllm.prompt import PromptReader
 from covft.integrations.training.checkpoints import load_trained
 from covft.integrations.training.parts import parts_of
 from covft.utils.extras import import_library
+from covft.utils.foreign_code import refuse_code
 
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What is fetched of a repository: no code, and no pickles.
 _FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-# Options of a config that name code to fetch and run, and options of adapters that name a module to import.
-_CODE_IN_CONFIG = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
-_PICKLES_IN_CONFIG = ("checkpoint_path", "pretrained_cfg_overlay")  # model_args of transformers' TimmWrapperModel
-_CODE_IN_ADAPTER = ("megatron_config", "custom_modules", "_custom_modules")
+# Options of an adapter that name modules which peft imports.
+_IMPORTED_BY_PEFT = ("megatron_config", "custom_modules", "_custom_modules")
 # Where quantization configs list the modules that they leave alone.
 _LEFT_ALONE = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 
@@ -187,8 +186,7 @@ def _load_mllm(transformers: Any, source: Any, quantization_config: Any, options
     name, auto = os.fspath(source), transformers.AutoModelForImageTextToText
     try:
         values, _ = transformers.PreTrainedConfig.get_config_dict(name)
-        _refuse_code(values, name, _CODE_IN_CONFIG, lambda value: isinstance(value, str) and "/" in value)
-        _refuse_code(values, name, _PICKLES_IN_CONFIG, bool)
+        refuse_code(values, name)
         if quantization_config is not None:
             options["quantization_config"] = _sparing(auto, name, quantization_config, options["trust_remote_code"])
         with quiet():
@@ -214,30 +212,6 @@ def _load_mllm(transformers: Any, source: Any, quantization_config: Any, options
             fix="copy the complete folder again",
         )
     return model
-
-
-def _refuse_code(values: Any, name: str, keys: tuple[str, ...], runs: Any) -> None:
-    """Refuse a config in which an option names code."""
-    for key, value in _walk(values):
-        if key in keys and runs(value):
-            raise CheckpointError(
-                f"The config of {name} names code to run: {key}.",
-                expected="a config without it",
-                got=repr(value)[:100],
-                fix=f"remove {key} from the file; attn_implementation= of load_model sets the attention",
-            )
-
-
-def _walk(values: Any) -> Iterator[tuple[str, Any]]:
-    """Yield all keys and values of nested JSON; the items of a mapping also under its own key."""
-    if isinstance(values, list):
-        for item in values:
-            yield from _walk(item)
-    for key, value in values.items() if isinstance(values, dict) else ():
-        yield key, value
-        if isinstance(value, dict):
-            yield from ((key, item) for item in value.values())
-        yield from _walk(value)
 
 
 def _sparing(auto: Any, name: str, quantization_config: Any, trust_remote_code: bool) -> Any:
@@ -301,7 +275,12 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged.", expected="JSON", got=str(error)) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is damaged.", expected="an object", got=type(config).__name__)
-    _refuse_code(config, str(path), _CODE_IN_ADAPTER, bool)
+    refuse_code(config, str(path))
+    imported = [name for name in _IMPORTED_BY_PEFT if config.get(name)]
+    if imported:
+        raise CheckpointError(
+            f"{path} names modules to import.", expected="a config without them", got=", ".join(imported)
+        )
     if not (folder / _ADAPTER_WEIGHTS).is_file():
         raise CheckpointError(
             f"{folder} has the config of an adapter without its weights.",

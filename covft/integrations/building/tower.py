@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from typing import Any
-from urllib.parse import parse_qsl
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +12,7 @@ from covft.adapters.registry import describe
 from covft.adapters.sources import load_vit, source_of
 from covft.errors import UnsupportedViTError
 from covft.utils.extras import import_library
+from covft.utils.sources import split_values
 
 _transformers: Any = import_library("transformers", "transformers", needed_by="ViTTower")
 _BaseModelOutput: Any = import_library(
@@ -237,7 +236,7 @@ def image_settings(source: str, vit: Any) -> dict[str, Any]:
     found = dict(getattr(inner, "pretrained_cfg", None) or {})
     if source.startswith("open_clip:"):
         library = import_library("open_clip", "open_clip", needed_by="This ViT")
-        name, _, tag = _split(source.partition(":")[2])[0].partition("/")
+        name, _, tag = split_values(source.partition(":")[2])[0].partition("/")
         found = {"mean": library.OPENAI_DATASET_MEAN, "std": library.OPENAI_DATASET_STD}
         found |= library.get_pretrained_cfg(name, tag) or {} if tag else {}
     return {f"image_{name}": list(found[name]) for name in ("mean", "std") if found.get(name)}
@@ -300,7 +299,7 @@ def _unsaved(vit: nn.Module) -> dict[str, Tensor]:
 def _check_source(source: Any) -> None:
     """Refuse a source that is not a known name with plain options: no file, no address, no repository."""
     kind, _, rest = str(source).partition(":")
-    name, options = _split(rest)
+    name, options = split_values(rest)
     wrong = [
         key
         for key, value in options.items()
@@ -313,18 +312,6 @@ def _check_source(source: Any) -> None:
             expected=f"timm:NAME or open_clip:NAME/TAG, with options of {', '.join(sorted(OPTIONS))}",
             got=f"{str(source)[:100]!r}{'; ' + ', '.join(wrong) if wrong else ''}",
         )
-
-
-def _split(rest: str) -> tuple[str, dict[str, Any]]:
-    """Return the name and the options of a source without its library."""
-    name, _, query = rest.partition("?")
-    options: dict[str, Any] = {}
-    for key, text in parse_qsl(query, keep_blank_values=True):
-        try:
-            options[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            options[key] = text
-    return name, options
 
 
 def _is_pair(value: Any) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from covft.checkpoints.folder import compare_tensors
+from covft.checkpoints.folder import check_trained_weights, compare_tensors
 from covft.checkpoints.loading import load_into
 from covft.checkpoints.pretrained import FOLDER
 from covft.errors import CheckpointError
@@ -253,7 +253,9 @@ def _read_trained(folder: Path) -> dict[str, Tensor]:
         index = _read_index(folder / TRAINED_NAMES)
         return index, index
 
-    return read_pair(folder, _PAIR, read_index)[0]
+    tensors: dict[str, Tensor] = read_pair(folder, _PAIR, read_index)[0]
+    check_trained_weights(tensors, str(folder / TRAINED))
+    return tensors
 
 
 def _read_index(path: Path) -> dict[str, Any]:

@@ -5,10 +5,12 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from covft.errors import CheckpointError, UnsupportedViTError
 from covft.integrations import build_internvl, build_llava, load_projector, save_projector
+from covft.integrations.building.projector import find_projector
 
 
 def test_a_projector_goes_from_one_model_to_another(parts, tokenizer, tmp_path):
@@ -39,6 +41,12 @@ def test_another_projector_is_refused_and_nothing_changes(parts, tokenizer, tmp_
     for length in (0, 7, 100, len(data) - 1):
         whole.write_bytes(data[:length])
         with pytest.raises(CheckpointError, match="truncated"):
+            load_projector(model, tmp_path / "cut")
+    for change in (lambda t: t.fill_(torch.nan), lambda t: t.int(), lambda t: t.to(torch.complex64)):
+        weights = {name: tensor.clone() for name, tensor in find_projector(model).state_dict().items()}
+        weights["linear_1.bias"] = change(weights["linear_1.bias"])
+        save_file(weights, whole)
+        with pytest.raises(CheckpointError, match=r"not finite|not floating-point"):
             load_projector(model, tmp_path / "cut")
     with pytest.raises(UnsupportedViTError, match="0 projectors"):
         save_projector(nn.Linear(2, 2), tmp_path)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from covft.errors import CheckpointError
 from covft.integrations import (
@@ -24,6 +25,8 @@ from covft.integrations import (
     parts_of,
     train_only,
 )
+from covft.integrations.training.checkpoints import load_trained, write_trained
+from covft.utils.files import write_tensors
 from tests.helpers.towers import perturb
 from tests.helpers.training import (
     TEXTS,
@@ -170,6 +173,23 @@ def test_checkpoint__cut_short_is_refused_by_name(rows, tmp_path):
     (damaged / "complete.json").write_text("{")
     refused("is damaged")
     assert same(state(model), kept)
+
+
+@pytest.mark.parametrize("change", [lambda t: t.fill_(torch.nan), lambda t: t.int()], ids=["nan", "int32"])
+def test_trained_weights_outside_the_tower_are_numbers_of_a_training(tmp_path, change):
+    folder = tmp_path / "covft"
+    model = build()
+    get_encoder(model).save_pretrained(folder)
+    write_trained(model, folder)
+    tensors = load_file(folder / "trained.safetensors")
+    name = sorted(tensors)[0]
+    stated = write_tensors(folder / "trained.safetensors", {**tensors, name: change(tensors[name].clone())})
+    index = json.loads((folder / "trained.json").read_text())
+    (folder / "trained.json").write_text(json.dumps({**index, **stated}))
+    before = state(model)
+    with pytest.raises(CheckpointError, match=r"not finite|not floating-point"):
+        load_trained(model, folder)
+    assert same(state(model), before)
 
 
 def test_last_checkpoint__of_a_folder_without_any(tmp_path):

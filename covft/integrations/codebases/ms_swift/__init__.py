@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from covft.checkpoints import saving
-from covft.checkpoints.folder import compare_tensors
+from covft.checkpoints.folder import check_trained_weights, compare_tensors
 from covft.checkpoints.pretrained import FOLDER, prefix_of
 from covft.errors import CheckpointError
 from covft.integrations.codebases.conversations import template_of
@@ -135,6 +135,7 @@ def from_pretrained(model: nn.Module, model_id: str, **kwargs: Any) -> nn.Module
         {name: tuple(parameter.shape) for name, parameter in here.items()},
         "the model",
     )
+    check_trained_weights(tensors, str(folder / WEIGHTS))
     model.requires_grad_(False)
     attach(model, flags.text_encoder, tokenizer=_tokenizer(model, flags), pretrained=folder / FOLDER, **flags.reading)
     with torch.no_grad():
