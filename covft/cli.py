@@ -10,7 +10,6 @@ import platform
 import sys
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Annotated, Any
 
 from covft import __version__
@@ -320,8 +319,8 @@ def _print_coverage(console: Console, coverage: Any, *, as_json: bool) -> None:
 
 @app.command()
 def precompute(
-    annotation: Annotated[Path, typer.Argument(help="LLaVA's JSON or JSONL, or InternVL's meta file.")],
-    output: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    annotation: Annotated[str, typer.Argument(help="LLaVA's JSON or JSONL, or InternVL's meta file.")],
+    output: Annotated[str, typer.Argument(help="The .safetensors file to write.")],
     text_encoder: Annotated[str, typer.Option(help="Id or folder of the text encoder.")],
     turns: Annotated[str, typer.Option(help="User turns that make the instruction: all, first or last.")] = "all",
     empty_instruction: Annotated[str | None, typer.Option(help="Instruction of rows whose user says nothing.")] = None,

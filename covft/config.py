@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import operator
@@ -18,6 +19,9 @@ from covft.utils.arguments import check_kinds, short
 
 MOST = 1 << 20
 """Bound on every number in a config, and on the width of text features: one that is larger was not meant."""
+
+MOST_BLOCKS = 10_000
+"""Bound on the number of adapted blocks: a longer list was not meant."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -288,7 +292,7 @@ def _layer_tuple(layers: Any) -> tuple[int, ...] | None:
             fix="layers=range(11, 23)",
         )
     indices = []
-    for layer in layers:
+    for layer in itertools.islice(layers, MOST_BLOCKS + 1):
         try:
             if isinstance(layer, bool):
                 raise TypeError
@@ -302,6 +306,13 @@ def _layer_tuple(layers: Any) -> tuple[int, ...] | None:
     if not indices:
         raise ConfigError(
             "layers is empty, so nothing would be adapted.", expected="at least one block index", got="none"
+        )
+    if len(indices) > MOST_BLOCKS:
+        raise ConfigError(
+            "layers names more blocks than any ViT has.",
+            expected=f"at most {MOST_BLOCKS} block indices",
+            got=short(layers),
+            fix="layers=range(11, 23)",
         )
     repeated = sorted(index for index, times in Counter(indices).items() if times > 1)
     if repeated:

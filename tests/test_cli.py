@@ -151,6 +151,39 @@ def test_errors_are_told_without_a_traceback(run, arguments, words):
 
 
 @pytest.mark.parametrize(
+    ("option", "value"),
+    [("--tokens", "-5"), ("--tokens", "0"), ("--tokens", "x"), ("--text-dim", "0"), ("--top-k", "1.5")],
+)
+def test_numbers_that_cannot_be_used_are_refused_by_name(run, option, value):
+    code, out, err = run("describe", "timm:test_vit", option, value)
+    assert (code, out) == (2, "")
+    assert f"Invalid value for '{option}'" in err
+
+
+@pytest.mark.parametrize(
+    ("annotation", "output", "words"),
+    [
+        ("https://example.org/rows.json", "table.safetensors", "https://example.org/rows.json"),
+        ("none.json", "table.safetensors", "none.json cannot be read"),
+        ("folder", "table.safetensors", "it is a folder"),
+        ("rows.json", "folder", "CheckpointError: folder is a folder."),
+        ("rows.json", "", "path=''"),
+        ("rows.json", "a\0b", "cannot use path="),
+    ],
+)
+def test_precompute_tells_what_it_cannot_read_or_write(run, tmp_path, monkeypatch, annotation, output, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    turns = [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": "a cup"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": "0", "conversations": turns}]))
+    code, out, err = run("precompute", annotation, output, "--text-encoder", "hash:8")
+    assert (code, out) == (2, "")
+    assert words in err
+    assert "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "rows.json"]
+
+
+@pytest.mark.parametrize(
     ("text", "layers"),
     [("11-13", (11, 12, 13)), ("3,5,-2", (3, 5, -2)), ("0-1, 4", (0, 1, 4)), ("-1", (-1,)), ("7-7", (7,))],
 )

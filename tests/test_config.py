@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import json
 import typing
 from collections.abc import Iterable
@@ -119,14 +120,14 @@ def test_settings_cannot_be_changed_in_place():
 
 
 REFUSED = [
-    ({"experts": 0}, "experts=0 cannot be used.", "Expected: a whole number >= 1", "Got:      0"),
-    ({"experts": -2}, "experts=-2 cannot be used.", "Expected: a whole number >= 1", "Got:      -2"),
-    ({"experts": True}, "experts=True cannot be used.", "Expected: a whole number >= 1", "Got:      True"),
-    ({"experts": 2.0}, "experts=2.0 cannot be used.", "Expected: a whole number >= 1", "Got:      2.0"),
-    ({"experts": "4"}, "experts='4' cannot be used.", "Expected: a whole number >= 1", "Got:      '4'"),
-    ({"experts": None}, "experts=None cannot be used.", "Expected: a whole number >= 1", "Got:      None"),
-    ({"top_k": 0}, "top_k=0 cannot be used.", "Expected: a whole number >= 1", "Got:      0"),
-    ({"num_heads": 0}, "num_heads=0 cannot be used.", "Expected: a whole number >= 1", "Got:      0"),
+    ({"experts": 0}, "experts=0 cannot be used.", "Expected: a whole number from 1", "Got:      0"),
+    ({"experts": -2}, "experts=-2 cannot be used.", "Expected: a whole number from 1", "Got:      -2"),
+    ({"experts": True}, "experts=True cannot be used.", "Expected: a whole number from 1", "Got:      True"),
+    ({"experts": 2.0}, "experts=2.0 cannot be used.", "Expected: a whole number from 1", "Got:      2.0"),
+    ({"experts": "4"}, "experts='4' cannot be used.", "Expected: a whole number from 1", "Got:      '4'"),
+    ({"experts": None}, "experts=None cannot be used.", "Expected: a whole number from 1", "Got:      None"),
+    ({"top_k": 0}, "top_k=0 cannot be used.", "Expected: a whole number from 1", "Got:      0"),
+    ({"num_heads": 0}, "num_heads=0 cannot be used.", "Expected: a whole number from 1", "Got:      0"),
     ({"routing": "top1"}, "routing='top1' is not known.", "dense | sparse | uniform | random", "'top1'"),
     ({"routing": None}, "routing=None is not known.", "dense | sparse | uniform | random", "None"),
     ({"context": "both"}, "context='both' is not known.", "cve | image | text | concat", "Got:      'both'"),
@@ -137,6 +138,9 @@ REFUSED = [
     ({"layers": []}, "layers is empty", "at least one block index", "Got:      none"),
     ({"layers": [1, 1.5]}, "not a block index: 1.5", "whole numbers", "Got:      float"),
     ({"layers": [True]}, "not a block index: True", "whole numbers", "Got:      bool"),
+    ({"layers": range(10**12)}, "names more blocks than any ViT has", "at most 10000 block indices", "range(0, 10000"),
+    ({"layers": itertools.count()}, "names more blocks than any ViT has", "at most 10000", "Got:      count("),
+    ({"experts": 10**30}, "cannot be used", "a whole number from 1 to 1048576", "Got:      1000000"),
     ({"layers": [3, 1, 3, 1]}, "layers names a block twice.", "each block once", "Got:      1, 3"),
     ({"routing": "sparse", "top_k": 5}, "top_k=5 asks for more", "top_k in [1, 4]  (experts=4)", "5"),
     ({"routing": "random", "experts": 1}, "top_k=2 asks for more", "top_k in [1, 1]  (experts=1)", "2"),

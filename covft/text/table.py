@@ -15,7 +15,7 @@ from tqdm.auto import tqdm  # comes with huggingface_hub
 from covft.errors import TextEncoderError
 from covft.text.base import CachedTextEncoder, TextEncoder, check_texts, shown
 from covft.utils.arguments import check_kinds
-from covft.utils.files import write_tensors
+from covft.utils.files import check_file_path, write_tensors
 
 # Metadata of the file, with name and sha256; the format is what `write_tensors` adds.
 _ABOUT = {"covft": "text features", "format": "pt", "version": "1"}
@@ -83,7 +83,10 @@ class FeatureTable(CachedTextEncoder):
 
         Raises:
             TextEncoderError: If a text is empty, or there are no texts.
+            CheckpointError: If the path is a folder, or cannot be written to.
         """
+        if path is not None:
+            check_file_path(Path(path))
         distinct = list(dict.fromkeys(check_texts(list(texts))))
         if not distinct:
             raise TextEncoderError("There are no texts to encode.", expected="at least one text", got="none")

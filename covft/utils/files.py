@@ -58,12 +58,23 @@ class Pair(NamedTuple):
         return f"{stem}-{digest[:16]}{dot}{suffix}"
 
 
+def check_file_path(path: Path) -> None:
+    """Refuse a folder where a file is to be written, before there is anything to write.
+
+    Raises:
+        CheckpointError: If the path is a folder.
+    """
+    if not path.name or path.is_dir():
+        raise CheckpointError(f"{path} is a folder.", expected="the path of a file to write")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, and make its folder if needed.
 
     Raises:
         CheckpointError: If it cannot be written; the old file is then as it was.
     """
+    check_file_path(path)
     with _staged(path.parent) as stage:
         stage.add_text(path.name, text)
         stage.publish(path.name)
@@ -83,6 +94,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     Raises:
         CheckpointError: If a tensor is empty or a shard, or the file cannot be written; the old one is then as it was.
     """
+    check_file_path(path)
     _check_complete(tensors)
     with _staged(path.parent) as stage:
         stated = stage.add_tensors(path.name, tensors, about)

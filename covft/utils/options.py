@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
-from covft.config import CoVFTConfig
+from covft.config import MOST_BLOCKS, CoVFTConfig
 from covft.errors import ConfigError
 from covft.utils.arguments import check_kinds
 
@@ -77,12 +77,12 @@ def parse_layers(text: str) -> tuple[int, ...]:
     """
     indices: list[int] = []
     for part in text.replace(" ", "").split(","):
-        found = re.fullmatch(r"(-?\d+)|(\d+)-(\d+)", part)
+        found = re.fullmatch(r"(-?\d{1,9})|(\d{1,9})-(\d{1,9})", part)
         span = range(0)
         if found:
             single, first, last = found.groups()
             span = range(int(single), int(single) + 1) if single else range(int(first), int(last) + 1)
-        if not span:
+        if not 0 < len(span) <= MOST_BLOCKS:
             raise ConfigError(
                 f"layers {text!r} cannot be read.",
                 expected="indices, and spans of indices that are not negative, both ends included",

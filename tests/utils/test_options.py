@@ -141,6 +141,8 @@ def test_parse_layers__reads_indices_and_spans(text, layers):
         ("1-2-3", "1-2-3"),
         ("3,all", "all"),
         ("1.5", "1.5"),
+        ("1-99999999999", "1-99999999999"),  # more than memory holds
+        ("9" * 5000, "9" * 5000),  # more digits than Python reads
     ],
 )
 def test_parse_layers__names_what_cannot_be_read(text, part):
