@@ -229,7 +229,6 @@ def load(
     return plan_load(folder_or_repo_id, vit, text_encoder, adapter).install()
 
 
-@check_kinds
 def unwrap(encoder: ContextEncoder) -> nn.Module:
     """Restore the ViT as it was before `wrap`, bit for bit, in place.
 

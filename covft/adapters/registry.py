@@ -22,7 +22,6 @@ ENTRY_POINT_GROUP = "covft.adapters"
 _registered: dict[str, Adapter] = {}
 
 
-@check_kinds
 def register_adapter(adapter: Adapter) -> Adapter:
     """Add an adapter, which takes precedence over the built-in ones.
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from covft.errors import TextEncoderError
-from covft.text.base import PROBES, CachedTextEncoder, describe
+from covft.text.base import PROBES, CachedTextEncoder
 from covft.text.cache import DEFAULT_CACHE_BYTES
 from covft.utils.arguments import check_kinds
 
@@ -44,8 +43,6 @@ class CallableTextEncoder(CachedTextEncoder):
         name: str | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
-        if not callable(function):
-            raise TextEncoderError("This is not callable.", expected="list[str] -> (S, C)", got=describe(function))
         label = getattr(function, "__qualname__", type(function).__qualname__)
         super().__init__(name or f"callable:{label}", cache_bytes=cache_bytes)
         self.function = function

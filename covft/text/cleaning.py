@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from covft.utils.arguments import check_kinds
+
 # Parts that carry data of one sample. Pattern, and where it comes from.
 CONTENT_RULES: tuple[tuple[str, str], ...] = (
     # A-OKVQA and ScienceQA in LLaVA-1.5's training mixture, and MMBench and SEED-Bench in its evaluation: lines of
@@ -47,6 +49,7 @@ _CONTENT = [re.compile(pattern, re.IGNORECASE | re.MULTILINE) for pattern, _ in 
 _FORMAT = [re.compile(rf"(?<!\w){pattern}", re.IGNORECASE) for pattern, _ in FORMAT_RULES]
 
 
+@check_kinds
 def clean_instruction(text: str) -> str:
     r"""Remove format suffixes, answer options, OCR tokens and bounding boxes from an instruction.
 

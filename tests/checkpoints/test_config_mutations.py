@@ -22,7 +22,10 @@ BAD = [
     [[]], [None], [0, 0], {}, {"a": 1}, {"": None},
 ]  # fmt: skip
 FIELDS = {
-    "": ["format", "library_version", "covft", "base", "text", "extra", "dtype", "other_dtypes", "weights", "unknown"],
+    "": [
+        *("format", "library_version", "covft", "base", "text", "reading", "extra", "dtype", "other_dtypes", "weights"),
+        "unknown",
+    ],
     "covft": [*covft.CoVFTConfig.__annotations__, "unknown"],
     "base": ["source", "revision", "library", "class_name", "fingerprint", "unknown"],
     "base.fingerprint": ["num_tensors", "names", "types", "values", "samples", "unknown"],
@@ -134,6 +137,8 @@ def test_each_field_with_bad_values(path, saved):
         assert not accepted
     elif path.startswith("covft."):
         check_accepted_settings(path, accepted, right)
+    elif path == "reading":  # of `attach`, and checked by `load_model`
+        assert all(value is DELETED or value is None or isinstance(value, dict) for value in accepted)
     elif path in ("other_dtypes", "base.fingerprint.num_tensors", "base.fingerprint.samples"):
         assert all(value is DELETED or isinstance(value, (dict, int, str)) for value in accepted)
     else:
@@ -151,6 +156,7 @@ def check_accepted_settings(path, accepted, right):
         "num_heads": [8, 1, 2],
         "feature_layer": [4, -2, -1, 7],
         "train_norms": [],
+        "router_aux_loss_coef": [0, 1, 7, 1.5, -0.0, 2**31, 10**30, 1e300],
     }
     for value in accepted:
         assert value is DELETED or value in kinds.get(name, []), (value, right)

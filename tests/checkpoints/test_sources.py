@@ -40,7 +40,7 @@ def test_what_covft_writes_may_be_read(source):
 REFUSED = [
     "", ":", "hf:", "timm:", "nowhere:me/base", "HF:me/base", "me/base", "features:8",
     "hf:me/base?trust_remote_code=True", "hf:me/base?class_name=AutoModel&trust_remote_code=True",
-    "hf:me/base?class_name=a.b", "hf:me/base?cache_dir=/tmp/evil", "hf:me/base?subfolder=..", "hf:me/base?token=x",
+    "hf:me/base?class_name=a.b", "hf:me/base?cache_dir=/data/evil", "hf:me/base?subfolder=..", "hf:me/base?token=x",
     "hf:me/base?weights_only=False", "hf:me/base?use_safetensors=False", "hf:me/base?attn_implementation=evil/kernel",
     "hf:me/base?quantization_config=x", "hf:me/base?state_dict=x", "hf:me/base?proxies=x", "hf:me/base?unknown=1",
     "hf:/data/base", "hf:./base", "hf:../base", "hf:~/base", "hf:a/b/c", "hf:C:\\base", "hf:\\\\host\\share",

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from covft.errors import ShapeError, TextEncoderError
+from covft.errors import ArgumentError, ShapeError, TextEncoderError
 from covft.text import CallableTextEncoder
 
 
@@ -56,7 +56,7 @@ def test_one_row_for_a_list_is_refused_at_once():
 
 
 def test_an_object_that_is_not_callable_is_refused():
-    with pytest.raises(TextEncoderError, match="not callable"):
+    with pytest.raises(ArgumentError, match="cannot use function='embed'"):
         CallableTextEncoder("embed")
 
 

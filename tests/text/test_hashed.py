@@ -25,5 +25,5 @@ def test_features_depend_on_the_text_alone():
 
 
 def test_a_width_of_zero_is_refused():
-    with pytest.raises(TextEncoderError, match="an int >= 1"):
+    with pytest.raises(TextEncoderError, match="an int from 1"):
         HashTextEncoder(0)

@@ -194,7 +194,7 @@ def test_a_loaded_vit_that_its_name_describes_serves_too(parts, tokenizer):
     vit = timm.create_model("test_vit", img_size=32, num_classes=0)
     model = build_llava(vit, parts / "llama", tokenizer)
     assert model.model.vision_tower.vit is vit
-    assert model.config.vision_config.source == "timm:test_vit.r160_in1k?img_size=%2832%2C+32%29&num_classes=0"
+    assert model.config.vision_config.source == "timm:test_vit.r160_in1k?num_classes=0&img_size=%2832%2C+32%29"
     model(**prompt(model, tokenizer))
     narrow = timm.create_model("test_vit", img_size=32, embed_dim=32, num_heads=2, num_classes=0)
     with pytest.raises(UnsupportedViTError, match="would build another ViT"):
