@@ -84,28 +84,36 @@ def test_measure__sees_the_peak_of_what_is_given_back():
     assert 0.9 * size < peak_memory(function) < 1.5 * size
 
 
-def test_command__writes_results_page_and_plots(tmp_path):
+BRIEF = (("block",), ("compressed",))
+ALL = (("block", "batches", "experts", "tower", "variants"), ("compressed", "wrap"))
+
+
+@pytest.mark.parametrize(
+    ("runs", "kinds", "headings"),
+    [
+        (BRIEF, {"block", "compressed"}, ["One block, float32, 2 images", "Compressed experts"]),
+        pytest.param(
+            ALL,
+            {"block", "tower", "compressed", "wrap"},
+            ["Goals", "One block, float32, 2 images", "Over the batch", "Over the number of experts", "The whole tower"]
+            + ["Compressed experts", "wrap()"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["brief", "all"],
+)
+def test_command__writes_results_page_and_plots(tmp_path, runs, kinds, headings):
     import typer
 
     app = typer.Typer()
     app.command()(main)
     options = ["--tiny", "--runs", "2", "--output", str(tmp_path / "results"), "--pages", str(tmp_path / "page")]
-    parts = ("block", "batches", "experts", "tower", "variants")
-    first = CliRunner().invoke(app, [*options, *(word for part in parts for word in ("--part", part))])
-    assert first.exit_code == 0, first.output
-    second = CliRunner().invoke(app, [*options, "--part", "compressed", "--part", "wrap"])
-    assert second.exit_code == 0, second.output
+    for parts in runs:  # the second adds to the results of the first
+        result = CliRunner().invoke(app, [*options, *(word for part in parts for word in ("--part", part))])
+        assert result.exit_code == 0, result.output
     records = json.loads((tmp_path / "results" / "results.json").read_text())["records"]
-    assert {record["kind"] for record in records} == {"block", "tower", "compressed", "wrap"}
+    assert {record["kind"] for record in records} == kinds
     page = (tmp_path / "page" / "index.md").read_text()
-    for heading in (
-        "Goals",
-        "One block, float32, 2 images",
-        "Over the batch",
-        "Over the number of experts",
-        "The whole tower",
-        "Compressed experts",
-        "wrap()",
-    ):
+    for heading in headings:
         assert f"## {heading}" in page
     assert (tmp_path / "page" / "block.svg").is_file()
