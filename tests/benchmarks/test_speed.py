@@ -95,8 +95,10 @@ ALL = (("block", "batches", "experts", "tower", "variants"), ("compressed", "wra
         pytest.param(
             ALL,
             {"block", "tower", "compressed", "wrap"},
-            ["Goals", "One block, float32, 2 images", "Over the batch", "Over the number of experts", "The whole tower"]
-            + ["Compressed experts", "wrap()"],
+            [
+                *("Goals", "One block, float32, 2 images", "Over the batch", "Over the number of experts"),
+                *("The whole tower", "Compressed experts", "wrap()"),
+            ],
             marks=pytest.mark.slow,
         ),
     ],
