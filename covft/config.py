@@ -15,10 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
 from covft.errors import ConfigError
-from covft.utils.arguments import check_kinds, short
-
-MOST = 1 << 20
-"""Bound on every number in a config, and on the width of text features: one that is larger was not meant."""
+from covft.utils.arguments import MOST, check_kinds, short
 
 MOST_BLOCKS = 10_000
 """Bound on the number of adapted blocks: a longer list was not meant."""

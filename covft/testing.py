@@ -112,6 +112,7 @@ class FixedRouter(nn.Module):
     needs_context = False
     weights: Tensor
 
+    @check_kinds
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
         self.num_experts = weights.shape[-1]

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from typing_extensions import Unpack
 
+from covft.errors import ConfigError
 from covft.nn.functional import Place, in_type_of, masked_mean, wide_softmax
 from covft.nn.fused import can_mix, mix
 from covft.nn.plan import FFNPlan, run_ffn
 from covft.nn.segments import Segments
+from covft.utils.arguments import check_kinds, check_sizes
 
 
 class QuickGELU(nn.Module):
@@ -60,8 +62,13 @@ class ResidualRefinement(nn.Module):
         torch.Size([2, 5, 8])
     """
 
+    @check_kinds
     def __init__(self, dim: int, *, activation: str = "gelu", **place: Unpack[Place]) -> None:
         super().__init__()
+        check_sizes(dim=dim)
+        if activation not in _ACTIVATIONS:
+            known = " | ".join(_ACTIVATIONS)
+            raise ConfigError(f"activation={activation!r} is not known.", expected=known, got=repr(activation))
         self.recompute = "none"
         self.up = nn.Linear(dim, 2 * dim, **place)
         self.act = _ACTIVATIONS[activation]()
@@ -119,8 +126,16 @@ class SingleQueryAttention(nn.Module):
         **place: `device` and `dtype` of the parameters.
     """
 
+    @check_kinds
     def __init__(self, embed_dim: int, text_dim: int, num_heads: int = 4, **place: Unpack[Place]) -> None:
         super().__init__()
+        check_sizes(embed_dim=embed_dim, text_dim=text_dim, num_heads=num_heads)
+        if text_dim % num_heads:
+            raise ConfigError(
+                f"num_heads={num_heads} does not divide the width of the text features.",
+                expected=f"a divisor of text_dim={text_dim}",
+                got=num_heads,
+            )
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.q_proj = nn.Linear(text_dim, text_dim, **place)
         self.k_proj_weight = nn.Parameter(torch.empty(text_dim, embed_dim, **place))
@@ -218,6 +233,7 @@ class CrossAttentionContext(nn.Module):
 
     needs_text = True
 
+    @check_kinds
     def __init__(
         self, embed_dim: int, text_dim: int, *, num_heads: int = 4, activation: str = "gelu", **place: Unpack[Place]
     ) -> None:
@@ -240,6 +256,7 @@ class ImageContext(nn.Module):
 
     needs_text = False
 
+    @check_kinds
     def __init__(self, embed_dim: int, **options: Unpack[RefinementOptions]) -> None:
         super().__init__()
         self.context_dim = embed_dim
@@ -261,6 +278,7 @@ class TextContext(nn.Module):
 
     needs_text = True
 
+    @check_kinds
     def __init__(self, text_dim: int, **options: Unpack[RefinementOptions]) -> None:
         super().__init__()
         self.context_dim = text_dim
@@ -278,6 +296,7 @@ class ConcatContext(nn.Module):
 
     needs_text = True
 
+    @check_kinds
     def __init__(self, embed_dim: int, text_dim: int, **options: Unpack[RefinementOptions]) -> None:
         super().__init__()
         self.context_dim = embed_dim + text_dim

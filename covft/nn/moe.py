@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from covft.errors import ShapeError
+from covft.config import CoVFTConfig
+from covft.errors import ConfigError, ShapeError
 from covft.nn.context import RefinementOptions, ResidualRefinement, make_context
 from covft.nn.experts import Experts
 from covft.nn.functional import Place, in_type_of
 from covft.nn.low_rank import LowRankExperts
 from covft.nn.router import Routing, make_router
 from covft.nn.segments import Segments
-from covft.utils.arguments import check_kinds
+from covft.utils.arguments import check_kinds, check_sizes
 
 
 class ContextualMoE(nn.Module):
@@ -41,6 +42,9 @@ class ContextualMoE(nn.Module):
         expert_rank: None copies the FFN for every expert; a number makes them share it and differ at that rank.
         recompute: What backward recomputes of full experts and of the context: `"none"`, `"activation"` or `"all"`.
         plans: As for `Experts.upcycled`.
+
+    Raises:
+        ConfigError: If a value cannot work.
 
     Example:
         >>> ffn = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
@@ -68,6 +72,14 @@ class ContextualMoE(nn.Module):
         plans: dict[Any, Any] | None = None,
     ) -> None:
         super().__init__()
+        settings = CoVFTConfig(
+            experts=num_experts, routing=routing, top_k=top_k, context=context, activation=activation,
+            num_heads=num_heads, expert_rank=expert_rank, recompute=recompute,
+        )  # fmt: skip
+        check_sizes(embed_dim=embed_dim, text_dim=text_dim)
+        if settings.needs_text and text_dim is None:
+            fix = "context='image', or a routing that does not need text"
+            raise ConfigError("This routing needs text.", expected="text_dim=C", got="text_dim=None", fix=fix)
         like = next((p for p in ffn.parameters() if p.is_floating_point()), None)
         place: Place = {} if like is None else {"device": like.device, "dtype": like.dtype}
         self.embed_dim = embed_dim

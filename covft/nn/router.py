@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from covft.errors import ConfigError
 from covft.nn.functional import Place, in_type_of, wide_softmax
-from covft.utils.arguments import check_kinds
+from covft.utils.arguments import check_kinds, check_sizes
 
 
 class Routing(NamedTuple):
@@ -58,6 +59,16 @@ class Router(Protocol):
         ...
 
 
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Refuse more experts per image than there are.
+
+    Raises:
+        ConfigError: If `top_k` is not from 1 to `num_experts`.
+    """
+    if not 1 <= top_k <= num_experts:
+        raise ConfigError(f"top_k={top_k} cannot be used.", expected=f"1 to num_experts={num_experts}", got=top_k)
+
+
 class DenseRouter(nn.Module):
     r"""All experts, weighted by $g = softmax(W c + b)$, eq. 9 of the CoVFT paper.
 
@@ -76,6 +87,7 @@ class DenseRouter(nn.Module):
     @check_kinds
     def __init__(self, context_dim: int, num_experts: int, **place: Unpack[Place]) -> None:
         super().__init__()
+        check_sizes(context_dim=context_dim, num_experts=num_experts)
         self.num_experts = num_experts
         self.gate = nn.Linear(context_dim, num_experts, **place)
 
@@ -100,6 +112,7 @@ class SparseRouter(DenseRouter):
     @check_kinds
     def __init__(self, context_dim: int, num_experts: int, top_k: int, **place: Unpack[Place]) -> None:
         super().__init__(context_dim, num_experts, **place)
+        check_top_k(top_k, num_experts)
         self.top_k = top_k
 
     def _decide(self, logits_BE: Tensor) -> Routing:
@@ -118,6 +131,7 @@ class UniformRouter(nn.Module):
     @check_kinds
     def __init__(self, num_experts: int) -> None:
         super().__init__()
+        check_sizes(num_experts=num_experts)
         self.num_experts = num_experts
 
     def forward(
@@ -148,6 +162,8 @@ class RandomRouter(nn.Module):
     @check_kinds
     def __init__(self, num_experts: int, top_k: int, *, eval_seed: int = 0) -> None:
         super().__init__()
+        check_sizes(num_experts=num_experts)
+        check_top_k(top_k, num_experts)
         self.num_experts = num_experts
         self.top_k = top_k
         self.eval_seed = eval_seed

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from covft.utils.arguments import check_kinds
+
 
 class Segments:
     """Which tokens of a packed sequence belong to which image; those of an image are contiguous.
@@ -33,6 +35,7 @@ class Segments:
         [[1.0, 1.0], [1.0, 0.0]]
     """
 
+    @check_kinds
     def __init__(self, lengths: Sequence[int], device: torch.device | str | None = None) -> None:
         self.lengths = tuple(lengths)
         # Built on the CPU, without waiting for another device.

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from covft.config import MOST
 from covft.errors import CoVFTError, ShapeError, TextEncoderError
 from covft.text.cache import DEFAULT_CACHE_BYTES, FeatureCache
+from covft.utils.arguments import MOST
 
 PROBES = ("a photo", "what is left of the cup?")
 

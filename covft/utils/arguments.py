@@ -18,9 +18,13 @@ import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import typing_extensions
 
-from covft.errors import ArgumentError
+from covft.errors import ArgumentError, ConfigError
+
+MOST = 1 << 20
+"""Bound on every width and number in a setting: one that is larger was not meant."""
 
 Checked = TypeVar("Checked", bound=Callable[..., Any])
 
@@ -38,6 +42,13 @@ def _is_finite(value: Any) -> bool:
 
 def _is_path(value: Any) -> bool:
     return isinstance(value, str | os.PathLike) and os.fspath(value) != "" and "\0" not in os.fspath(value)
+
+
+def _is_device(value: Any) -> bool:
+    try:
+        return isinstance(value, torch.device) or (isinstance(value, str) and torch.device(value) is not None)
+    except RuntimeError:  # of a string that names none
+        return False
 
 
 def _is_iterable(value: Any) -> bool:
@@ -60,11 +71,16 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     str: ("a string", lambda value: isinstance(value, str)),
     os.PathLike: ("a path", _is_path),
     pathlib.Path: ("a path", _is_path),
+    torch.device: ("a device", _is_device),
     collections.abc.Callable: ("a callable", callable),
     collections.abc.Iterable: ("an iterable", _is_iterable),
     collections.abc.Collection: ("a collection", _is_iterable),
     collections.abc.Sequence: ("a list or tuple", _is_sequence),
 }
+
+
+# What a string may name: beside one of these in a union, `str` alone is not enough.
+_NAMED = {pathlib.Path, os.PathLike, torch.device}
 
 
 def check_kinds(function: Checked) -> Checked:
@@ -96,6 +112,8 @@ def check_kinds(function: Checked) -> Checked:
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:
@@ -125,6 +143,21 @@ class _Names(dict[str, Any]):
         return getattr(builtins, name, None) or _Unknown()
 
 
+def check_sizes(**sizes: int | None) -> None:
+    """Refuse numbers of something, and widths, that no model can have.
+
+    Args:
+        **sizes: The numbers by name; None is passed over.
+
+    Raises:
+        ConfigError: If one is not from 1 to `MOST`.
+    """
+    for name, size in sizes.items():
+        if size is not None and not 1 <= size <= MOST:
+            expected = f"a whole number from 1 to {MOST}"
+            raise ConfigError(f"{name}={short(size)} cannot be used.", expected=expected, got=short(size))
+
+
 @functools.cache
 def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
     """Return the annotations of the arguments, resolved on first use, when circular imports are complete."""
@@ -140,11 +173,9 @@ def _is_of(value: Any, kind: Any) -> bool:
         kind = kind.__bound__ or Any
     kind, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
     if kind in (typing.Union, types.UnionType):
-        # A path may be a string, so a string that no path can be is refused.
-        inner = tuple(
-            one for one in inner if one is not str or not {pathlib.Path, os.PathLike} & set(map(_plain, inner))
-        )
-        return any(_is_of(value, one) for one in inner)
+        # A string that names a path or a device has to be one that can.
+        named = _NAMED.intersection(map(_plain, inner)) if isinstance(value, str) else ()
+        return any(_is_of(value, one) for one in inner if one is not str or not named)
     if kind in _KINDS:
         return _KINDS[kind][1](value) and _entries_are_of(value, kind, inner)
     if not isinstance(kind, type):

@@ -29,7 +29,9 @@ class Arguments:
     max_new_tokens: int = field(default=512, metadata={"help": "Longest answer, in tokens."})
     dtype: str = field(default="float32", metadata={"help": "bfloat16 halves the memory."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device."})
-    text_encoder: str | None = field(default=None, metadata={"help": "Id or folder; needed if it was a folder in training."})
+    text_encoder: str | None = field(
+        default=None, metadata={"help": "Id or folder; needed if it was a folder in training."}
+    )
 
 
 def main() -> str:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import nn as torch_nn
 
 import covft
-from covft import adapters, checkpoints, data, integrations, testing, text
+from covft import adapters, checkpoints, data, integrations, nn, testing, text
 from covft.adapters.sources import load_vit
 
 VALUES: dict[str, Any] = {
@@ -39,7 +39,7 @@ VALUES: dict[str, Any] = {
     "class": dict,
     "function": lambda *args, **kwargs: None,
     "tensor": torch.ones(2),
-    "module": nn.Linear(2, 2),
+    "module": torch_nn.Linear(2, 2),
 }
 # By a word in an annotation: the values above that are of its kind. A value of its kind may still be refused.
 _NUMBERS = {"one", "negative", "huge"}
@@ -74,7 +74,7 @@ class World:
         self.folder = folder
 
     @functools.cached_property
-    def vit(self) -> nn.Module:
+    def vit(self) -> torch_nn.Module:
         return testing.ToyViT()
 
     @functools.cached_property
@@ -123,7 +123,7 @@ class World:
         text.FeatureTable.precompute(testing.HashTextEncoder(8), ["a cup"], self.folder / "table.safetensors")
         return self.folder / "table.safetensors"
 
-    def built(self) -> list[nn.Module]:
+    def built(self) -> list[torch_nn.Module]:
         """The models that are built by now."""
         found = [self.__dict__[name] for name in ("vit", "encoder") if name in self.__dict__]
         return found + [self.__dict__[name].model for name in ("tiny", "attached") if name in self.__dict__]
@@ -164,6 +164,7 @@ class Call:
 
 TURNS = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a cup"}]
 RECORD = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "a"}]}
+FFN = torch_nn.Sequential(torch_nn.Linear(8, 16), torch_nn.GELU(), torch_nn.Linear(16, 8))
 ANY = " ".join(VALUES)
 EVERYTHING: list[Call] = []
 
@@ -196,6 +197,8 @@ public(
 )
 public(covft, "detach", lambda w: {"model": w.attached.model})
 public(covft, "get_encoder", lambda w: {"model": w.attached.model})
+public(covft, "load_model", lambda w: {"folder_or_repo_id": w.folder / "nothing"})
+public(covft, "lora_exclude", lambda w: {"model": w.attached.model})
 public(covft, "CoVFTConfig")
 public(covft, "CoVFTConfig.from_dict", lambda w: {"values": {"experts": 2}})
 public(covft, "CoVFTConfig.from_json", lambda w: {"text": "{}"})
@@ -274,6 +277,7 @@ public(integrations, "load_projector", lambda w: {"model": w.tiny.model, "folder
 public(integrations, "save_trained", lambda w: {"trainer": None})
 public(integrations, "check_checkpoint", lambda w: {"checkpoint": w.folder / "nothing"})
 public(integrations, "last_checkpoint", lambda w: {"output_dir": w.folder / "nothing"})
+public(integrations, "vit_tower", lambda w: {"source": "timm:test_vit?num_classes=0", "vit": None}, source="none")
 public(integrations, "MLLMTrainer", lambda w: {"model": w.attached.model}, data_collator="none function class module")
 public(integrations, "add_options", lambda w: {"parser": argparse.ArgumentParser()})
 
@@ -292,6 +296,9 @@ public(
 )
 public(data, "Collator", lambda w: {"pad_token_id": 0})
 public(data, "ModalityGroupedSampler", lambda w: {"lengths": [3, -4], "batch_size": 1})
+public(data, "clean_instruction", lambda w: {"text": "what is it?"})
+public(data, "ImageDecoder")
+public(data, "NoTiling")
 public(data, "DynamicTiling")
 public(data, "PadToSquare")
 public(data, "JpegAugment")
@@ -314,6 +321,22 @@ public(data, "tile_grid", lambda w: {"width": 20, "height": 10})
 public(data, "tile_image", lambda w: {"image": w.picture})
 public(data, "drop_dummies", lambda w: {"features": torch.ones(2, 3), "image_flags": torch.tensor([1, 0])})
 
+public(nn, "ContextualMoE", lambda w: {"ffn": FFN, "embed_dim": 8, "text_dim": 8}, plans=ANY)
+public(nn, "CrossAttentionContext", lambda w: {"embed_dim": 8, "text_dim": 8})
+public(nn, "SingleQueryAttention", lambda w: {"embed_dim": 8, "text_dim": 8})
+public(nn, "ConcatContext", lambda w: {"embed_dim": 8, "text_dim": 8})
+public(nn, "ImageContext", lambda w: {"embed_dim": 8})
+public(nn, "TextContext", lambda w: {"text_dim": 8})
+public(nn, "ResidualRefinement", lambda w: {"dim": 8})
+public(nn, "DenseRouter", lambda w: {"context_dim": 8, "num_experts": 2})
+public(nn, "SparseRouter", lambda w: {"context_dim": 8, "num_experts": 3, "top_k": 2})
+public(nn, "RandomRouter", lambda w: {"num_experts": 3, "top_k": 2})
+public(nn, "UniformRouter", lambda w: {"num_experts": 2})
+public(nn, "Segments", lambda w: {"lengths": [2, 3]})
+public(nn, "load_balance_loss", lambda w: {"logits_BE": torch.rand(2, 3), "expert_ids_BK": torch.tensor([[0], [1]])})
+public(nn, "router_z_loss", lambda w: {"logits_BE": torch.rand(2, 3)})
+
+public(testing, "FixedRouter", lambda w: {"weights": torch.tensor([0.5, 0.5])})
 public(testing, "ToyViT")
 public(testing, "tiny_llava")
 public(testing, "tiny_internvl")

@@ -41,6 +41,10 @@ def texts(text: str = "", path: str | Path = ".", other: str | os.PathLike[str] 
     return text, path, other
 
 
+def devices(device: torch.device | str | None = None) -> tuple[Any, ...]:
+    return (device,)
+
+
 def collections(
     names: Sequence[str] = (), either: str | Sequence[str] = "", items: Iterable[str] = (), by: Mapping[str, int] = {}
 ) -> tuple[Any, ...]:
@@ -69,6 +73,9 @@ GOOD = [
     (texts, {"text": "", "path": "x", "other": "y"}),
     (collections, {"names": ["a"], "either": ["a"], "items": {"a"}, "by": {"a": 1}}),
     (collections, {"names": ("a",), "either": "a", "items": iter("ab"), "by": {}}),
+    (devices, {"device": "cpu"}),
+    (devices, {"device": torch.device("meta")}),
+    (devices, {"device": None}),
     (tuples, {"pair": (1, 2), "many": (1, 2, 3)}),
     (tuples, {"many": ()}),
     (objects, {"model": nn.Linear(1, 1), "tensor": torch.ones(1), "store": Bag(), "free": 3, "call": max}),
@@ -86,6 +93,7 @@ BAD = [
     (collections, "either", [3, ["a", None], {"a"}]),
     (collections, "items", ["ab", 3, list, [1]]),
     (collections, "by", [[], {1: 1}, {"a": "b"}]),
+    (devices, "device", ["nowhere", "", 3, True]),
     (tuples, "pair", [(1,), (1, 2, 3), [1, 2], (1, "2"), (1, True)]),
     (tuples, "many", [(1, None), [1], "12"]),
     (objects, "model", [3, "x", Bag()]),

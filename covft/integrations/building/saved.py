@@ -26,6 +26,7 @@ from covft.integrations.mllm.attach import attach
 from covft.integrations.mllm.prompt import PromptReader
 from covft.integrations.training.checkpoints import load_trained
 from covft.integrations.training.parts import parts_of
+from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 from covft.utils.foreign_code import refuse_code
 
@@ -39,6 +40,7 @@ _IMPORTED_BY_PEFT = ("megatron_config", "custom_modules", "_custom_modules")
 _LEFT_ALONE = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 
 
+@check_kinds
 def load_model(
     folder_or_repo_id: str | os.PathLike[str],
     text_encoder: Any = None,
