@@ -14,6 +14,9 @@ from covft.integrations.mllm.families import Layout
 
 _FIX = "the call inside `with covft.get_encoder(model).condition(texts, index):`, where index[i] is the text of tile i"
 
+# What transformers' own error says, which callers and its tests look for; covft comes first if it deals out the texts.
+_MISMATCH = "Image features and image tokens do not match"
+
 
 @dataclass(frozen=True)
 class ImageMap:
@@ -87,9 +90,9 @@ def map_images(
     elif layout == "plain" and tiles and sum(placeholders) % len(tiles) == 0:
         lengths = [sum(placeholders) // len(tiles)] * len(tiles)
     elif layout == "plain":
-        return ImageMap(tiles, None, f"{placeholders} placeholders per row for {len(tiles)} images")
+        return ImageMap(tiles, None, f"{_MISMATCH}: {placeholders} placeholders per row for {len(tiles)} images")
     rows = _deal(placeholders, lengths)
-    return ImageMap(tiles, rows, f"{placeholders} placeholders per row; the images need {lengths}")
+    return ImageMap(tiles, rows, f"{_MISMATCH}: {placeholders} placeholders per row; the images need {lengths}")
 
 
 def _deal(placeholders: list[int], lengths: list[int]) -> list[int] | None:

@@ -15,6 +15,7 @@ from tests.helpers.towers import perturb
 pytestmark = pytest.mark.usefixtures("quiet")
 NAMES = ["llava", "internvl", "qwen2_5_vl"]
 GREEDY = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+IMAGES = ("pixel_values", "image_grid_thw")
 every_model = pytest.mark.parametrize("name", NAMES)
 
 
@@ -27,27 +28,27 @@ def logits(model, inputs, **options):
         return model(**inputs, **options).logits
 
 
-@pytest.mark.parametrize("part", ["model", "base"])
-@pytest.mark.parametrize("name", ["llava", "internvl"])
-def test_fewer_images_than_placeholders__is_an_error_of_the_kind_that_a_plain_model_raises(name, part):
+@pytest.mark.parametrize("text", [None, ["where?"] * 3], ids=["read", "per row"])
+@every_model
+def test_images_that_do_not_match_the_placeholders__are_the_error_of_a_plain_model(name, text):
+    """The same type, and the same sentence, wherever the text comes from."""
     mllm = BY_NAME[name]
     plain = mllm.build()
-    batch = mllm.batch(plain, [Row(1, CUP), Row(1, DOG), Row(1, CUP)]).inputs
-    fewer = {**batch, "pixel_values": batch["pixel_values"][-1:]}
-    one = {key: value[:1] for key, value in batch.items()}
-    two = {key: torch.cat([value, value]) for key, value in one.items()}
-    short = {**two, "pixel_values": one["pixel_values"]}
+    three = mllm.batch(plain, [Row(1, CUP), Row(1, DOG), Row(1, CUP)]).inputs
+    images = mllm.batch(plain, [Row(1, CUP)]).inputs
+    fewer = {key: images.get(key, value) if key in IMAGES else value for key, value in three.items()}
+    more = {key: torch.cat([value, value]) if key in IMAGES else value for key, value in three.items()}
     model = attach(copy.deepcopy(plain), TEXTS, tokenizer=mllm.tokenizer, layers=[0])
-    called, reference = (model, plain) if part == "model" else (model.base_model, plain.base_model)
+    options = {} if text is None else {"context_text": text}
     with torch.no_grad():
-        wanted = reference(**two)[0]
-        for wrong in (fewer, short):
-            with pytest.raises((ValueError, RuntimeError), match="do not match") as expected:
-                reference(**wrong)
-            with pytest.raises(expected.type):
-                called(**wrong)
-            # The refused call leaves nothing behind.
-            torch.testing.assert_close(called(**two)[0], wanted, rtol=1e-4, atol=1e-5)
+        for called, reference in [(model, plain), (model.base_model, plain.base_model)]:
+            for wrong in (fewer, more):
+                with pytest.raises((ValueError, RuntimeError), match="Image features and image tokens") as expected:
+                    reference(**wrong)
+                with pytest.raises(expected.type, match="Image features and image tokens do not match"):
+                    called(**wrong, **options)
+                # The refused call leaves nothing behind.
+                torch.testing.assert_close(called(**three, **options)[0], reference(**three)[0], rtol=1e-4, atol=1e-5)
 
 
 @every_model
