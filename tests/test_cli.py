@@ -262,15 +262,16 @@ def test_help_names_every_command(run):
         assert name in out
 
 
-def test_a_missing_library_of_the_command_names_the_extra():
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+@pytest.mark.parametrize("arguments", [[], ["version"]])
+def test_a_missing_library_of_the_command_is_one_sentence_that_names_the_extra(missing, arguments):
     code = (
-        "import sys\n"
-        "sys.modules['typer'] = None\n"
-        "try:\n    import covft.cli\n"
-        "except ImportError as error:\n    print(error)\n"
+        f"import runpy, sys\nsys.modules[{missing!r}] = None\nsys.argv = ['covft', *{arguments!r}]\n"
+        "runpy.run_module('covft', run_name='__main__')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 'pip install "covft[cli]"' in done.stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f'The covft command needs {missing}, which is not installed. Fix: pip install "covft[cli]"\n'
 
 
 def test_describe_counts_low_rank_experts(clip_l):

@@ -163,6 +163,45 @@ def test_every_page_is_in_the_navigation():
     assert leaves(config["nav"]) == {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
 
 
+# ----------------------------------------------------------------------------------------- install
+
+BY_NAME = re.compile(r"pip install(?! -e)[^\n`]*[\s\"']covft(?![\w\[/.])")
+
+
+def test_nothing_says_to_install_a_release_that_does_not_exist():
+    """`covft[extra]` adds an extra to an installed covft; by its name, an index would give something else.
+
+    With the first release: the quickstart and the README name the distribution, and this test goes.
+    """
+    files = [*PAGES, *(ROOT / "covft").rglob("*.py")]
+    assert [name_of(file) for file in files if BY_NAME.search(file.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize("text", ["pip install covft", "pip install ms-swift covft", 'pip install -U "covft>=1"'])
+def test_an_install_by_name_is_seen(text):
+    assert BY_NAME.search(text)
+
+
+@pytest.mark.parametrize("text", ['pip install "covft[cli]"', "pip install -e covft", "pip install ../covft/x.whl"])
+def test_an_install_of_a_file_or_an_extra_is_not(text):
+    assert not BY_NAME.search(text)
+
+
+def test_every_extra_that_the_text_names_exists():
+    named = set()
+    for file in [*PAGES, *(ROOT / "covft").rglob("*.py")]:
+        for extras in re.findall(r"pip install[^\n`]*?(?:covft|\.)\[([\w,-]+)\]", file.read_text(encoding="utf-8")):
+            named |= set(extras.split(","))
+    quickstart = (DOCS / "quickstart.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| extra \| for \|\n(.*?)\n\n", quickstart, flags=re.M | re.DOTALL)[0]
+    listed = {extra for row in table.splitlines() for extra in re.findall(r"`([\w-]+)`", row.split("|")[1])}
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    extras = set(re.findall(r"^([\w-]+) = \[", section, flags=re.M))
+    assert {"cli", "train"} <= named <= extras
+    assert listed == extras - {"dev", "docs"}
+
+
 # ----------------------------------------------------------------------------------------- figures
 
 

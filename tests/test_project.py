@@ -51,18 +51,18 @@ def run_python(code, *flags):
 
 
 def project_files():
-    """List the files that are, or would be, in the repository; without git, all files of the tree."""
-    done = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode == 0:
+    """List the files that are, or would be, in the repository; without one, all files of the tree."""
+    if (ROOT / ".git").exists():
+        done = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         names = [ROOT / name for name in done.stdout.split("\0") if name]
-    else:
-        left_out = {".venv", ".git", "site", "build", "dist"}
+    else:  # an unpacked sdist, perhaps inside the repository of something else
+        left_out = {".venv", "site", "build", "dist"}
         names = [path for path in ROOT.rglob("*") if not left_out & set(path.relative_to(ROOT).parts)]
     files = [path for path in names if path.is_file()]
     assert len(files) > 20
@@ -160,6 +160,11 @@ def test_package_is_marked_as_typed():
     assert (ROOT / "covft" / "py.typed").is_file()
 
 
+def test_command_is_the_module_that_needs_no_extra():
+    """`tests/test_cli.py` runs it without the libraries of the extra `cli`."""
+    assert PROJECT["project"]["scripts"] == {"covft": "covft.__main__:main"}
+
+
 # ------------------------------------------------------------------------------ versions and pins
 
 
@@ -221,11 +226,18 @@ def make_targets():
 
 
 def test_makefile_has_the_promised_targets():
-    assert {"help", "demo", "test", "check", "docs", "clean"} == make_targets()
+    assert {"help", "demo", "test", "check", "docs", "package", "clean"} == make_targets()
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", ".ci/run", ".github/workflows/ci.yml", "tests/README.md"]
+    "name",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "tests/README.md",
+        ".ci/run",
+        *(str(path.relative_to(ROOT)) for path in (ROOT / ".github" / "workflows").glob("*.yml")),
+    ],
 )
 def test_make_commands_that_are_named_exist(name):
     text = (ROOT / name).read_text(encoding="utf-8")
@@ -244,14 +256,17 @@ def test_readme_has_the_marks_of_the_demo_table():
     assert readme.count("<!-- demo:start -->") == readme.count("<!-- demo:end -->") == 1
 
 
-def test_workflow_grants_nothing_but_reading():
-    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
-    assert workflow["permissions"] == {}
-    for job in workflow["jobs"].values():
-        assert job["permissions"] == {"contents": "read"}
-        for step in job["steps"]:
-            if "uses" in step:
-                assert re.search(r"@[0-9a-f]{40}$", step["uses"]), step["uses"]
+# ------------------------------------------------------------------------------------------- sdist
+
+
+def test_sdist_takes_every_file_of_the_repository():
+    """The tests read most of them, and an sdist brings the tests."""
+    by_itself = {"pyproject.toml", "README.md", "LICENSE", ".gitignore", "PKG-INFO"}  # hatchling takes these
+    taken = {name.removeprefix("/") for name in PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]}
+    assert [name for name in sorted(taken) if not (ROOT / name).exists()] == []
+    top = {path.relative_to(ROOT).parts[0] for path in project_files()}
+    left_out = {".pytest_cache", ".ruff_cache", ".hypothesis", "__pycache__"}  # of a run without git
+    assert sorted(top - taken - by_itself - left_out) == []
 
 
 # ------------------------------------------------------------------------------------------- tests

@@ -105,7 +105,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             f"{path} was written by a later version of covft.",
             expected=f"format {FORMAT}",
             got=f"format {config['format']}",
-            fix="pip install --upgrade covft",
+            fix="upgrade covft",
         )
     return config
 

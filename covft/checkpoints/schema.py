@@ -46,7 +46,7 @@ def check_fields(config: Mapping[str, Any], path: object) -> None:
             f"{path} is damaged, or of a later version of covft: {name or 'its content'} cannot be used.",
             expected=expected,
             got=got,
-            fix="copy the complete folder again, or pip install --upgrade covft",
+            fix="copy the complete folder again, or upgrade covft",
         )
 
 

@@ -160,7 +160,7 @@ def _reading(tower: Path) -> dict[str, Any] | None:
             f"{tower} was written by a later version of covft, or is damaged.",
             expected=f"settings of the prompt reader: {', '.join(sorted(known))}",
             got=", ".join(map(str, wrong)) or type(reading).__name__,
-            fix="pip install --upgrade covft",
+            fix="upgrade covft",
         )
     return found
 
