@@ -261,7 +261,7 @@ def test_readme_has_the_marks_of_the_demo_table():
 
 def test_sdist_takes_every_file_of_the_repository():
     """The tests read most of them, and an sdist brings the tests."""
-    by_itself = {"pyproject.toml", "README.md", "LICENSE", ".gitignore", "PKG-INFO"}  # hatchling takes these
+    by_itself = {"pyproject.toml", "LICENSE", ".gitignore", "PKG-INFO"}  # hatchling takes these
     taken = {name.removeprefix("/") for name in PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]}
     assert [name for name in sorted(taken) if not (ROOT / name).exists()] == []
     top = {path.relative_to(ROOT).parts[0] for path in project_files()}

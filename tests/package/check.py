@@ -70,8 +70,12 @@ def environment(folder: Path, wheel: Path, extra: str | None = None, below: Path
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if below is not None:
         (packages_of(python) / "below.pth").write_text(f"{packages_of(below)}\n", encoding="utf-8")
-    requirement = str(wheel) if extra is None else f"{wheel}[{extra}]"
-    run(python, "-m", "pip", "install", "-q", *shlex.split(os.environ.get("PIP_ARGS", "")), requirement)
+    pip = [python, "-m", "pip", "install", "-q", *shlex.split(os.environ.get("PIP_ARGS", ""))]
+    if extra is None:
+        run(*pip, wheel)
+    else:
+        run(*pip, "--no-deps", "--ignore-installed", wheel)  # its own copy, with the command
+        run(*pip, f"{wheel}[{extra}]")
     return python
 
 
