@@ -19,6 +19,7 @@ from covft.checkpoints.pretrained import FOLDER
 from covft.integrations.mllm.attachment import Attachment, attachment_of
 from covft.integrations.training.callback import TowerCallback, refuse_reentrant, seal_when_all_have_written
 from covft.integrations.training.checkpoints import check_checkpoint, checkpoint_folder, unseal
+from covft.integrations.training.precision import train_in_float32
 from covft.integrations.training.resuming import check_settings
 from covft.integrations.training.trainable import check_trainable
 
@@ -40,10 +41,13 @@ def join_trainer(trainer: Any) -> None:
     """Add covft's callback and its loading to the Trainer of an attached model, before training."""
     attachment = attachment_of(trainer.model)
     assert attachment is not None, "attached by the launcher"
+    widened = train_in_float32(trainer.model)
     if trainer.args.process_index == 0:
         encoder = attachment.encoder
         print(f"covft: {encoder.spec}; adapted: {', '.join(map(str, encoder.layers))}")
         encoder.print_trainable_parameters()
+        if widened:
+            print(f"covft: {widened} trained tensors of the tower are kept in float32, for the optimizer")
     # Before the reporters, which then see its figures.
     trainer.callback_handler.callbacks.insert(0, LauncherCallback())
     trainer._load_from_checkpoint = partial(_load_from_checkpoint, trainer._load_from_checkpoint, attachment)
@@ -63,7 +67,7 @@ class LauncherCallback(TowerCallback):
         assert attachment is not None, "attached by the launcher"
         check_trainable(model, self.missing_gradients)
         tower = {id(parameter) for parameter in attachment.encoder.vit.parameters()}
-        self._start(attachment.encoder, [(n, p) for n, p in model.named_parameters() if id(p) in tower])
+        self._start(model, [(n, p) for n, p in model.named_parameters() if id(p) in tower])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the routing, forget the last saved folder and check the first step's gradients."""
