@@ -206,7 +206,7 @@ def test_a_script_by_its_path(llava_code, llava_home):
 @pytest.mark.filterwarnings(CLIP_WARNING)
 def test_stage_1_saves_the_tower_beside_the_projector(llava_code, llava_home):
     flags = ["--tune_mm_mlp_adapter", "True"]
-    with pytest.raises(ConfigError, match="train stage 1"):
+    with pytest.raises(ConfigError, match=r"Got: +plain, which --version chooses[\s\S]*train stage 1"):
         run(llava_home, *flags, version="plain")
     run(llava_home, *flags, version="plain", covft_flags=["--covft_empty_instruction", "describe the image."])
     for folder in ("out", "out/checkpoint-1", "out/checkpoint-2"):
@@ -214,17 +214,27 @@ def test_stage_1_saves_the_tower_beside_the_projector(llava_code, llava_home):
         assert (llava_home / folder / "mm_projector.bin").is_file()
 
 
+@pytest.mark.parametrize("bias", ["none", "all"])
 @pytest.mark.filterwarnings(CLIP_WARNING)
-def test_lora_of_the_language_model(llava_code, llava_home, trainers):
+def test_lora_of_the_language_model(bias, llava_code, llava_home, trainers):
     """A PeftModel saves its adapters alone; the tower is written all the same, and comes back on resume."""
     pytest.importorskip("peft")
-    run(llava_home, "--lora_enable", "True", steps=2)
-    run(llava_home, "--lora_enable", "True", steps=2)  # resumes, and has nothing left to do
+    from safetensors.torch import load_file
+
+    flags = ["--lora_enable", "True", "--lora_bias", bias]
+    run(llava_home, *flags, steps=2)
+    run(llava_home, *flags, steps=2)  # resumes, and has nothing left to do
     first, resumed = trainers
     for folder in ("out", "out/checkpoint-1", "out/checkpoint-2"):
         assert (llava_home / folder / "covft" / "covft_config.json").is_file()
         assert (llava_home / folder / "adapter_config.json").is_file()
     assert resumed.state.global_step == 2
+    # What their loader puts into a model with the original tower: the projector, nothing of the tower.
+    others = torch.load(llava_home / "out" / "non_lora_trainables.bin")
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in others} == {"mm_projector"}
+    adapters = load_file(llava_home / "out" / "adapter_model.safetensors")
+    assert adapters
+    assert not any("vision_tower" in name for name in adapters)
     encoder = covft.get_encoder(resumed.model)
     moved = 0
     for name, value in covft.get_encoder(first.model).adapted_state_dict().items():
