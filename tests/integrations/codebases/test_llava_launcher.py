@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import covft
 from covft.errors import (
@@ -83,6 +84,28 @@ def test_training_moves_what_should_be_trained(llava_code, llava_home, trainers,
     assert 0 < logged["covft/routing_entropy"] <= math.log(4) + 1e-6
     in_optimizer = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert {id(p) for p in encoder.trainable_parameters()} <= in_optimizer
+
+
+@pytest.mark.filterwarnings(CLIP_WARNING)
+def test_a_tower_in_bfloat16_learns_at_their_rate(llava_code, llava_home, trainers, capsys):
+    """Their code casts the tower to bfloat16, where nearly all steps of 2e-5 would be rounded away."""
+    flags = ["--bf16", "True", "--save_strategy", "no"]
+    run(llava_home, *flags, steps=10, learning_rate=2e-5)
+    (trainer,) = trainers
+    encoder, prefix = covft.get_encoder(trainer.model), "model.vision_tower.vision_tower."
+    parts = {"experts": [0, 0], "context": [0, 0], "router": [0, 0], "norms": [0, 0]}
+    for name, parameter in encoder.vit.named_parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+        if parameter.requires_grad:
+            part = parts["context" if ".context." in name else encoder.part_of(name)]
+            part[0] += int((trainer.start[prefix + name] != trainer.end[prefix + name]).sum())
+            part[1] += parameter.numel()
+    assert all(moved >= 0.95 * total for moved, total in parts.values()), parts
+    assert "are kept in float32" in capsys.readouterr().out
+    saved = load_file(llava_home / "out" / "covft" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    whole = load_file(llava_home / "out" / "model.safetensors")
+    assert {tensor.dtype for name, tensor in whole.items() if "vision_tower" in name} == {torch.bfloat16}
 
 
 @pytest.mark.filterwarnings(CLIP_WARNING)
@@ -219,8 +242,6 @@ def test_stage_1_saves_the_tower_beside_the_projector(llava_code, llava_home):
 def test_lora_of_the_language_model(bias, llava_code, llava_home, trainers):
     """A PeftModel saves its adapters alone; the tower is written all the same, and comes back on resume."""
     pytest.importorskip("peft")
-    from safetensors.torch import load_file
-
     flags = ["--lora_enable", "True", "--lora_bias", bias]
     run(llava_home, *flags, steps=2)
     run(llava_home, *flags, steps=2)  # resumes, and has nothing left to do

@@ -91,6 +91,8 @@ def train(attn_implementation=None):
     model_args, data_args, training_args = parser.parse_args_into_dataclasses()
     cls = LlavaQwenForCausalLM if model_args.mm_tunable_parts else LlavaLlamaForCausalLM
     model = cls.from_pretrained(model_args.model_name_or_path)
+    half = torch.bfloat16 if training_args.bf16 else torch.float32
+    model.to(half)
     model.config.use_cache = False
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -108,7 +110,7 @@ def train(attn_implementation=None):
     torch.manual_seed(0)  # of the projector, which a first stage would have trained
     model.get_model().initialize_vision_modules(model_args=model_args)
     torch.seed()
-    tower = model.get_vision_tower()
+    tower = model.get_vision_tower().to(half)
     training_args.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
     if model_args.tune_mm_mlp_adapter:
         model.requires_grad_(False)
