@@ -19,6 +19,7 @@ from covft.config import CoVFTConfig
 from covft.errors import MergeError, MissingContextError, ShapeError, TextEncoderError
 from covft.nn.losses import load_balance_loss
 from covft.surgery.activation_checkpointing import set_activation_checkpointing
+from covft.surgery.precision import widen
 from covft.surgery.slot import Original
 from covft.surgery.wrapped import TextSource, WrappedViT
 from covft.text import CachedTextEncoder, TextEncoder
@@ -265,6 +266,18 @@ class ContextEncoder(WrappedViT):
         """
         rates = {"experts": experts_lr, "router": router_lr, "norms": norms_lr}
         return param_groups(self.vit.named_parameters(), self.part_of, lr=lr, rates=rates, weight_decay=weight_decay)
+
+    def train_in_float32(self) -> int:
+        """Keep what is trained of experts, routers, contexts and norms in float32, if the ViT is in half precision.
+
+        An optimizer's small steps are rounded away in half precision. Call it before the optimizer is created; the
+        callback, `MLLMTrainer` and the launchers do. The rest of the ViT keeps its type, and so do its outputs. Adapted
+        FFNs compute in the type of their tokens, or as autocast says. `covft.load` loads in the type of the ViT.
+
+        Returns:
+            Number of parameters that were cast; sharded ones are left as they are.
+        """
+        return widen(self)
 
     @check_kinds
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:

@@ -30,6 +30,7 @@ from covft.surgery.checks import (
 from covft.surgery.ffns import build_slots, expected_tensors, install_slots, restore_ffns
 from covft.surgery.frozen import FrozenWatch
 from covft.surgery.overrides import remove_hooks
+from covft.surgery.precision import remove_wide_norms
 from covft.surgery.skipping import last_read, run_all_blocks, skip_blocks
 from covft.text import TextEncoder, as_text_encoder
 from covft.utils.arguments import check_kinds
@@ -260,6 +261,7 @@ def unwrap(encoder: ContextEncoder) -> nn.Module:
     remove_hooks(vit, lambda owner: owner is conditioning or isinstance(owner, FrozenWatch))
     run_all_blocks(vit)
     pretrained.remove(vit)
+    remove_wide_norms(vit)
     restore_ffns(vit, encoder.original)
     if conditioning.has_batch_norm:
         for module in vit.modules():

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from covft.checkpoints import saving
@@ -154,7 +155,7 @@ def original_state(encoder: WrappedViT, state: Mapping[str, Tensor], prefix: str
         state: A state dict of the ViT or of a model around it, gathered if it was sharded.
         prefix: Prefix of the ViT's names in it.
     """
-    original = encoder.original
+    original, narrow = encoder.original, encoder.original.type_in(encoder.vit)
     ffns = {f"{prefix}{path}.": ffn for path, ffn in original.ffns.items()}
     values = {f"{prefix}{name}": value for name, value in original.values.items()}
     result: dict[str, Tensor] = {}
@@ -162,13 +163,13 @@ def original_state(encoder: WrappedViT, state: Mapping[str, Tensor], prefix: str
     for name, tensor in state.items():
         place = next((place for place in ffns if name.startswith(place)), None)
         if place is None:
-            result[name] = values[name].to(tensor) if name in values else tensor
+            result[name] = values[name].to(tensor.device, narrow or tensor.dtype) if name in values else tensor
         elif place not in done and tensor.is_floating_point():
             done[place] = tensor
-            result.update(_like(tensor, place, ffns[place]))
+            result.update(_like(tensor, place, ffns[place], narrow))
     for place, ffn in ffns.items():
         if done and place not in done:  # the second half of a split FFN, which has no tensors now
-            result.update(_like(next(iter(done.values())), place, ffn))
+            result.update(_like(next(iter(done.values())), place, ffn, narrow))
     return result
 
 
@@ -177,10 +178,10 @@ def marked(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**state, MARK: next(iter(state.values())).new_zeros(1)} if state else state
 
 
-def _like(tensor: Tensor, place: str, ffn: nn.Module) -> dict[str, Tensor]:
-    """Return the state of an original FFN, with the type and device of a tensor."""
-    state = ffn.state_dict().items()
-    return {place + name: v.to(tensor) if v.is_floating_point() else v.to(tensor.device) for name, v in state}
+def _like(tensor: Tensor, place: str, ffn: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the state of an original FFN, on the device of a tensor, in the given type or in the tensor's."""
+    state = {place + name: value.to(tensor.device) for name, value in ffn.state_dict().items()}
+    return {name: v.to(dtype or tensor.dtype) if v.is_floating_point() else v for name, v in state.items()}
 
 
 def _unsharded_state(model: nn.Module, *, writes: bool) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 class Place(TypedDict, total=False):
     """Device and type of new parameters, as torch's modules take them."""

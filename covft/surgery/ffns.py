@@ -148,8 +148,9 @@ def restore_ffns(vit: nn.Module, original: Original) -> None:
     """
     found = {path: (ffn, module_at(vit, path)) for path, ffn in original.ffns.items()}
     places = {path: (ffn, slot) for path, (ffn, slot) in found.items() if slot is not None}
+    narrow = original.type_in(vit)
     for ffn, slot in places.values():
-        _follow(ffn, _first_expert(slot))
+        _follow(ffn, _first_expert(slot), narrow)
         ffn.train(slot.training)
     for path, (ffn, _) in places.items():
         vit.set_submodule(path, ffn)
@@ -160,6 +161,8 @@ def restore_ffns(vit: nn.Module, original: Original) -> None:
         for name, value in original.values.items():
             if (parameter := own.get(plain_name(name))) is not None:
                 assign(parameter, value)
+                if narrow is not None:
+                    parameter.data = parameter.data.to(narrow)
                 parameter.grad = None
     trained = {plain_name(name): value for name, value in original.requires_grad.items()}
     if any(id(parameter) in adapters and plain_name(name) not in trained for name, parameter in named.items()):
@@ -191,10 +194,11 @@ def _first_expert(slot: nn.Module) -> nn.Module:
     return expert.intermediate if isinstance(expert, SplitFFN) else expert
 
 
-def _follow(ffn: nn.Module, expert: nn.Module) -> None:
-    """Move an FFN's tensors where an expert's are, each in the type of its counterpart."""
+def _follow(ffn: nn.Module, expert: nn.Module, dtype: torch.dtype | None) -> None:
+    """Move an FFN's tensors where an expert's are, each in the given type, or in that of its counterpart."""
     tensors = (*expert.named_parameters(), *expert.named_buffers())
     expert_tensors = {plain_name(name): tensor for name, tensor in tensors}
     for name, tensor in (*ffn.named_parameters(), *ffn.named_buffers()):
         if name in expert_tensors:
-            tensor.data = tensor.data.to(expert_tensors[name])
+            like = expert_tensors[name]
+            tensor.data = tensor.data.to(like.device, dtype if dtype and tensor.is_floating_point() else like.dtype)

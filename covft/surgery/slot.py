@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from covft.conditioning import Conditioning
 from covft.conditioning.frames import in_backward
 from covft.conditioning.scope import freeze_batch_norms, images_in
+from covft.nn.functional import HALF
 from covft.nn.moe import ContextualMoE
 from covft.nn.router import Routing
 from covft.surgery.layout import TokenLayout
@@ -25,11 +29,21 @@ class Original:
         ffns: The modules that were replaced, by dotted path: FFNs, and both halves of split ones.
         values: Values of the other parameters that covft changes (norms), by name.
         requires_grad: Whether each parameter was trainable, by name.
+        widened: Whether `widen` has cast trained parameters to float32 since.
     """
 
     ffns: dict[str, nn.Module] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
+    widened: bool = False
+
+    def type_in(self, vit: nn.Module) -> torch.dtype | None:
+        """Return the ViT's type in half precision, if its trained parameters are wider; else None."""
+        if not self.widened:
+            return None
+        changed = (*(f"{path}." for path in self.ffns), *self.values)
+        rest = (p.dtype for name, p in vit.named_parameters() if not name.startswith(changed))
+        return next((dtype for dtype in rest if dtype in HALF), None)
 
 
 class RoutingRecord(NamedTuple):
@@ -81,6 +95,20 @@ class AdaptedFFN(ContextualMoE):
             ShapeError: If the text is for another number of images, or the tokens are not those of the images.
             ReentrantCheckpointError: If the experts' gradients would be lost silently.
         """
+        with self._computing_like(x):
+            return self._forward(x, *args, **kwargs)
+
+    def _computing_like(self, x: Tensor) -> AbstractContextManager[Any]:
+        """Compute in the type of the tokens, if trained weights are kept wider for the optimizer."""
+        kind = x.device.type
+        if x.dtype not in HALF or torch.is_autocast_enabled(kind):
+            return contextlib.nullcontext()
+        parts = (self.router, self.experts)
+        if not any(p.dtype == torch.float32 for part in parts for p in itertools.islice(part.parameters(), 1)):
+            return contextlib.nullcontext()
+        return torch.autocast(kind, x.dtype)
+
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         scope = self.conditioning.require()
         self.conditioning.check_gradients(scope, training=self.training)
         segments = self.conditioning.segments_of(scope, x)

@@ -94,11 +94,10 @@ class Codebase(ABC):
         reading: Any = {"turns": turns, "system": system, "empty_instruction": empty_instruction}
         reader = prompt_reader(tokenizer, conversation, self.image_ids(tokenizer), **reading)
         if reader.marks is None and empty_instruction is None:
-            name = getattr(conversation, "name", conversation)
             raise ConfigError(
                 f"The instruction cannot be read from these prompts. {reader.problem}",
                 expected="a conversation with user turns",
-                got=getattr(conversation, "version", name),
+                got=self.describe(conversation),
                 fix=self.unread_fix,
             )
         with naming_tower(prefix_of(tower, target).rstrip(".")):
@@ -141,6 +140,10 @@ class Codebase(ABC):
     @abstractmethod
     def default_conversation(self, model: Any) -> Any:
         """Return the conversation that wrote the prompts, if the caller names none."""
+
+    def describe(self, conversation: Any) -> str:
+        """Name a conversation for an error, by the flag that chooses it where there is one."""
+        return str(getattr(conversation, "name", conversation))
 
     def named_conversation(self, flags: Flags) -> Any:
         """Return the conversation that the command line names, or None."""

@@ -100,6 +100,10 @@ class InternVL(Codebase):
         """Return the model's own conversation."""
         return getattr(model, "conv_template", None)
 
+    def describe(self, conversation: Any) -> str:
+        """Name a conversation by the flag of their training scripts."""
+        return f"{super().describe(conversation)}, which --conv_style chooses"
+
     def image_ids(self, tokenizer: Any) -> tuple[int, ...]:
         """Return the id of the tile placeholder."""
         return (tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),)

@@ -109,6 +109,12 @@ class LLaVA(Codebase):
             )
         return module.default_conversation
 
+    def describe(self, conversation: Any) -> str:
+        """Name a conversation by the flag of their training scripts."""
+        templates = getattr(sys.modules.get("llava.conversation"), "conv_templates", {})
+        names = [name for name, template in templates.items() if template is conversation]
+        return f"{' or '.join(names)}, which --version chooses" if names else super().describe(conversation)
+
     def named_conversation(self, flags: Flags) -> Any:
         """Return the conversation of covft's own flag, or of their evaluation scripts' flag."""
         name = flags.theirs("conv-mode", "conv_mode")

@@ -7,6 +7,7 @@ twice, because the codebases save and load them, and it needs events that transf
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from covft.checkpoints.pretrained import FOLDER
 from covft.integrations.mllm.attachment import Attachment, attachment_of
 from covft.integrations.training.callback import TowerCallback, refuse_reentrant, seal_when_all_have_written
 from covft.integrations.training.checkpoints import check_checkpoint, checkpoint_folder, unseal
+from covft.integrations.training.precision import train_in_float32
 from covft.integrations.training.resuming import check_settings
 from covft.integrations.training.trainable import check_trainable
+from covft.surgery.overrides import Override
 
 
 def before_trainer(arguments: Any) -> None:
@@ -40,10 +43,13 @@ def join_trainer(trainer: Any) -> None:
     """Add covft's callback and its loading to the Trainer of an attached model, before training."""
     attachment = attachment_of(trainer.model)
     assert attachment is not None, "attached by the launcher"
+    widened = train_in_float32(trainer.model)
     if trainer.args.process_index == 0:
         encoder = attachment.encoder
         print(f"covft: {encoder.spec}; adapted: {', '.join(map(str, encoder.layers))}")
         encoder.print_trainable_parameters()
+        if widened:
+            print(f"covft: {widened} trained tensors of the tower are kept in float32, for the optimizer")
     # Before the reporters, which then see its figures.
     trainer.callback_handler.callbacks.insert(0, LauncherCallback())
     trainer._load_from_checkpoint = partial(_load_from_checkpoint, trainer._load_from_checkpoint, attachment)
@@ -55,15 +61,19 @@ class LauncherCallback(TowerCallback):
     """Saves the adapted tower to `covft/` in every checkpoint and in the run's folder, and watches its training."""
 
     fix = "adapt blocks whose output is read: --covft_layers"
+    _hidden: WithoutTower | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start watching the tower."""
         model = kwargs["model"]
+        if self._hidden is not None:
+            self._hidden.remove()
+            self._hidden = None
         attachment = attachment_of(model)
         assert attachment is not None, "attached by the launcher"
         check_trainable(model, self.missing_gradients)
         tower = {id(parameter) for parameter in attachment.encoder.vit.parameters()}
-        self._start(attachment.encoder, [(n, p) for n, p in model.named_parameters() if id(p) in tower])
+        self._start(model, [(n, p) for n, p in model.named_parameters() if id(p) in tower])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the routing, forget the last saved folder and check the first step's gradients."""
@@ -78,8 +88,29 @@ class LauncherCallback(TowerCallback):
         seal_when_all_have_written(args, checkpoint, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the tower."""
-        self._save(args, kwargs["model"], Path(str(args.output_dir)) / FOLDER)
+        """Save the tower, and hide it from a script that writes what LoRA leaves out."""
+        model = kwargs["model"]
+        self._save(args, model, Path(str(args.output_dir)) / FOLDER)
+        if hasattr(model, "peft_config"):
+            self._hidden = WithoutTower(model)
+            self._hidden.install()
+
+
+class WithoutTower(Override):
+    """Overrides `named_parameters` of a PeftModel after training, and leaves out its context-aware tower.
+
+    LLaVA writes the trained ones of these to `non_lora_trainables.bin`, and its loader puts them into a model with the
+    original tower. The adapted tower is in `covft/`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, "named_parameters")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the other parameters."""
+        attachment = attachment_of(self.owner)
+        tower = set() if attachment is None else {id(p) for p in attachment.encoder.vit.parameters()}
+        return (named for named in self.inner(*args, **kwargs) if id(named[1]) not in tower)
 
 
 def _load_from_checkpoint(

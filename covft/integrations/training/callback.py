@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from covft.checkpoints.pretrained import FOLDER
-from covft.encoder import ContextEncoder
 from covft.errors import (
     CheckpointError,
     ConfigError,
@@ -26,7 +25,9 @@ from covft.integrations.mllm.balance import LossOverride, wants_balance
 from covft.integrations.training.checkpoints import checkpoint_folder, restore, seal, unseal, write_trained
 from covft.integrations.training.gradients import GradientWatch
 from covft.integrations.training.monitor import RoutingMonitor
+from covft.integrations.training.movement import MovementWatch
 from covft.integrations.training.parts import parts_of
+from covft.integrations.training.precision import keeps_float32_copies, train_in_float32
 from covft.integrations.training.resuming import watch_resuming
 from covft.integrations.training.trainable import after_peft, check_trainable
 from covft.utils.arguments import check_kinds
@@ -58,6 +59,7 @@ class TowerCallback(TrainerCallback):
         self.missing_gradients, self.per_layer = missing_gradients, per_layer
         self._monitor: RoutingMonitor | None = None
         self._watch: GradientWatch | None = None  # until all gradients were seen
+        self._movement: MovementWatch | None = None  # for the first steps
 
     def on_substep_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Record the routing."""
@@ -67,6 +69,8 @@ class TowerCallback(TrainerCallback):
     def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Forget the last saved folder, whose tensors are outdated."""
         _attachment(kwargs["model"]).saved_in = None
+        if self._movement is not None:
+            self._movement.after_step()
         self._check_gradients(kwargs["model"])  # old Trainers have no on_pre_optimizer_step
 
     def on_log(self, args: Arguments, state: State, control: Control, logs: Any = None, **kwargs: Any) -> None:
@@ -75,16 +79,22 @@ class TowerCallback(TrainerCallback):
             self._monitor.log(logs, state)
             self._monitor.check_separation(state.global_step)
 
-    def _start(self, encoder: ContextEncoder, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+    def _start(self, model: nn.Module, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        encoder, named = _attachment(model).encoder, list(named)
         self._monitor = RoutingMonitor(encoder, self.per_layer)
         self._stop_watching()
         if self.missing_gradients != "ignore":
             self._watch = GradientWatch(named)
+        if not keeps_float32_copies():
+            self._movement = MovementWatch(named, parts_of(model))
 
     def _stop_watching(self) -> None:
         if self._watch is not None:
             self._watch.close()
         self._watch = None
+        if self._movement is not None:
+            self._movement.close()
+        self._movement = None
 
     def _check_gradients(self, model: nn.Module) -> None:
         watch = self._watch
@@ -95,7 +105,8 @@ class TowerCallback(TrainerCallback):
             parts = parts_of(model)
             if all(parts[name] != "llm" for name in missing):
                 return  # rows without images so far: check again after the next step
-        self._stop_watching()
+        watch.close()
+        self._watch = None
         self._check_balance(_attachment(model))
         if not missing:
             return
@@ -146,7 +157,10 @@ class CoVFTCallback(TowerCallback):
       experts are still equal after 100 steps.
     - Before the first step, raises if other code has frozen everything that covft adds, and warns if it has frozen a
       part of it. What `get_peft_model` has frozen is trained again.
-    - After the first step, raises if a trained parameter got no gradient.
+    - Keeps what covft trains of a model in half precision in float32, where AdamW's small steps are not rounded away;
+      DeepSpeed and accelerate's FSDP with mixed precision do that themselves.
+    - After the first step, raises if a trained parameter got no gradient; after ten, warns if most elements of a part
+      have not changed.
 
     Args:
         text_encoder: As for `covft.attach`; None if the model is attached already, or the routing needs no text.
@@ -209,6 +223,7 @@ class CoVFTCallback(TowerCallback):
                 fix="CoVFTCallback(), or leave covft.attach out",
             )
         after_peft(model)
+        train_in_float32(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             check_trainable(model)  # the optimizer would fail, and not say why
         watch_resuming(model)
@@ -225,12 +240,11 @@ class CoVFTCallback(TowerCallback):
     def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Restore the checkpoint, if training resumes, and start watching gradients."""
         model = kwargs["model"]
-        encoder = _attachment(model).encoder
         if state.global_step > 0 and not _restores_itself():
             restore(model, self.resume_from or _checkpoint_of(args, state))
         check_trainable(model, self.missing_gradients)
         self._cover_forward(model)
-        self._start(encoder, model.named_parameters())
+        self._start(model, model.named_parameters())
 
     def on_pre_optimizer_step(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Record the routing and the gates' gradients; in the first step, check all gradients."""

@@ -64,7 +64,8 @@ def train_only(model: nn.Module, parts: Iterable[str], *, dtype: torch.dtype | N
         model: A multimodal LLM, attached or not.
         parts: Of `"projector"`, `"llm"`, `"vision"` (the tower's own weights, without those that `freeze_unread`
             freezes), `"experts"`, `"router"`, `"norms"`, and `"covft"` for these three together.
-        dtype: Type to cast the trained parameters to: in bfloat16, small steps are rounded away. None casts nothing.
+        dtype: Type to cast the trained parameters to: in half precision, an optimizer's small steps are rounded away.
+            None casts nothing; what covft adds is kept in float32 by `CoVFTCallback` all the same.
 
     Returns:
         Number of trained parameters of each part.
@@ -95,6 +96,8 @@ def train_only(model: nn.Module, parts: Iterable[str], *, dtype: torch.dtype | N
         attachment.encoder.chosen_parts = frozenset(asked)
     if "vision" in asked:
         freeze_unread(model)
+    if attachment is not None and dtype == torch.float32:
+        attachment.encoder.train_in_float32()
     counts = dict.fromkeys(sorted(asked, key=PARTS.index), 0)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

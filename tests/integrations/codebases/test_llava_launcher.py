@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import covft
 from covft.errors import (
@@ -83,6 +84,28 @@ def test_training_moves_what_should_be_trained(llava_code, llava_home, trainers,
     assert 0 < logged["covft/routing_entropy"] <= math.log(4) + 1e-6
     in_optimizer = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert {id(p) for p in encoder.trainable_parameters()} <= in_optimizer
+
+
+@pytest.mark.filterwarnings(CLIP_WARNING)
+def test_a_tower_in_bfloat16_learns_at_their_rate(llava_code, llava_home, trainers, capsys):
+    """Their code casts the tower to bfloat16, where nearly all steps of 2e-5 would be rounded away."""
+    flags = ["--bf16", "True", "--save_strategy", "no"]
+    run(llava_home, *flags, steps=10, learning_rate=2e-5)
+    (trainer,) = trainers
+    encoder, prefix = covft.get_encoder(trainer.model), "model.vision_tower.vision_tower."
+    parts = {"experts": [0, 0], "context": [0, 0], "router": [0, 0], "norms": [0, 0]}
+    for name, parameter in encoder.vit.named_parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+        if parameter.requires_grad:
+            part = parts["context" if ".context." in name else encoder.part_of(name)]
+            part[0] += int((trainer.start[prefix + name] != trainer.end[prefix + name]).sum())
+            part[1] += parameter.numel()
+    assert all(moved >= 0.95 * total for moved, total in parts.values()), parts
+    assert "are kept in float32" in capsys.readouterr().out
+    saved = load_file(llava_home / "out" / "covft" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    whole = load_file(llava_home / "out" / "model.safetensors")
+    assert {tensor.dtype for name, tensor in whole.items() if "vision_tower" in name} == {torch.bfloat16}
 
 
 @pytest.mark.filterwarnings(CLIP_WARNING)
@@ -206,7 +229,7 @@ def test_a_script_by_its_path(llava_code, llava_home):
 @pytest.mark.filterwarnings(CLIP_WARNING)
 def test_stage_1_saves_the_tower_beside_the_projector(llava_code, llava_home):
     flags = ["--tune_mm_mlp_adapter", "True"]
-    with pytest.raises(ConfigError, match="train stage 1"):
+    with pytest.raises(ConfigError, match=r"Got: +plain, which --version chooses[\s\S]*train stage 1"):
         run(llava_home, *flags, version="plain")
     run(llava_home, *flags, version="plain", covft_flags=["--covft_empty_instruction", "describe the image."])
     for folder in ("out", "out/checkpoint-1", "out/checkpoint-2"):
@@ -214,17 +237,25 @@ def test_stage_1_saves_the_tower_beside_the_projector(llava_code, llava_home):
         assert (llava_home / folder / "mm_projector.bin").is_file()
 
 
+@pytest.mark.parametrize("bias", ["none", "all"])
 @pytest.mark.filterwarnings(CLIP_WARNING)
-def test_lora_of_the_language_model(llava_code, llava_home, trainers):
+def test_lora_of_the_language_model(bias, llava_code, llava_home, trainers):
     """A PeftModel saves its adapters alone; the tower is written all the same, and comes back on resume."""
     pytest.importorskip("peft")
-    run(llava_home, "--lora_enable", "True", steps=2)
-    run(llava_home, "--lora_enable", "True", steps=2)  # resumes, and has nothing left to do
+    flags = ["--lora_enable", "True", "--lora_bias", bias]
+    run(llava_home, *flags, steps=2)
+    run(llava_home, *flags, steps=2)  # resumes, and has nothing left to do
     first, resumed = trainers
     for folder in ("out", "out/checkpoint-1", "out/checkpoint-2"):
         assert (llava_home / folder / "covft" / "covft_config.json").is_file()
         assert (llava_home / folder / "adapter_config.json").is_file()
     assert resumed.state.global_step == 2
+    # What their loader puts into a model with the original tower: the projector, nothing of the tower.
+    others = torch.load(llava_home / "out" / "non_lora_trainables.bin")
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in others} == {"mm_projector"}
+    adapters = load_file(llava_home / "out" / "adapter_model.safetensors")
+    assert adapters
+    assert not any("vision_tower" in name for name in adapters)
     encoder = covft.get_encoder(resumed.model)
     moved = 0
     for name, value in covft.get_encoder(first.model).adapted_state_dict().items():

@@ -25,7 +25,7 @@ from covft.errors import CheckpointError
 from covft.integrations.codebases.conversations import template_of
 from covft.integrations.codebases.launch import Flags, parse
 from covft.integrations.codebases.patches import hold_text
-from covft.integrations.mllm.attach import attach
+from covft.integrations.mllm.attach import attach, get_encoder
 from covft.integrations.mllm.attachment import attachment_of
 from covft.integrations.training.checkpoints import trained_outside
 from covft.utils.files import write_tensors
@@ -70,7 +70,7 @@ def prepare_model(args: Any, model: Any) -> nn.Module:
     trained += [] if args.freeze_aligner else architecture.aligner
     for prefix in trained:
         model.get_submodule(prefix).requires_grad_(True)
-    return attach(
+    attach(
         model,
         flags.text_encoder_for(flags.pretrained),
         tokenizer=_tokenizer(model, flags),
@@ -78,6 +78,9 @@ def prepare_model(args: Any, model: Any) -> nn.Module:
         **flags.reading,
         **flags.settings,
     )
+    if not (getattr(args, "deepspeed", None) or getattr(args, "fsdp", None)):  # which keep float32 copies themselves
+        get_encoder(model).train_in_float32()
+    return model
 
 
 def save_pretrained(

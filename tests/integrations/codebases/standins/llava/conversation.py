@@ -54,7 +54,7 @@ conv_vicuna_v0 = Conversation(
     _SYSTEM, ("Human", "Assistant"), (("Human", "What?"), ("Assistant", "That.")), 2, "SINGLE", "###"
 )
 conv_vicuna_v1 = Conversation(_SYSTEM, _PEOPLE, (), 0, "TWO", " ", "</s>", "v1")
-conv_llava_plain = Conversation("", ("", ""), (), 0, "PLAIN", "\n", version="plain")
+conv_llava_plain = Conversation("", ("", ""), (), 0, "PLAIN", "\n")
 conv_llava_llama_2 = Conversation(_SYSTEM, _PEOPLE, (), 0, "LLAMA_2", "<s>", "</s>", "llama_v2")
 conv_mpt = Conversation(
     f"<|im_start|>system\n{_SYSTEM}", tuple(f"{role}\n" for role in _CHATML), (), 0, "MPT", "<|im_end|>", version="mpt"

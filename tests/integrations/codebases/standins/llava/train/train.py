@@ -36,6 +36,7 @@ class TrainingArguments(transformers.TrainingArguments):
     mm_vision_tower_lr: float | None = None
     model_max_length: int = 512
     lora_enable: bool = False
+    lora_bias: str = "none"
 
 
 class LazySupervisedDataset(torch.utils.data.Dataset):
@@ -90,6 +91,8 @@ def train(attn_implementation=None):
     model_args, data_args, training_args = parser.parse_args_into_dataclasses()
     cls = LlavaQwenForCausalLM if model_args.mm_tunable_parts else LlavaLlamaForCausalLM
     model = cls.from_pretrained(model_args.model_name_or_path)
+    half = torch.bfloat16 if training_args.bf16 else torch.float32
+    model.to(half)
     model.config.use_cache = False
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -97,7 +100,9 @@ def train(attn_implementation=None):
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(0)
-        model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+        model = get_peft_model(
+            model, LoraConfig(target_modules=["q_proj", "v_proj"], bias=training_args.lora_bias, task_type="CAUSAL_LM")
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         model_args.model_name_or_path, model_max_length=training_args.model_max_length, padding_side="right"
     )
@@ -105,7 +110,7 @@ def train(attn_implementation=None):
     torch.manual_seed(0)  # of the projector, which a first stage would have trained
     model.get_model().initialize_vision_modules(model_args=model_args)
     torch.seed()
-    tower = model.get_vision_tower()
+    tower = model.get_vision_tower().to(half)
     training_args.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
     if model_args.tune_mm_mlp_adapter:
         model.requires_grad_(False)
@@ -132,7 +137,13 @@ def train(attn_implementation=None):
     trainer.save_state()
     model.config.use_cache = True
     if training_args.lora_enable:
-        model.save_pretrained(training_args.output_dir)
+        named = list(model.named_parameters())
+        chosen = ("lora_", "bias") if training_args.lora_bias == "all" else ("lora_",)
+        adapters = {name: p.detach() for name, p in named if any(part in name for part in chosen)}
+        others = {name: p.detach() for name, p in named if "lora_" not in name and p.requires_grad}
+        model.config.save_pretrained(training_args.output_dir)
+        model.save_pretrained(training_args.output_dir, state_dict=adapters)
+        torch.save(others, pathlib.Path(training_args.output_dir, "non_lora_trainables.bin"))
     else:
         safe_save_model_for_hf_trainer(trainer=trainer, output_dir=training_args.output_dir)
     return trainer
