@@ -17,6 +17,7 @@ from covft.adapters import InputFormat
 from covft.conditioning import Conditioning, Scope
 from covft.errors import MissingContextError, ReentrantCheckpointError, ShapeError
 from tests.helpers.conditioning import Case
+from tests.helpers.recomputing import recompute
 from tests.helpers.towers import TEXT_DIM
 
 # Reentrant checkpointing, which would silently give the experts no gradient
@@ -30,7 +31,7 @@ def test_reentrant__refused_where_it_is_switched_on():
 
 def test_reentrant__refused_when_the_tower_was_switched_directly():
     case = Case("hf-clip")
-    case.encoder.vit.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    recompute(case.encoder.vit, reentrant=True)
     images = case.images.requires_grad_()  # else torch itself warns that nothing needs a gradient
     with pytest.raises(ReentrantCheckpointError, match="non-reentrant"):
         case.output(images, case.texts[0])

@@ -16,6 +16,7 @@ from covft.integrations import (
     train_only,
 )
 from tests.helpers.mllms import BY_NAME, Row
+from tests.helpers.recomputing import training_fields
 from tests.helpers.towers import perturb
 from tests.helpers.training import (
     TEXTS,
@@ -104,7 +105,7 @@ def test_callback__a_first_step_without_images_is_no_error(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, ReentrantCheckpointError, "Reentrant"),
+        (training_fields(reentrant=True), ReentrantCheckpointError, "Reentrant"),
     ],
 )
 def test_callback__refuses_what_would_lose_gradients(changes, error, match, rows, tmp_path):
