@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.mllm_configs import PATCH
+from tests.helpers.towers import features as features_of_tower
 
 
 class Run(NamedTuple):
@@ -21,13 +22,6 @@ class Run(NamedTuple):
         """Whether two runs saw the same."""
         pairs = zip(self.images, other.images, strict=True)
         return all(torch.equal(one[name], two[name]) for one, two in pairs for name in one)
-
-
-def tokens_of(output: Any) -> Tensor:
-    """The tokens that a tower returns; Qwen's towers returned no more than those before release 5 of transformers."""
-    if isinstance(output, tuple):
-        return output[0]
-    return output if isinstance(output, Tensor) else output.last_hidden_state
 
 
 def seen(images: Tensor, kwargs: dict[str, Any], features: Tensor) -> Run:
@@ -58,7 +52,7 @@ def watch(tower: nn.Module, call: Callable[[], Any]) -> tuple[Any, list[Run]]:
 
     def note(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         images = args[0] if args else kwargs["pixel_values"]
-        runs.append(seen(images, kwargs, tokens_of(output).detach().clone()))
+        runs.append(seen(images, kwargs, features_of_tower(output).detach().clone()))
 
     handle = tower.register_forward_hook(note, with_kwargs=True)
     try:

@@ -29,7 +29,12 @@ class Recipe:
     @property
     def arguments(self) -> dict[str, Any]:
         """Fields of `MLLMTrainingArguments`, as the installed release of transformers names them."""
-        return {**self.settings, training_field(): True} if self.recompute else dict(self.settings)
+        from transformers import TrainingArguments
+
+        arguments = {**self.settings, training_field(): True} if self.recompute else dict(self.settings)
+        if TrainingArguments.__dataclass_fields__["warmup_steps"].type is int:  # before release 5
+            arguments["warmup_ratio"] = arguments.pop("warmup_steps")
+        return arguments
 
     def describe(self, training: Any = None) -> str:
         """List the hyperparameters, one per line.
