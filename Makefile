@@ -10,7 +10,7 @@
 PYTHON      ?= python3
 VENV        ?= .venv
 # For another build of torch, such as one for CPUs: make demo TORCH="..." PIP_ARGS="--index-url ..."
-TORCH       ?= torch>=2.6 torchvision
+TORCH       ?= torch>=2.8 torchvision
 PIP_ARGS    ?=
 # One worker per core of a small machine; conftest.py gives each worker one torch thread.
 PYTEST_ARGS ?= -n 2 --dist worksteal

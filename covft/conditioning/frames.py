@@ -98,7 +98,7 @@ def check_torch() -> None:
 def _unsupported(found: str) -> UnsupportedVersionError:
     return UnsupportedVersionError(
         "Activation checkpointing of this torch does not show which forward a recomputation belongs to.",
-        expected="a release whose checkpoints show their frames; 2.13 and 2.14 do",
+        expected="torch 2.8 or later; 2.14 is the newest that was run",
         got=f"torch {torch.__version__}: {found}",
         fix='pip install "torch>=2.8"',
     )

@@ -39,8 +39,8 @@ class Scope:
         parent: The text that a run of the tower was given; None for a text.
 
     Attributes:
-        per_row: Images per row of a batch whose rows may all be repeated before the ViT runs, as `generate` does for
-            beams; None where nothing is repeated.
+        groups: How many images are repeated together, one after another, if all are repeated before the ViT runs, as
+            `generate` does for beams; None where nothing is repeated.
         grad_enabled: Whether gradients were on where the scope was opened.
         owner: The open scopes that it is one of.
         beside: Scopes whose generators were suspended when it was opened.
@@ -57,10 +57,10 @@ class Scope:
         "closed",
         "generator",
         "grad_enabled",
+        "groups",
         "index",
         "owner",
         "parent",
-        "per_row",
         "seed",
         "shared",
         "text_features",
@@ -86,7 +86,7 @@ class Scope:
         self.beside: tuple[Scope, ...] = ()
         self.generator: Generator | None = None
         self.closed = False
-        self.per_row: int | None = None
+        self.groups: list[int] | None = None
         self.grad_enabled = torch.is_grad_enabled()
         self._graph_task = -1
         self._frame = None
@@ -117,9 +117,9 @@ class Scope:
         if self.shared:
             return self.text_features.expand(num_images, -1)
         index, expected = self.index, len(self.text_features) if self.index is None else len(self.index)
-        if self.per_row and expected and num_images > expected and num_images % expected == 0:
+        if self.groups and expected and num_images > expected and num_images % expected == 0:
             each = torch.arange(expected, device=self.text_features.device) if index is None else index
-            index = each.view(-1, self.per_row).repeat_interleave(num_images // expected, dim=0).flatten()
+            index = torch.cat([group.repeat(num_images // expected) for group in each.split(self.groups)])
         elif expected != num_images:
             raise ShapeError(
                 f"The ViT sees {num_images} images, but the text is for {expected}.",
@@ -258,7 +258,7 @@ class Conditioning:
         else:
             text, index = parent.text_features, parent.index
             scope = Scope(text, index, shared=parent.shared, seed=seed, call=call, parent=parent)
-            scope.per_row = parent.per_row
+            scope.groups = parent.groups
         self._open.open(scope)
 
     def leave_tower(self, vit: nn.Module, args: tuple, output: Any) -> None:

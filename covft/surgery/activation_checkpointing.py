@@ -8,6 +8,16 @@ from torch import nn
 
 from covft.errors import ReentrantCheckpointError, UnsupportedViTError
 
+# What transformers calls it, in models and in `TrainingArguments`: the newest name first.
+NAMES = ("activation_checkpointing", "gradient_checkpointing")
+
+
+def training_field() -> str:
+    """Return the field of `TrainingArguments` that switches it on, in the installed release of transformers."""
+    from transformers import TrainingArguments
+
+    return next(name for name in NAMES if name in TrainingArguments.__dataclass_fields__)
+
 
 def set_activation_checkpointing(vit: nn.Module, *, on: bool, options: dict[str, Any] | None = None) -> None:
     """Switch the recomputation of activations in backward on or off.
@@ -29,7 +39,7 @@ def set_activation_checkpointing(vit: nn.Module, *, on: bool, options: dict[str,
             got="use_reentrant=True",
             fix="encoder.gradient_checkpointing_enable()",
         )
-    for name in ("activation_checkpointing", "gradient_checkpointing"):  # transformers, the first from release 5 on
+    for name in NAMES:  # transformers
         if hasattr(vit, f"{name}_enable"):
             if on:
                 getattr(vit, f"{name}_enable")(**{f"{name}_kwargs": options})

@@ -37,6 +37,18 @@ def other_frame_in_backward(monkeypatch):
     monkeypatch.setattr(frames, "checkpoint_frames", lambda: [object() for _ in seen()])
 
 
+def other_closure(monkeypatch):
+    """The hooks of a checkpoint hold its frame one function further down."""
+
+    class Hook(torch_checkpoint._checkpoint_hook):
+        def __init__(self, frame):
+            super().__init__(frame)
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: pack(tensor)
+
+    monkeypatch.setattr(torch_checkpoint, "_checkpoint_hook", Hook)
+
+
 def no_class(monkeypatch):
     """The frames have another name."""
     monkeypatch.setattr(frames, "torch_checkpoint", SimpleNamespace(checkpoint=torch_checkpoint.checkpoint))
@@ -58,7 +70,16 @@ def other_arguments(monkeypatch):
     monkeypatch.setattr(AUTOGRAD, "_top_saved_tensors_default_hooks", lambda: top(False))
 
 
-CHANGES = [no_frames, other_class, other_frame_in_backward, no_class, no_hooks, no_graph_task, other_arguments]
+CHANGES = [
+    no_frames,
+    other_class,
+    other_closure,
+    other_frame_in_backward,
+    no_class,
+    no_hooks,
+    no_graph_task,
+    other_arguments,
+]
 every_change = pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 
 
@@ -89,7 +110,8 @@ def test_check_torch__refuses_another_torch_by_its_version(change, monkeypatch):
         with pytest.raises(UnsupportedVersionError, match="does not show which forward") as caught:
             frames.check_torch.__wrapped__()
     assert f"torch {torch.__version__}: " in caught.value.got
-    assert "torch>=" in caught.value.fix
+    assert caught.value.expected.startswith("torch 2.8 or later")
+    assert "torch>=2.8" in caught.value.fix
     # Nothing is left on the stack of hooks.
     assert hooks_of_a_region() == [1, 1]
 

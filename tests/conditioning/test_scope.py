@@ -17,6 +17,7 @@ from covft.adapters import InputFormat
 from covft.conditioning import Conditioning, Scope
 from covft.errors import MissingContextError, ReentrantCheckpointError, ShapeError
 from tests.helpers.conditioning import Case
+from tests.helpers.recomputing import recompute
 from tests.helpers.towers import TEXT_DIM
 
 # Reentrant checkpointing, which would silently give the experts no gradient
@@ -30,7 +31,7 @@ def test_reentrant__refused_where_it_is_switched_on():
 
 def test_reentrant__refused_when_the_tower_was_switched_directly():
     case = Case("hf-clip")
-    case.encoder.vit.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    recompute(case.encoder.vit, reentrant=True)
     images = case.images.requires_grad_()  # else torch itself warns that nothing needs a gradient
     with pytest.raises(ReentrantCheckpointError, match="non-reentrant"):
         case.output(images, case.texts[0])
@@ -170,16 +171,18 @@ def test_one_text_for_all_images():
         encoder(case.images, ["what is left of the cup?"])
 
 
-def test_scopes__rows_may_be_repeated_where_it_was_said():
+def test_scopes__groups_may_be_repeated_where_it_was_said():
     texts = torch.randn(6, 3)
     scope = Scope(texts)
     with pytest.raises(ShapeError, match="12 images, but the text is for 6"):
         scope.text_for(12)
-    scope.per_row = 2
+    scope.groups = [2, 2, 2]
     assert torch.equal(scope.text_for(6), texts)
     assert torch.equal(scope.text_for(12), texts[[0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5]])
     with pytest.raises(ShapeError, match="8 images, but the text is for 6"):
         scope.text_for(8)
     scope = Scope(texts[:2], torch.tensor([1, 0, 1, 1]))
-    scope.per_row = 2
+    scope.groups = [2, 2]
     assert torch.equal(scope.text_for(8), texts[[1, 0, 1, 0, 1, 1, 1, 1]])
+    scope.groups = [1, 0, 3]
+    assert torch.equal(scope.text_for(8), texts[[1, 1, 0, 1, 1, 0, 1, 1]])

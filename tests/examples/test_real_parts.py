@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from covft.surgery.activation_checkpointing import training_field
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, BATCH, SIZE = 20, 4, 84
 
@@ -88,7 +90,7 @@ def test_losses_fall_and_a_question_is_answered(parts, data, tmp_path, monkeypat
             "--projector_lr": 1e-3,
             "--router_lr": 1e-3,
             "--logging_steps": 1,
-            "--activation_checkpointing": False,
+            f"--{training_field()}": False,
             "--save_strategy": "no",
             "--report_to": "none",
             "--use_cpu": True,

@@ -8,7 +8,7 @@ import torch
 import covft
 from covft.integrations import attach, get_encoder
 from tests.helpers.mllms import BY_NAME, MLLMS, Row
-from tests.helpers.towers import perturb
+from tests.helpers.towers import features, perturb
 from tests.helpers.watching import watch
 
 TEXTS = covft.testing.HashTextEncoder(16)
@@ -38,7 +38,7 @@ def alone(model, images, texts):
     """What the tower makes of each image by itself, the text given by hand."""
     encoder = get_encoder(model)
     with torch.no_grad():
-        found = [encoder(**image, text=[text]).last_hidden_state for image, text in zip(images, texts, strict=True)]
+        found = [features(encoder(**image, text=[text])) for image, text in zip(images, texts, strict=True)]
     return [tokens[0] if tokens.dim() == 3 else tokens for tokens in found]
 
 

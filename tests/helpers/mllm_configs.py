@@ -116,13 +116,21 @@ def smolvlm(text: dict[str, Any], image: int) -> Any:
     )
 
 
+def rope(**more: Any) -> dict[str, Any]:
+    """Rotary embeddings, under the name of the installed release."""
+    import transformers
+
+    name = "rope_parameters" if transformers.__version__ >= "5" else "rope_scaling"
+    return {name: {"rope_type": "default", "rope_theta": 1e4, **more}}
+
+
 def mrope(text: dict[str, Any]) -> dict[str, Any]:
-    return {**text, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+    return {**text, **rope(mrope_section=[2, 1, 1])}
 
 
 def tokens(text: dict[str, Any], image: int) -> dict[str, int]:
     """Ids of marks; the template never writes the token that begins a text, so it may stand for videos."""
-    start, end = text["vocab_size"] - 2, text["vocab_size"] - 3
+    start, end = image + 1, image + 2  # <img> and </img>, which follow <image> in every tokenizer of prompts.py
     marks = {"image_start_token_id": start, "image_end_token_id": end}
     video = {"video_token_id": text["bos_token_id"], "vision_start_token_id": start, "vision_end_token_id": end}
     return {"image_token_id": image, **video, **marks}
@@ -211,12 +219,12 @@ def mistral3(text: dict[str, Any], image: int) -> Any:
 
 
 def mllama(text: dict[str, Any], image: int) -> Any:
-    from transformers import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
+    from transformers.models.mllama.configuration_mllama import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 
     vision = {**VISION, "num_hidden_layers": 3, "num_global_layers": 2, "intermediate_layers_indices": [0, 2]}
     return MllamaConfig(
         vision_config=MllamaVisionConfig(**vision, vision_output_dim=3 * WIDTH),
-        text_config=MllamaTextConfig(**text, cross_attention_layers=[1]),
+        text_config=MllamaTextConfig(**text, **rope(), cross_attention_layers=[1]),
         image_token_index=image,
     )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -65,6 +67,8 @@ class MLLM:
     def build(self) -> Any:
         import transformers
 
+        if not hasattr(transformers, self.model):
+            pytest.skip(f"transformers {transformers.__version__} has no {self.model}")
         tokenizer = self.tokenizer
         text = {
             **TEXT,
@@ -105,7 +109,7 @@ class MLLM:
         row_of_tile = [row for row, count in zip(owners, tiles, strict=True) for _ in range(count)]
         if self.layout == "grid":
             placeholder = self.tokenizer.convert_tokens_to_ids(IMAGE)
-            inputs["mm_token_type_ids"] = (inputs["input_ids"] == placeholder).int()
+            inputs |= kinds_of(self, (inputs["input_ids"] == placeholder).int())
         return Batch({**inputs, **images, **self.extras}, row_of_tile)
 
     def images(self, counts: list[int], dtype: torch.dtype) -> tuple[dict[str, Any], list[int]]:
@@ -137,9 +141,7 @@ class MLLM:
     def lengths(self, model: Any, images: dict[str, Any], total: int) -> list[int]:
         """How many placeholders each image needs, by asking a plain model for its features."""
         if self.layout == "anyres":
-            with torch.no_grad():
-                features = model.get_image_features(**images, return_dict=True).pooler_output
-            return [len(feature) for feature in features]
+            return [len(feature) for feature in features_of(model, **images)]
         if self.layout in ("grid", "sizes"):
             cells = [(height // self.merged) * (width // self.merged) for height, width in GRIDS]
             return [cells[i % len(cells)] for i in range(total)]
@@ -147,9 +149,22 @@ class MLLM:
             return [1] * total  # images come by cross-attention
         one = images["pixel_values"].flatten(0, -4)[:1]
         one = one[None] if self.layout == "padded" else one
-        with torch.no_grad():
-            features = model.get_image_features(pixel_values=one + 1, return_dict=True).pooler_output
-        return [len(features[0])] * total
+        return [len(features_of(model, pixel_values=one + 1)[0])] * total
+
+
+def kinds_of(mllm: MLLM, kinds: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Say what each token stands for, where the installed release of transformers takes it."""
+    import transformers
+
+    parameters = inspect.signature(getattr(transformers, mllm.model).forward).parameters
+    return {"mm_token_type_ids": kinds} if "mm_token_type_ids" in parameters else {}
+
+
+def features_of(model: Any, **images: Any) -> Any:
+    """Features of each image; before release 5 of transformers `get_image_features` returned no more than those."""
+    with torch.no_grad():
+        features = model.get_image_features(**images)
+    return getattr(features, "pooler_output", features)
 
 
 def _mllama_images(counts: list[int], dtype: torch.dtype) -> tuple[dict[str, Any], list[int]]:

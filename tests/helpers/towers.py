@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -67,9 +68,9 @@ class Tower:
 
 def features(output: Any) -> Tensor:
     """Return the tokens or the pooled vector of a ViT's output."""
-    if isinstance(output, Tensor):
-        return output
-    return output.last_hidden_state
+    if isinstance(output, tuple):  # Qwen3-VL's, before release 5 of transformers
+        return output[0]
+    return output if isinstance(output, Tensor) else output.last_hidden_state
 
 
 def perturb(encoder: nn.Module, scale: float = 0.1) -> None:
@@ -112,6 +113,8 @@ def _hf(model: str, config: str, **kwargs: Any) -> Callable[[], nn.Module]:
             "image_size": SIZE,
             "patch_size": PATCH,
         }
+        if not hasattr(transformers, config):
+            pytest.skip(f"transformers {transformers.__version__} has no {config}")
         settings = getattr(transformers, config)(**{**sizes, **kwargs})
         return getattr(transformers, model)(settings)
 

@@ -62,6 +62,12 @@ def build(seed: int = 0, *, attached: bool = True, **settings: Any) -> Any:
     return model
 
 
+def tower_name(model: Any) -> str:
+    """The name of the module with the tower's parts; before release 5 of transformers CLIP had one more level."""
+    names = [name for name, _ in model.named_modules() if name.endswith(".encoder.layers")]
+    return names[0].removesuffix(".encoder.layers")
+
+
 def arguments(output: Path, **changes: Any) -> Any:
     from covft.integrations import MLLMTrainingArguments
 

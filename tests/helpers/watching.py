@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.mllm_configs import PATCH
+from tests.helpers.towers import features as features_of_tower
 
 
 class Run(NamedTuple):
@@ -51,7 +52,7 @@ def watch(tower: nn.Module, call: Callable[[], Any]) -> tuple[Any, list[Run]]:
 
     def note(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         images = args[0] if args else kwargs["pixel_values"]
-        runs.append(seen(images, kwargs, output.last_hidden_state.detach().clone()))
+        runs.append(seen(images, kwargs, features_of_tower(output).detach().clone()))
 
     handle = tower.register_forward_hook(note, with_kwargs=True)
     try:

@@ -38,7 +38,8 @@ def patched_trainers(attach: Callable[[nn.Module, Any], None]) -> Iterator[None]
     """
     import transformers
 
-    from covft.integrations.codebases.trainer_hooks import before_trainer, join_trainer
+    from covft.integrations.codebases.trainer_hooks import join_trainer
+    from covft.integrations.training.callback import without_reentrant
 
     cls = transformers.Trainer
     original = cls.__init__
@@ -50,7 +51,7 @@ def patched_trainers(attach: Callable[[nn.Module, Any], None]) -> Iterator[None]
         model, tokenizer = given.get("model"), given.get("tokenizer") or given.get("processing_class")
         if model is None:
             raise ConfigError("This Trainer creates its model itself.", expected="Trainer(model=...)", got="model_init")
-        before_trainer(given.get("args"))
+        without_reentrant(given.get("args"))
         # The Trainer sets the same seed a moment later. Routers then start equal in every process and every run.
         transformers.set_seed(getattr(given.get("args"), "seed", 42))
         attach(model, tokenizer)

@@ -18,25 +18,12 @@ from torch import nn
 from covft.checkpoints.loading import load_into
 from covft.checkpoints.pretrained import FOLDER
 from covft.integrations.mllm.attachment import Attachment, attachment_of
-from covft.integrations.training.callback import TowerCallback, refuse_reentrant, seal_when_all_have_written
+from covft.integrations.training.callback import TowerCallback, seal_when_all_have_written
 from covft.integrations.training.checkpoints import check_checkpoint, checkpoint_folder, unseal
 from covft.integrations.training.precision import train_in_float32
 from covft.integrations.training.resuming import check_settings
 from covft.integrations.training.trainable import check_trainable
 from covft.surgery.overrides import Override
-
-
-def before_trainer(arguments: Any) -> None:
-    """Make activation checkpointing non-reentrant, unless `TrainingArguments` say otherwise.
-
-    Raises:
-        ReentrantCheckpointError: If they ask for the reentrant kind.
-    """
-    for name in ("gradient_checkpointing", "activation_checkpointing"):  # the second from transformers 5 on
-        if getattr(arguments, name, False):
-            options = dict(getattr(arguments, f"{name}_kwargs", None) or {})
-            refuse_reentrant(f"{name}_kwargs", options)
-            setattr(arguments, f"{name}_kwargs", {**options, "use_reentrant": False})
 
 
 def join_trainer(trainer: Any) -> None:

@@ -15,7 +15,7 @@ from covft.conditioning.scope import Scope
 from covft.encoder import ContextEncoder
 from covft.errors import MissingContextError, ShapeError
 from covft.integrations.mllm.families import MLLMFamily, base_of
-from covft.integrations.mllm.images import map_images
+from covft.integrations.mllm.images import ImageMap, groups_of, map_images
 from covft.integrations.mllm.prompt import PromptReader
 from covft.integrations.mllm.texts import Texts, as_texts, assign, check_index, refuse_index, same_text
 from covft.surgery.checks import check_not_copied
@@ -111,10 +111,8 @@ class Attachment:
         if videos is not None and (images is not None or not self.family.videos):
             return self.encoder.condition(self._one_text(given, texts))
         if context_index is not None:
-            condition = self._by_index(given, texts, context_index)
-        else:
-            condition = self._per_image(given, texts)
-        return self._repeatable(condition, images)
+            return self._by_index(given, texts, context_index)
+        return self._per_image(given, texts)
 
     def check_tower(self) -> None:
         """Refuse to run another tower than the one that was wrapped.
@@ -127,13 +125,36 @@ class Attachment:
             check_not_copied(tower)
 
     @contextlib.contextmanager
-    def _repeatable(self, condition: AbstractContextManager[Any], images: Any) -> Iterator[None]:
-        """Let a condition hold for repeated rows, if the tower runs after `generate` has repeated them."""
-        with condition:
-            scope = self.encoder.conditioning.scope()
-            if self.family.layout == "rows" and scope is not None and _length(scope) == images.shape[:2].numel():
-                scope.per_row = images.shape[1]
+    def repeatable(self, given: Mapping[str, Any]) -> Iterator[None]:
+        """Let the text that is held be for repeated images too.
+
+        For beams and several sequences, `generate` of many releases of transformers repeats the images of each row
+        before the tower runs; so does every release for Mllama.
+
+        Args:
+            given: Arguments of `generate`, by name.
+        """
+        scope = self.encoder.conditioning.scope()
+        groups = None if scope is None or scope.shared or scope.text_features is None else self._groups(given)
+        if scope is None or groups is None or sum(groups) != _length(scope):
             yield
+            return
+        before, scope.groups = scope.groups, groups
+        try:
+            yield
+        finally:
+            scope.groups = before
+
+    def _groups(self, given: Mapping[str, Any]) -> list[int] | None:
+        """Return how many rows of the tower's batch are repeated together, in order; None if that is not known."""
+        images = given.get("pixel_values")
+        if images is None and given.get("pixel_values_videos") is None:
+            return None
+        try:
+            placement = self._placement(given)
+        except ShapeError:  # only a text that was given by hand comes this far
+            return None
+        return groups_of(self.family.layout, placement, images, rows_of(given))
 
     def _by_index(
         self, given: Mapping[str, Any], texts: Texts | None, context_index: Any
@@ -162,16 +183,19 @@ class Attachment:
 
     def _per_image(self, given: Mapping[str, Any], texts: Texts | None) -> AbstractContextManager[Any]:
         """Condition each image on its own text or on that of its row."""
-        base = base_of(self.model)
-        videos = given.get("pixel_values") is None
-        placeholder = getattr(base.config, "video_token_id", None) if videos else image_id(self.model)
-        placement = map_images(self.family.layout, base, given, placeholder, videos=videos)
-        num_rows = rows_of(given)
+        placement, num_rows = self._placement(given), rows_of(given)
         if texts is not None:
             return self.encoder.condition(texts, assign(len(texts), placement, num_rows))
         rows = [0] * len(placement.tiles) if num_rows in (1, None) else placement.require_rows()
         asked = sorted(set(rows))
         return self.encoder.condition(self._read(given, asked), placement.spread([asked.index(row) for row in rows]))
+
+    def _placement(self, given: Mapping[str, Any]) -> ImageMap:
+        """Map the images of a call, or the videos where it has no images."""
+        base = base_of(self.model)
+        videos = given.get("pixel_values") is None
+        placeholder = getattr(base.config, "video_token_id", None) if videos else image_id(self.model)
+        return map_images(self.family.layout, base, given, placeholder, videos=videos)
 
     def _one_text(self, given: Mapping[str, Any], texts: Texts | None) -> str:
         """Return the text of a batch with videos, whose frames can only share one."""

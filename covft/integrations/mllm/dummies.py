@@ -8,6 +8,7 @@ gradient of exactly zero, whatever their values.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,8 +47,10 @@ class _Kept:
         self.inner, self.flags = inner, flags
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.inner(*args, **{**kwargs, "return_dict": True})
-        features = output.pooler_output
+        if _takes_return_dict(self.inner):
+            kwargs["return_dict"] = True
+        output = self.inner(*args, **kwargs)
+        features = getattr(output, "pooler_output", output)  # before release 5 of transformers: no more than those
         if len(features) != len(self.flags):
             raise ShapeError(
                 "image_flags does not fit the images.",
@@ -56,7 +59,15 @@ class _Kept:
             )
         real = [number for number, flag in enumerate(self.flags) if flag]
         if isinstance(features, Tensor):
-            output.pooler_output = features[real]
+            kept: Any = features[real]
         else:  # one tensor per image; an empty slice keeps the dummy in the graph
-            output.pooler_output = [features[number] for number in real] or [features[0][:0]]
+            kept = [features[number] for number in real] or [features[0][:0]]
+        if features is output:
+            return kept
+        output.pooler_output = kept
         return output
+
+
+def _takes_return_dict(method: Any) -> bool:
+    parameters = inspect.signature(method).parameters
+    return "return_dict" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

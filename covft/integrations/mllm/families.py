@@ -65,7 +65,10 @@ _WRAP_FIX = "covft.wrap(tower, text_encoder), and calls inside `with encoder.con
 
 def base_of(model: nn.Module) -> Any:
     """Return a transformers model without its head, whose forward calls the tower; itself if it has no head."""
-    return getattr(model, "base_model", model)
+    base = getattr(model, "base_model", model)
+    # Before release 5 some classes did not say which attribute it is.
+    inner = getattr(model, "model", None)
+    return inner if base is model and isinstance(inner, nn.Module) else base
 
 
 def find_tower(model: nn.Module, adapter: Adapter | None = None) -> tuple[nn.Module, MLLMFamily]:

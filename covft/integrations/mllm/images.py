@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,27 @@ def map_images(
         return ImageMap(tiles, None, f"{_MISMATCH}: {placeholders} placeholders per row for {len(tiles)} images")
     rows = _deal(placeholders, lengths)
     return ImageMap(tiles, rows, f"{_MISMATCH}: {placeholders} placeholders per row; the images need {lengths}")
+
+
+def groups_of(layout: Layout, placement: ImageMap, pixel_values: Any, num_rows: int | None) -> list[int] | None:
+    """Return how many rows of the tower's batch `generate` repeats together for beams, in order; None if unknown.
+
+    Models repeat each entry of `pixel_values` (an image of a `"plain"` model, all tiles of an image, all images of a
+    row), or all segments of a row of `input_ids`.
+
+    Args:
+        layout: As for `MLLMFamily`.
+        placement: The images of the batch.
+        pixel_values: Those images; None for videos.
+        num_rows: Rows of `input_ids`; None without them.
+    """
+    if layout == "rows":
+        return [pixel_values.shape[1]] * len(pixel_values)
+    if layout not in ("padded", "grid"):
+        return placement.tiles
+    if placement.rows is None:
+        return [len(placement.tiles)] if num_rows == 1 else None
+    return [len(list(images)) for _, images in itertools.groupby(placement.rows)]
 
 
 def _deal(placeholders: list[int], lengths: list[int]) -> list[int] | None:

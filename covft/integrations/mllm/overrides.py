@@ -142,7 +142,8 @@ class GenerateOverride(TextOverride):
         if given.get("inputs") is not None:
             given["input_ids"] = given["inputs"]
         # As generate itself: a text that is set with gradients enabled says that they are expected.
-        with torch.no_grad(), self.attachment.conditioned(given, context_text, context_index):
+        conditioned = self.attachment.conditioned(given, context_text, context_index)
+        with torch.no_grad(), conditioned, self.attachment.repeatable(given):
             return self.inner(*args, **kwargs)
 
 

@@ -30,6 +30,7 @@ from covft.integrations.training.parts import parts_of
 from covft.integrations.training.precision import keeps_float32_copies, train_in_float32
 from covft.integrations.training.resuming import watch_resuming
 from covft.integrations.training.trainable import after_peft, check_trainable
+from covft.surgery.activation_checkpointing import NAMES
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 from covft.utils.sharding import is_sharded
@@ -326,6 +327,19 @@ def refuse_reentrant(name: str, options: Any) -> None:
         )
 
 
+def without_reentrant(arguments: Any) -> None:
+    """Make the activation checkpointing of `TrainingArguments` non-reentrant; in older releases it is not by default.
+
+    Raises:
+        ReentrantCheckpointError: If they ask for the reentrant kind.
+    """
+    for name in NAMES:
+        if getattr(arguments, name, False):
+            options = dict(getattr(arguments, f"{name}_kwargs", None) or {})
+            refuse_reentrant(f"{name}_kwargs", options)
+            setattr(arguments, f"{name}_kwargs", {**options, "use_reentrant": False})
+
+
 def _attachment(model: nn.Module) -> Attachment:
     attachment = attachment_of(model)
     if attachment is None:
@@ -346,8 +360,8 @@ def _check_arguments(args: Arguments) -> None:
             got="one process",
             fix="accelerate launch train.py, or CUDA_VISIBLE_DEVICES=0",
         )
-    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):  # the first in transformers 5
-        refuse_reentrant(name, getattr(args, name, None))
+    for name in NAMES:
+        refuse_reentrant(f"{name}_kwargs", getattr(args, f"{name}_kwargs", None))
     if args.save_total_limit == 1:
         warnings.warn(
             "save_total_limit=1 deletes the last checkpoint before the next one is complete; a run that is killed in "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from covft.surgery.activation_checkpointing import training_field
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -13,14 +15,26 @@ class Recipe:
     Attributes:
         name: Such as `llava-finetune`.
         parts: Trained parts, for `train_only`.
-        arguments: Fields of `MLLMTrainingArguments`.
+        settings: Fields of `MLLMTrainingArguments` that every release of transformers has.
         source: Where the values come from.
+        recompute: Whether activations are recomputed in backward.
     """
 
     name: str
     parts: tuple[str, ...]
-    arguments: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    recompute: bool = False
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Fields of `MLLMTrainingArguments`, as the installed release of transformers names them."""
+        from transformers import TrainingArguments
+
+        arguments = {**self.settings, training_field(): True} if self.recompute else dict(self.settings)
+        if TrainingArguments.__dataclass_fields__["warmup_steps"].type is int:  # before release 5
+            arguments["warmup_ratio"] = arguments.pop("warmup_steps")
+        return arguments
 
     def describe(self, training: Any = None) -> str:
         """List the hyperparameters, one per line.
@@ -63,9 +77,9 @@ RECIPES: dict[str, Recipe] = {
                 "global_batch_size": 128,
                 "weight_decay": 0.0,
                 "group_by_modality_length": True,
-                "activation_checkpointing": True,
             },
             "CoVFT paper, section 4.1, and LLaVA-1.5: 665K instructions",
+            recompute=True,
         ),
         Recipe(
             "internvl-pretrain",
@@ -82,9 +96,9 @@ RECIPES: dict[str, Recipe] = {
                 "global_batch_size": 128,
                 "weight_decay": 0.05,
                 "group_by_modality_length": True,
-                "activation_checkpointing": True,
             },
             "InternVL's published fine-tuning scripts",
+            recompute=True,
         ),
     )
 }

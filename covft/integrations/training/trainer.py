@@ -18,7 +18,7 @@ from covft.errors import ConfigError
 from covft.integrations.mllm.attachment import attachment_of, without_peft
 from covft.integrations.mllm.dummies import without_dummies
 from covft.integrations.mllm.families import base_of
-from covft.integrations.training.callback import CoVFTCallback, SealCallback
+from covft.integrations.training.callback import CoVFTCallback, SealCallback, without_reentrant
 from covft.integrations.training.checkpoints import check_checkpoint, checkpoint_folder, last_checkpoint, unseal
 from covft.integrations.training.parts import param_groups
 from covft.integrations.training.resuming import check_resumed
@@ -50,6 +50,7 @@ class MLLMTrainingArguments(TrainingArguments):
 
     Raises:
         ConfigError: If the global batch cannot be divided evenly among the processes, or a rate cannot be used.
+        ReentrantCheckpointError: If activation checkpointing is to be of the reentrant kind.
     """
 
     global_batch_size: int | None = field(default=None, metadata={"help": "Rows per step over all processes."})
@@ -64,6 +65,7 @@ class MLLMTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        without_reentrant(self)
         self._check_numbers()
         if self.global_batch_size is None:
             return

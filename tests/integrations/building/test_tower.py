@@ -12,6 +12,7 @@ from covft.integrations import ViTTower, build_llava, llava_processor, load_imag
 from covft.integrations.building.tower import of_timm
 from covft.testing import HashTextEncoder
 from tests.helpers.building import VISION, prompt, shaken
+from tests.helpers.recomputing import recompute
 
 pytestmark = pytest.mark.usefixtures("quiet")
 TINY = "img_size=32&patch_size=8&embed_dim=32&depth=4&num_heads=2&num_classes=0"
@@ -126,11 +127,11 @@ def test_build_attach_train_save_load_and_infer(case, parts, tokenizer, tmp_path
         return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
     expected = gradients()
-    model.activation_checkpointing_enable()
+    recompute(model)
     assert tower.gradient_checkpointing
     for ours, theirs in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-    model.activation_checkpointing_disable()
+    recompute(model, on=False)
     assert not tower.gradient_checkpointing
     model.eval()
 

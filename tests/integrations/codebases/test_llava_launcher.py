@@ -16,7 +16,7 @@ from covft.errors import (
     ReentrantCheckpointError,
 )
 from covft.integrations.codebases import llava as launcher
-from covft.integrations.codebases.trainer_hooks import before_trainer
+from covft.integrations.training.callback import without_reentrant
 from tests.helpers.codebases import SIZE, STANDINS, tokenizer_for
 from tests.helpers.llava_code import QUESTIONS, batch_of
 
@@ -214,9 +214,9 @@ def test_blocks_that_nothing_reads_end_the_training_at_once(llava_code, llava_ho
 def test_reentrant_checkpointing_is_refused():
     asked = SimpleNamespace(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ReentrantCheckpointError):
-        before_trainer(asked)
+        without_reentrant(asked)
     unsaid = SimpleNamespace(gradient_checkpointing=True, gradient_checkpointing_kwargs=None)
-    before_trainer(unsaid)
+    without_reentrant(unsaid)
     assert unsaid.gradient_checkpointing_kwargs == {"use_reentrant": False}
 
 

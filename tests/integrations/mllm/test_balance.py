@@ -11,6 +11,7 @@ from covft.errors import ConfigError
 from covft.integrations import attach, get_encoder
 from tests.helpers.attached import CUP, PEOPLE, TEXTS, attached
 from tests.helpers.mllms import BY_NAME, Row
+from tests.helpers.recomputing import recompute
 
 pytestmark = pytest.mark.usefixtures("quiet")
 ROWS = [Row(1, CUP), Row(2, PEOPLE), Row(1, "a dog, and where?")]
@@ -64,7 +65,7 @@ def test_balance__is_in_the_loss_and_in_the_gradients(checkpointing):
     encoder = get_encoder(model)
     encoder.covft_config = encoder.covft_config.replace(router_aux_loss_coef=0.7)
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute(model)
     loss, grads = run(model, inputs)
     torch.testing.assert_close(loss, wanted.double(), rtol=1e-5, atol=1e-6)
     for grad, expected in zip(grads, wanted_grads, strict=True):

@@ -8,6 +8,7 @@ import torch
 from covft.errors import ShapeError
 from covft.integrations import get_encoder
 from covft.integrations.mllm.attachment import image_id
+from covft.integrations.mllm.families import base_of
 from tests.helpers.attached import CUP, DOG, PEOPLE, attached
 from tests.helpers.mllms import MLLMS, Row
 from tests.helpers.watching import watch
@@ -72,7 +73,7 @@ def test_dummies__alone_give_every_parameter_of_the_tower_a_gradient_of_zeros(ml
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             assert torch.equal(parameter.grad, expected.get(name, torch.zeros_like(parameter)))
-    assert "get_image_features" not in vars(model.base_model)
+    assert "get_image_features" not in vars(base_of(model))
 
 
 def test_dummies__flags_that_do_not_fit_are_refused():

@@ -6,13 +6,14 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 
 import covft
 from covft.errors import MissingContextError, ShapeError, UnsupportedViTError
 from covft.integrations import attach, get_encoder
 from covft.integrations.mllm.families import find_tower
 from tests.helpers.attached import CUP, DOG, MIXED, PEOPLE, TEXTS, alone, attached, changed, forward
-from tests.helpers.mllms import ALIKE, BY_NAME, MLLM, Row
+from tests.helpers.mllms import ALIKE, BY_NAME, MLLM, Row, kinds_of
 from tests.helpers.towers import PATCH, perturb
 from tests.helpers.watching import watch
 
@@ -49,7 +50,7 @@ def videos(mllm: MLLM, grids: list[tuple[int, int, int]], questions: list[str]) 
     return {
         "input_ids": ids,
         "attention_mask": inputs["attention_mask"],
-        "mm_token_type_ids": (ids == mllm.tokenizer.bos_token_id).int() * 2,
+        **kinds_of(mllm, (ids == mllm.tokenizer.bos_token_id).int() * 2),
         "pixel_values_videos": torch.randn(sum(t * h * w for t, h, w in grids), 6 * PATCH * PATCH),
         "video_grid_thw": torch.tensor(grids),
     }
@@ -66,9 +67,13 @@ def test_videos__each_has_the_question_of_its_row(name):
         assert all(changed(run.features, alone(model, run.images, questions[::-1]))[::2])
         _, (given,) = watch(get_encoder(model).vit, lambda: model(**batch, context_text=["one", "two", "three"]))
     assert not any(changed(given.features, alone(model, run.images, ["one", "two", "three"])))
+    if name == "qwen3_vl" and transformers.__version__ < "5":
+        return  # its own beams fail for videos: each frame counts as one
     options = {"max_new_tokens": 2, "do_sample": False, "num_beams": 2}
     _, (generated,) = watch(get_encoder(model).vit, lambda: model.generate(**batch, **options))
-    assert not any(changed(generated.features, run.features))
+    times = len(generated.features) // len(run.features)  # in many releases the tower runs after the expansion
+    assert times in (1, 2)
+    assert not any(changed(generated.features, [film for film in run.features for _ in range(times)]))
 
 
 def test_videos__and_images_in_one_call_have_one_text():
@@ -76,7 +81,7 @@ def test_videos__and_images_in_one_call_have_one_text():
     model, images = attached("qwen2_5_vl", [Row(1, CUP)])
     film = videos(mllm, [(2, 4, 4)], [CUP])
     both = {**images.inputs, **{name: film[name] for name in ("pixel_values_videos", "video_grid_thw")}}
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+    for name in film.keys() & {"input_ids", "attention_mask", "mm_token_type_ids"}:
         both[name] = torch.cat([film[name], images.inputs[name]], dim=1)
     question = f"{CUP} {CUP}"  # two turns
     with torch.no_grad():
@@ -145,6 +150,7 @@ def test_pixtral__without_sizes_every_image_is_whole():
     assert not any(changed([run.features[0]], [wanted]))
 
 
+@pytest.mark.skipif(not hasattr(transformers, "LightOnOcrConfig"), reason="transformers has no LightOnOcr")
 def test_pixtral__found_in_a_model_outside_the_table():
     from transformers import LightOnOcrConfig, LightOnOcrForConditionalGeneration, PixtralVisionConfig
 
@@ -199,10 +205,12 @@ def test_rows__padding_goes_with_the_image_before_it_or_the_first():
         forward(model, batch, pixel_values=batch.inputs["pixel_values"][0])
 
 
-def test_rows__texts_of_a_condition_are_not_repeated():
+def test_rows__texts_of_a_condition_are_repeated_by_generate_alone():
     model, batch = attached("mllama", [Row(1, CUP), Row(1, DOG)])
+    twice = {name: value.repeat_interleave(2, dim=0) for name, value in batch.inputs.items()}
     with get_encoder(model).condition(["one", "two"]):
         _, (run,) = forward(model, batch)
+        model.generate(**batch.inputs, num_beams=2, max_new_tokens=1, do_sample=False)
         with pytest.raises(ShapeError, match="4 images, but the text is for 2"):
-            model.generate(**batch.inputs, num_beams=2, max_new_tokens=1, do_sample=False)
+            model(**twice)
     assert not any(changed(run.features, alone(model, run.images, ["one", "two"])))

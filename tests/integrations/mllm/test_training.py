@@ -14,6 +14,7 @@ from covft.errors import (
 from covft.integrations import attach, detach, get_encoder
 from tests.helpers.attached import CUP, DOG, MIXED, PEOPLE, TEXTS, alone, attached, changed, forward
 from tests.helpers.mllms import BY_NAME, Row
+from tests.helpers.recomputing import recompute, training_fields
 from tests.helpers.towers import perturb
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -39,7 +40,7 @@ def test_gradient_checkpointing__of_the_whole_model_is_exact(name):
     plain = gradients()
     assert any(".experts." in n and plain[n].abs().max() > 0 for n in plain)
     assert any(".router." in n and plain[n].abs().max() > 0 for n in plain)
-    model.activation_checkpointing_enable()
+    recompute(model)
     again = gradients()
     assert again.keys() == plain.keys()
     assert all(torch.allclose(again[n], plain[n], rtol=1e-9, atol=1e-12) for n in plain)
@@ -78,7 +79,7 @@ def test_trainer__trains_and_evaluates(column, tmp_path):
         max_steps=2,
         per_device_train_batch_size=2,
         learning_rate=1e-2,
-        activation_checkpointing=True,
+        **training_fields(),
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,

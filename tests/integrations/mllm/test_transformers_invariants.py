@@ -10,6 +10,7 @@ import torch
 from covft.integrations import attach, get_encoder
 from tests.helpers.attached import CUP, DOG, TEXTS, attached
 from tests.helpers.mllms import BY_NAME, Row
+from tests.helpers.recomputing import recompute
 from tests.helpers.towers import perturb
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -164,7 +165,7 @@ def test_training__with_gradient_checkpointing_equals_without(name):
         perturb(get_encoder(model))
         model.train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            recompute(model)
         model(**batch.inputs, labels=batch.inputs["input_ids"]).loss.backward()
         found.append({key: p.grad for key, p in get_encoder(model).named_parameters() if p.grad is not None})
     without, recomputed = found

@@ -16,6 +16,7 @@ from covft.integrations import (
     train_only,
 )
 from tests.helpers.mllms import BY_NAME, Row
+from tests.helpers.recomputing import training_fields
 from tests.helpers.towers import perturb
 from tests.helpers.training import (
     TEXTS,
@@ -23,6 +24,7 @@ from tests.helpers.training import (
     build,
     collator,
     dataset,
+    tower_name,
     write_folder,
 )
 
@@ -84,7 +86,7 @@ def test_callback__a_parameter_without_gradient_is_an_error(rows, tmp_path):
     model = build(layers=[0, 3])  # LLaVA reads hidden_states[-2]: block 3 is never used
     with pytest.raises(MissingGradientError, match="got no gradient in the first step") as caught:
         MLLMTrainer(model, arguments(tmp_path), train_dataset=rows).train()
-    assert "model.vision_tower.encoder.layers.3." in str(caught.value)
+    assert f"{tower_name(model)}.encoder.layers.3." in str(caught.value)
     assert "layers.0.mlp" not in str(caught.value)
     args = arguments(tmp_path, max_steps=2)
     warning, silent = (CoVFTCallback(missing_gradients=kind) for kind in ("warn", "ignore"))
@@ -104,7 +106,7 @@ def test_callback__a_first_step_without_images_is_no_error(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, ReentrantCheckpointError, "Reentrant"),
+        (training_fields(reentrant=True), ReentrantCheckpointError, "Reentrant"),
     ],
 )
 def test_callback__refuses_what_would_lose_gradients(changes, error, match, rows, tmp_path):

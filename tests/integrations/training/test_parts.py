@@ -14,6 +14,7 @@ from covft.integrations import (
 from tests.helpers.training import (
     COVFT_PARTS,
     build,
+    tower_name,
 )
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -25,11 +26,12 @@ def test_parts__every_parameter_belongs_to_one():
     assert list(parts) == [name for name, _ in model.named_parameters()]
     assert parts["lm_head.weight"] == "llm"
     assert parts["model.multi_modal_projector.linear_1.weight"] == "projector"
-    assert parts["model.vision_tower.embeddings.patch_embedding.weight"] == "vision"
-    assert parts["model.vision_tower.encoder.layers.1.mlp.experts.0.fc1.weight"] == "experts"
-    assert parts["model.vision_tower.encoder.layers.1.mlp.context.image.up.weight"] == "router"
-    assert parts["model.vision_tower.encoder.layers.0.layer_norm1.weight"] == "norms"
-    assert parts["model.vision_tower.encoder.layers.3.layer_norm1.weight"] == "vision"  # after the last that is adapted
+    tower = tower_name(model)
+    assert parts[f"{tower}.embeddings.patch_embedding.weight"] == "vision"
+    assert parts[f"{tower}.encoder.layers.1.mlp.experts.0.fc1.weight"] == "experts"
+    assert parts[f"{tower}.encoder.layers.1.mlp.context.image.up.weight"] == "router"
+    assert parts[f"{tower}.encoder.layers.0.layer_norm1.weight"] == "norms"
+    assert parts[f"{tower}.encoder.layers.3.layer_norm1.weight"] == "vision"  # after the last that is adapted
     plain = build(attached=False)
     assert set(parts_of(plain).values()) == {"vision", "projector", "llm"}
 
