@@ -16,7 +16,6 @@ from covft.nn.losses import load_balance_loss
 from covft.surgery.overrides import Override
 
 
-@torch.compiler.disable(recursive=False)
 def call_with_balance_loss(attachment: Attachment, call: Callable[[], Any], given: Mapping[str, Any]) -> Any:
     """Call a model and add the load-balancing loss of the images in this call to its loss.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 
 from covft.checkpoints import pretrained
 from covft.errors import CheckpointError
+from covft.integrations.mllm import balance
 from covft.integrations.mllm.attachment import Attachment
-from covft.integrations.mllm.balance import call_with_balance_loss
 from covft.integrations.mllm.dummies import without_dummies
 from covft.integrations.mllm.families import base_of
 from covft.surgery.overrides import Override
@@ -79,8 +80,7 @@ class BatchOverride(TextOverride):
             return self.inner(**kwargs)  # the short way for each generated token
         return self._with_text(args, kwargs, context_text, context_index, image_flags)
 
-    # Not traced, but what it calls is: torch.compile would otherwise compile the reading of every new prompt.
-    @torch.compiler.disable(recursive=False)
+    # Untraced, but what it calls is traced: see `_leave_untraced`.
     def _with_text(self, args: Any, kwargs: Any, context_text: Any, context_index: Any, image_flags: Any) -> Any:
         hold: Any = self._hold
         holding, given = hold(args, kwargs, context_text, context_index, image_flags)
@@ -89,11 +89,9 @@ class BatchOverride(TextOverride):
         finally:
             holding.close()
 
-    @torch.compiler.disable(recursive=False)
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
-        return call_with_balance_loss(self.attachment, lambda: self.inner(*args, **kwargs), given)
+        return balance.call_with_balance_loss(self.attachment, lambda: self.inner(*args, **kwargs), given)
 
-    @torch.compiler.disable
     def _hold(
         self, args: Any, kwargs: Any, context_text: Any, context_index: Any, image_flags: Any
     ) -> tuple[contextlib.ExitStack, dict[str, Any]]:
@@ -116,7 +114,6 @@ class BaseOverride(BatchOverride):
         """The model without its head."""
         return base_of(self.attachment.model)
 
-    @torch.compiler.disable(recursive=False)
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
         return self.inner(*args, **kwargs)  # there is no loss yet
 
@@ -205,6 +202,7 @@ OVERRIDES: dict[str, type[MethodOverride]] = {
 
 def install(attachment: Attachment) -> None:
     """Override the methods of the model."""
+    _leave_untraced()
     model = attachment.model
     base = base_of(model)
     attachment.override({name: override for name, override in OVERRIDES.items() if hasattr(type(model), name)})
@@ -216,3 +214,15 @@ def install(attachment: Attachment) -> None:
         if base is not model:
             names = ("get_image_features", "get_video_features")
             attachment.override({name: BaseLayerOverride for name in names if hasattr(type(base), name)})
+
+
+@functools.cache
+def _leave_untraced() -> None:
+    """Keep torch.compile out of what reads prompts, which it would compile for every new one, but not of the model.
+
+    At first use, since torch's compiler sets environment variables when it is imported.
+    """
+    around = ((BatchOverride, "_with_text"), (BatchOverride, "_run"), (BaseOverride, "_run"))
+    for owner, name in (*around, (balance, "call_with_balance_loss")):
+        setattr(owner, name, torch.compiler.disable(getattr(owner, name), recursive=False))
+    BatchOverride._hold = torch.compiler.disable(BatchOverride._hold)  # type: ignore[method-assign]
