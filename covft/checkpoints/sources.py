@@ -116,10 +116,13 @@ def _hub_id(name: str) -> _Problem | None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    problem = "an id of the Hugging Face Hub", repr(name[:200])
+    if not re.fullmatch(r"[A-Za-z0-9_./-]+", name):  # releases 1.x of huggingface_hub take other letters and a newline
+        return problem
     try:
         validate_repo_id(name)
     except HFValidationError:
-        return "an id of the Hugging Face Hub", repr(name[:200])
+        return problem
     if is_folder_name(name):
         return "an id of the Hugging Face Hub, and no folder of the same name here", f"the folder {name!r}"
     return None
