@@ -92,7 +92,7 @@ def tower_config(name: str, **hub: Any) -> tuple[Any, bool]:
         CheckpointError: If it asks for code or weights of somewhere else.
     """
     transformers: Any = importlib.import_module("transformers")
-    values, _ = transformers.PreTrainedConfig.get_config_dict(name, **hub)
+    values, _ = transformers.PretrainedConfig.get_config_dict(name, **hub)
     refuse_code(values, name)
     if values.get("model_type") == MODEL_TYPE:
         return internvit_config(values), True

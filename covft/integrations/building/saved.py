@@ -187,7 +187,7 @@ def _load_mllm(transformers: Any, source: Any, quantization_config: Any, options
     """Load a model with all its weights, or raise."""
     name, auto = os.fspath(source), transformers.AutoModelForImageTextToText
     try:
-        values, _ = transformers.PreTrainedConfig.get_config_dict(name)
+        values, _ = transformers.PretrainedConfig.get_config_dict(name)
         refuse_code(values, name)
         if quantization_config is not None:
             options["quantization_config"] = _sparing(auto, name, quantization_config, options["trust_remote_code"])

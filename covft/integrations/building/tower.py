@@ -30,7 +30,7 @@ OPTIONS = frozenset(
 )
 
 
-class ViTTowerConfig(_transformers.PreTrainedConfig):
+class ViTTowerConfig(_transformers.PretrainedConfig):
     """The config of a `ViTTower`: from what its ViT is built, and what a multimodal LLM has to know of it.
 
     Attributes:
