@@ -18,7 +18,6 @@ import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 import typing_extensions
 
 from covft.errors import ArgumentError, ConfigError
@@ -45,6 +44,8 @@ def _is_path(value: Any) -> bool:
 
 
 def _is_device(value: Any) -> bool:
+    import torch
+
     try:
         return isinstance(value, torch.device) or (isinstance(value, str) and torch.device(value) is not None)
     except RuntimeError:  # of a string that names none
@@ -71,7 +72,6 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     str: ("a string", lambda value: isinstance(value, str)),
     os.PathLike: ("a path", _is_path),
     pathlib.Path: ("a path", _is_path),
-    torch.device: ("a device", _is_device),
     collections.abc.Callable: ("a callable", callable),
     collections.abc.Iterable: ("an iterable", _is_iterable),
     collections.abc.Collection: ("a collection", _is_iterable),
@@ -79,8 +79,8 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-# What a string may name: beside one of these in a union, `str` alone is not enough.
-_NAMED = {pathlib.Path, os.PathLike, torch.device}
+# Kinds that a string may name: beside one of these in a union, `str` alone is not enough.
+_NAMED = {"Path", "PathLike", "device"}
 
 
 def check_kinds(function: Checked) -> Checked:
@@ -112,6 +112,8 @@ def check_kinds(function: Checked) -> Checked:
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
+        import torch  # late: `covft version` needs none of it
+
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         try:
@@ -174,8 +176,10 @@ def _is_of(value: Any, kind: Any) -> bool:
     kind, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
     if kind in (typing.Union, types.UnionType):
         # A string that names a path or a device has to be one that can.
-        named = _NAMED.intersection(map(_plain, inner)) if isinstance(value, str) else ()
+        named = isinstance(value, str) and not _NAMED.isdisjoint(getattr(_plain(one), "__name__", "") for one in inner)
         return any(_is_of(value, one) for one in inner if one is not str or not named)
+    if getattr(kind, "__module__", "") == "torch" and kind.__name__ == "device":
+        return _is_device(value)
     if kind in _KINDS:
         return _KINDS[kind][1](value) and _entries_are_of(value, kind, inner)
     if not isinstance(kind, type):
