@@ -26,7 +26,6 @@ WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 FORMAT = 1
 _PAIR = Pair(WEIGHTS_NAME, CONFIG_NAME)
-_MOST_BYTES = 1 << 24  # of the configuration; it has some kilobytes
 
 
 def write_folder(folder: str | Path, tensors: dict[str, Tensor], config: dict[str, Any], card: str) -> None:
@@ -87,7 +86,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             fix="encoder.save_pretrained(folder)",
         )
     try:
-        config = read_strictly(path, most_bytes=_MOST_BYTES)
+        config = read_strictly(path)
     except (OSError, ValueError) as error:
         got = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} is damaged.", expected="JSON", got=got[:300]) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from covft.checkpoints.fingerprint import difference, fingerprint
 from covft.checkpoints.folder import CONFIG_NAME, WEIGHTS_NAME, check_finite, compare_tensors, read_config, read_folder
 from covft.checkpoints.saving import adapted_tensors, base_state_dict
 from covft.checkpoints.schema import check_fields
-from covft.checkpoints.sources import LOCAL, public_source, text_source, vit_source
+from covft.checkpoints.sources import LOCAL, is_hub_id, public_source, text_source, vit_source
 from covft.config import CoVFTConfig
 from covft.errors import CheckpointError
 from covft.surgery.wrapped import WrappedViT
@@ -52,7 +52,9 @@ class SavedEncoder:
             CheckpointError: If it is incomplete or damaged, or cannot be reached; or if its configuration has a value
                 that no version writes, or does not fit its weights.
         """
-        folder = _local(folder_or_repo_id)
+        patterns = (CONFIG_NAME, WEIGHTS_NAME, "README.md")
+        expected = "a folder that save_pretrained wrote, or a repository that can be reached"
+        folder = local_folder(folder_or_repo_id, patterns, expected)
         check_fields(read_config(folder), folder / CONFIG_NAME)
         tensors, saved = read_folder(folder)
         check_fields(saved, folder / CONFIG_NAME)  # again: another process may have saved meanwhile
@@ -251,20 +253,29 @@ def _first(names: Iterable[str]) -> str:
     return min(names, default="")
 
 
-def _local(folder_or_repo_id: str | Path) -> Path:
-    folder = Path(folder_or_repo_id)
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_repo_id)):
+def local_folder(folder_or_repo_id: str | os.PathLike[str], patterns: Iterable[str], expected: str) -> Path:
+    """Return a folder, or fetch a repository of the Hugging Face Hub.
+
+    Args:
+        folder_or_repo_id: A folder, existing or not, or an id such as `name/repository`.
+        patterns: Files to fetch.
+        expected: What was expected, for the message.
+
+    Raises:
+        CheckpointError: If the repository cannot be fetched.
+    """
+    name, folder = os.fspath(folder_or_repo_id), Path(folder_or_repo_id)
+    if folder.exists() or "/" not in name or not is_hub_id(name):
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        patterns = [CONFIG_NAME, WEIGHTS_NAME, "README.md"]
-        return Path(snapshot_download(str(folder_or_repo_id), allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
-            f"{folder_or_repo_id} is not a folder here, and cannot be fetched from the Hugging Face Hub.",
-            expected="a folder that save_pretrained wrote, or a repository that can be reached",
+            f"{name} is not a folder here, and cannot be fetched from the Hugging Face Hub.",
+            expected=expected,
             got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            fix=f"hf download {folder_or_repo_id}, where there is a network",
+            fix=f"hf download {name}, where there is a network",
         ) from error

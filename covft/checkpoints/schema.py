@@ -12,9 +12,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from covft.checkpoints.sources import MOST, REVISION
+from covft.checkpoints.sources import REVISION
 from covft.config import CoVFTConfig
 from covft.errors import CheckpointError, ConfigError
+from covft.utils.arguments import MOST
 
 # The types that weights may be saved in; buffers may hold whole numbers.
 DTYPES = frozenset(

@@ -12,11 +12,11 @@ from typing import Any
 
 from covft.errors import CheckpointError
 from covft.text.hf import POOLINGS
+from covft.utils.arguments import MOST
 from covft.utils.extras import import_library
 from covft.utils.sources import exists, is_folder_name, split_options, with_options
 
 LOCAL = "local"  # `local:NAME` is a folder or file of the machine that saved, without its path
-MOST = 1 << 20  # no width, number of tokens or of classes is as large
 REVISION = r"[A-Za-z0-9][\w./-]{0,127}"
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 
-def read_strictly(path: Path, *, most_bytes: int) -> Any:
+def read_strictly(path: Path, *, most_bytes: int = 1 << 24) -> Any:
     """Read a JSON file as RFC 8259 has it, with each name once per object.
 
     Args:
         path: A regular file.
-        most_bytes: Larger files are refused unread.
+        most_bytes: Larger files are refused unread; settings and lists of names have some kilobytes.
 
     Raises:
         ValueError: If it is too large or nested too deeply, not UTF-8, or not JSON; if an object has a name twice, a

@@ -298,3 +298,10 @@ def test_another_text_encoder_of_the_same_width_gives_a_warning(tmp_path):
     covft.load(tmp_path, copy.deepcopy(base), WIDTH)
     with pytest.warns(UserWarning, match=r"trained with the text encoder .* loaded with 'other'"):
         covft.load(tmp_path, copy.deepcopy(base), Other())
+
+
+@pytest.mark.parametrize("name", ["../typo", "./typo", "a--b/c", "a..b/c", "-x/y", "a/b/c"])
+@pytest.mark.parametrize("load", [covft.load, covft.load_model])
+def test_what_no_repository_can_be_called_is_a_missing_folder(load, name):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load(name)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-import json
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +18,9 @@ from torch import nn
 from covft.adapters.huggingface import quiet
 from covft.adapters.spec import Adapter
 from covft.checkpoints.folder import read_config
+from covft.checkpoints.loading import local_folder
 from covft.checkpoints.pretrained import FOLDER, MARK
+from covft.checkpoints.sources import is_hub_id
 from covft.errors import CheckpointError, ConfigError, CoVFTError
 from covft.integrations.mllm.attach import attach
 from covft.integrations.mllm.prompt import PromptReader
@@ -29,11 +29,11 @@ from covft.integrations.training.parts import parts_of
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 from covft.utils.foreign_code import refuse_code
+from covft.utils.strict_json import read_strictly
 
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What is fetched of a repository: no code, and no pickles.
 _FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
-_REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Options of an adapter that name modules which peft imports.
 _IMPORTED_BY_PEFT = ("megatron_config", "custom_modules", "_custom_modules")
 # Where quantization configs list the modules that they leave alone.
@@ -88,7 +88,7 @@ def load_model(
     """
     transformers = import_library("transformers", "transformers", needed_by="load_model")
     importlib.import_module("covft.integrations.building.tower")  # registers the towers of timm and open_clip
-    folder = _local(folder_or_repo_id)
+    folder = _folder_with_tower(folder_or_repo_id)
     tower = folder / FOLDER
     reading = _reading(tower)
     trust = {"trust_remote_code": trust_remote_code}
@@ -112,22 +112,10 @@ def load_model(
     return model.eval(), processor
 
 
-def _local(folder_or_repo_id: str | os.PathLike[str]) -> Path:
+def _folder_with_tower(folder_or_repo_id: str | os.PathLike[str]) -> Path:
     """Return the folder, which is fetched if it is a repository."""
-    name, folder = os.fspath(folder_or_repo_id), Path(folder_or_repo_id)
-    if not folder.exists() and _REPO_ID.fullmatch(name):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=list(_FILES)))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-            raise CheckpointError(
-                f"{name} is not a folder here, and cannot be fetched from the Hugging Face Hub.",
-                expected="a folder that an attached model was saved to, or a repository that can be reached",
-                got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
-                fix=f"hf download {name}, where there is a network",
-            ) from error
+    expected = "a folder that an attached model was saved to, or a repository that can be reached"
+    folder = local_folder(folder_or_repo_id, _FILES, expected)
     if not (folder / FOLDER).is_dir():
         raise CheckpointError(
             f"{folder} has no adapted tower.",
@@ -258,7 +246,7 @@ def _base_of(folder: Path, base: Any) -> Any:
     inside = folder / named
     if named and inside.is_dir() and folder.resolve() in inside.resolve().parents:
         return inside
-    if not _REPO_ID.fullmatch(named) or Path(named).exists():
+    if "/" not in named or not is_hub_id(named) or Path(named).exists():
         raise ConfigError(
             f"{folder} holds only an adapter, and does not name its base model by an id.",
             expected="the model that LoRA was trained on",
@@ -272,7 +260,7 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     """Read the config of an adapter, and refuse one that would run code."""
     path = folder / _ADAPTER_CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_strictly(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged.", expected="JSON", got=str(error)) from error
     if not isinstance(config, dict):

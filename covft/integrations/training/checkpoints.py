@@ -13,7 +13,6 @@ A trainer writes one file after another, so a killed run leaves a folder that lo
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from pathlib import Path
@@ -29,6 +28,7 @@ from covft.integrations.mllm.attachment import attachment_of
 from covft.utils.arguments import check_kinds
 from covft.utils.files import Pair, is_temporary, read_pair, write_json, write_pair
 from covft.utils.sharding import assign, full, shape_of
+from covft.utils.strict_json import read_strictly
 
 SEAL = "complete.json"
 TRAINED = "trained.safetensors"
@@ -199,7 +199,7 @@ def check_checkpoint(checkpoint: str | Path) -> None:
             fix="resume_from_checkpoint=True, which takes the last complete one",
         )
     try:
-        stated: dict[str, int] = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["files"]
+        stated: dict[str, int] = read_strictly(checkpoint / SEAL)["files"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / SEAL} is damaged.", got=str(error)) from error
     found = _files(checkpoint)
@@ -260,7 +260,7 @@ def _read_trained(folder: Path) -> dict[str, Tensor]:
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_strictly(path)
         return {"tower": index.get("tower"), **{name: index[name] for name in ("names", "bytes", "sha256")}}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is missing or damaged.", got=str(error)) from error

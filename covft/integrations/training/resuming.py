@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from covft.encoder import ContextEncoder
 from covft.errors import CheckpointError
 from covft.integrations.mllm.attachment import attachment_of
 from covft.integrations.training.checkpoints import check_checkpoint, check_trained
+from covft.utils.strict_json import read_strictly
 
 _ADAPTER_CONFIG = "adapter_config.json"
 # Settings of peft that change which parameters there are, or what they do.
@@ -126,7 +126,7 @@ def _peft_of_folder(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return _peft(json.loads(path.read_text(encoding="utf-8")))
+        return _peft(read_strictly(path))
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged.", got=str(error)) from error
 

@@ -170,8 +170,9 @@ def test_checkpoint__cut_short_is_refused_by_name(rows, tmp_path):
     weights.write_bytes(whole)
     (damaged / "complete.json").unlink()
     refused("checkpoint-4 is not a complete checkpoint")
-    (damaged / "complete.json").write_text("{")
-    refused("is damaged")
+    for content in ("{", "[" * 100_000, '{"files": {"x": ' + "9" * 6000 + "}}"):
+        (damaged / "complete.json").write_text(content)
+        refused("is damaged")
     assert same(state(model), kept)
 
 
