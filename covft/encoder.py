@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +11,21 @@ from torch import Tensor, nn
 
 from covft.adapters.spec import ViTSpec
 from covft.checkpoints import saving
-from covft.conditioning import Conditioning, Generator, Scope
+from covft.conditioning import Conditioning
+from covft.conditioning.calls import CalledWithText
 from covft.config import CoVFTConfig
-from covft.errors import MergeError, MissingContextError, ShapeError, TextEncoderError
+from covft.errors import MergeError, MissingContextError
 from covft.nn.losses import load_balance_loss
 from covft.surgery.activation_checkpointing import set_activation_checkpointing
 from covft.surgery.precision import widen
 from covft.surgery.slot import Original
 from covft.surgery.wrapped import TextSource, WrappedViT
-from covft.text import CachedTextEncoder, TextEncoder
-from covft.text.base import in_order
-from covft.text.cleaning import clean_instruction
-from covft.text.inputs import as_index, check_text_features
+from covft.text import TextEncoder
 from covft.utils.arguments import check_kinds
 from covft.utils.parameters import param_groups
 
 
-class ContextEncoder(WrappedViT):
+class ContextEncoder(CalledWithText, WrappedViT):
     """A ViT whose features depend on the question: what `covft.wrap` returns.
 
     It holds the ViT that was wrapped, in place, and can stand where it stood: public attributes of the ViT (`config`,
@@ -65,139 +60,9 @@ class ContextEncoder(WrappedViT):
         # Past nn.Module's own __setattr__: even a text encoder that is a module must not become a child.
         self.__dict__["text_encoder"] = text_encoder
 
-    # Call
-
-    def forward(
-        self,
-        images: Tensor | None = None,
-        text: str | Sequence[str] | Tensor | Mapping[str, Tensor] | None = None,
-        *,
-        index: Tensor | Sequence[int] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Encode images, each conditioned on its text.
-
-        Args:
-            images: Whatever the ViT takes first, usually `(B, 3, H, W)`; may also come by the ViT's own keyword, such
-                as `pixel_values=`.
-            text: A question for all images, one per image, features `(S, C)`, or a tokenised batch; None takes the
-                text of an open `condition(...)`.
-            index: Which text each image has, shape `(B,)`; None where image i has text i.
-            **kwargs: Passed to the ViT.
-
-        Returns:
-            What the ViT itself returns, unchanged in type.
-
-        Raises:
-            MissingContextError: If there is no text, neither here nor from `condition(...)`.
-            ShapeError: If texts and images do not fit together.
-            TextEncoderError: If a text is empty.
-
-        Example:
-            >>> tokens = encoder(images, ["What is left of the cup?"])  # doctest: +SKIP
-        """
-        args = () if images is None else (images,)
-        if text is None:
-            if index is not None:
-                raise ShapeError("index= was given without text.", expected="text= with index=", got="text=None")
-            return self.vit(*args, **kwargs)
-        scope = self._enter(text, index)
-        try:
-            return self.vit(*args, **kwargs)
-        finally:
-            self.conditioning.leave(scope)
-
-    @contextlib.contextmanager
-    def condition(
-        self,
-        text: str | Sequence[str] | Tensor | Mapping[str, Tensor] | None,
-        index: Tensor | Sequence[int] | None = None,
-    ) -> Iterator[None]:
-        """Hold the text for calls of the ViT that other code makes.
-
-        Args:
-            text: As for calling the encoder.
-            index: As for calling the encoder.
-
-        Example:
-            >>> with encoder.condition(["How many cups?"]):  # doctest: +SKIP
-            ...     output = mllm(pixel_values=pixel_values, input_ids=input_ids)
-        """
-        generator = None if torch.compiler.is_compiling() else Generator.around_caller()
-        scope = self._enter(text, index, generator)
-        try:
-            yield
-        finally:
-            self.conditioning.leave(scope)
-
-    def encode_text(self, text: str | Sequence[str] | Mapping[str, Tensor]) -> Tensor:
-        """Encode texts, each alone, cached per distinct string, and cleaned if the settings say so.
-
-        Args:
-            text: One text, several, or a tokenised batch.
-
-        Returns:
-            Features, shape `(S, C)`, on the ViT's device, without gradient.
-
-        Raises:
-            TextEncoderError: If a text is empty, or there is no text encoder.
-        """
-        encoder = self.text_encoder
-        if encoder is None:
-            raise TextEncoderError(
-                "This encoder has no text encoder.",
-                expected="a text encoder, or text features of shape (S, C)",
-                got="None" if self.text_name is None else f"{self.text_name} was left behind by pickling",
-                fix="encoder.set_text_encoder(covft.text.as_text_encoder(...))",
-            )
-        if isinstance(encoder, CachedTextEncoder):
-            encoder.to(self._device())  # moves what covft itself loaded, nothing else
-        if isinstance(text, Mapping):
-            encode_tokens = getattr(encoder, "encode_tokens", None)
-            if encode_tokens is None:
-                raise TextEncoderError(
-                    f"{encoder.name} takes questions as strings, not a tokenised batch.",
-                    expected="list[str]",
-                    got=f"a batch of {', '.join(text)}",
-                    fix="pass the strings, or give the text encoder a method encode_tokens(batch)",
-                )
-            features = encode_tokens(text)
-        else:
-            texts = [text] if isinstance(text, str) else in_order(text)
-            if self.covft_config.instructions == "clean":
-                texts = [clean_instruction(entry) if isinstance(entry, str) else entry for entry in texts]
-            features = encoder.encode(texts)
-        return features.to(self._device())
-
-    @check_kinds
-    def set_text_encoder(self, text_encoder: TextEncoder | None) -> None:
-        """Replace the text encoder by another of the same width, such as after unpickling.
-
-        Raises:
-            ShapeError: If its width is another.
-        """
-        if text_encoder is not None and self.text_dim is not None and text_encoder.text_dim != self.text_dim:
-            raise ShapeError(
-                "The text encoder does not fit this encoder.",
-                expected=f"width {self.text_dim}",
-                got=f"width {text_encoder.text_dim} ({text_encoder.name})",
-            )
-        self.__dict__["text_encoder"] = text_encoder
-
-    def _enter(self, text: Any, index: Any, generator: Generator | None = None) -> Scope:
-        features = text
-        if isinstance(text, Tensor):
-            check_text_features(text, self.text_dim)
-            features = text.to(self._device())
-        elif text is not None:
-            features = self.encode_text(text)
-        if index is not None:
-            index = as_index(index, 0 if features is None else len(features)).to(self._device())
-        shared = isinstance(text, str) and index is None
-        return self.conditioning.enter(features, index, shared=shared, generator=generator)
-
-    def _device(self) -> torch.device:
-        return next(self.vit.parameters()).device
+    @property
+    def _cleans_text(self) -> bool:
+        return self.covft_config.instructions == "clean"
 
     # Inspect the last forward
 
@@ -359,27 +224,6 @@ class ContextEncoder(WrappedViT):
             Address of the commit.
         """
         return saving.push(self, repo_id, **kwargs)
-
-    # Stand where the ViT stood
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            vit = self.__dict__.get("_modules", {}).get("vit")
-            if vit is None or name.startswith("_"):
-                raise
-            return getattr(vit, name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ContextEncoder:
-        memo[id(self.text_encoder)] = self.text_encoder  # frozen, so copies share it
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "text_encoder": None}
 
     def extra_repr(self) -> str:
         """Return one line about the settings, for `print(encoder)`."""
