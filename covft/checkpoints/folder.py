@@ -90,8 +90,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         got = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} is damaged.", expected="JSON", got=got[:300]) from error
-    needed = {"format": int, "covft": dict, "base": dict, "text": dict, "weights": dict}
     found = config if isinstance(config, dict) else {}
+    settings = "method" if "method" in found else "covft"
+    needed = {"format": int, settings: dict, "base": dict, "text": dict, "weights": dict}
     missing = [name for name, kind in needed.items() if type(found.get(name)) is not kind]
     if "weights" not in missing:
         kinds = {"bytes": int, "sha256": str}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,50 +25,30 @@ from covft.utils.sharding import assign, full, in_engine, shape_of, unpartitione
 
 
 @dataclass(frozen=True)
-class SavedEncoder:
-    """The contents of a saved folder.
+class Saved:
+    """What every saved folder has.
 
     Attributes:
         folder: Where it was read.
         tensors: The weights by their names in the ViT, on the CPU.
-        config: The settings.
         base: What is known of the base ViT: source, library, class, fingerprint.
         text: What is known of the text encoder: source, text_dim, revision.
-        extra: Names of parameters of the base ViT that the caller had trained too.
     """
 
     folder: Path
     tensors: dict[str, Tensor]
-    config: CoVFTConfig
     base: dict[str, Any]
     text: dict[str, Any]
-    extra: frozenset[str]
 
-    @classmethod
-    def read(cls, folder_or_repo_id: str | Path) -> SavedEncoder:
-        """Read a folder, or a repository of the Hugging Face Hub.
+    @property
+    def needs_text(self) -> bool:
+        """Whether it cannot be used without text."""
+        raise NotImplementedError
 
-        Raises:
-            CheckpointError: If it is incomplete or damaged, or cannot be reached; or if its configuration has a value
-                that no version writes, or does not fit its weights.
-        """
-        patterns = (CONFIG_NAME, WEIGHTS_NAME, "README.md")
-        expected = "a folder that save_pretrained wrote, or a repository that can be reached"
-        folder = local_folder(folder_or_repo_id, patterns, expected)
-        check_fields(read_config(folder), folder / CONFIG_NAME)
-        tensors, saved = read_folder(folder)
-        check_fields(saved, folder / CONFIG_NAME)  # again: another process may have saved meanwhile
-        config, extra = CoVFTConfig.from_dict(saved["covft"]), frozenset(saved["extra"])
-        _check_values(tensors, saved["dtype"], saved.get("other_dtypes", {}), folder)
-        blocks = len(config.layers or ())
-        if not extra <= set(tensors) or (config.expert_rank is None and config.experts * blocks > len(tensors)):
-            raise CheckpointError(
-                f"The settings of {folder} are not those of its weights.",
-                expected=f"experts={config.experts} in {blocks} blocks, and {len(extra)} other tensors",
-                got=f"{len(tensors)} tensors, without {_first(extra - set(tensors)) or 'as many experts'}",
-                fix="copy the complete folder again",
-            )
-        return cls(folder, tensors, config, saved["base"], saved["text"], extra)
+    @property
+    def others(self) -> Collection[str]:
+        """Names of tensors that the fingerprint of the base ViT leaves out."""
+        return ()
 
     def build_vit(self) -> nn.Module:
         """Build the base ViT from its source.
@@ -93,7 +73,7 @@ class SavedEncoder:
             CheckpointError: If it cannot be built from its name, or a file may not choose it.
         """
         source, text_dim = self.text["source"], self.text["text_dim"]
-        if source is None and not self.config.needs_text:
+        if source is None and not self.needs_text:
             return None
         if source is not None and source.startswith("features:"):
             return text_dim
@@ -122,7 +102,7 @@ class SavedEncoder:
             CheckpointError: If its fingerprint is another.
         """
         base = self.base
-        found = fingerprint((n, t) for n, t in vit.state_dict(keep_vars=True).items() if n not in self.extra)
+        found = fingerprint((n, t) for n, t in vit.state_dict(keep_vars=True).items() if n not in self.others)
         apart = difference(base["fingerprint"], found)
         if apart is not None:
             raise CheckpointError(
@@ -131,6 +111,63 @@ class SavedEncoder:
                 got=f"{type(vit).__name__}: {apart}",
                 fix="load the base ViT that the encoder was trained from",
             )
+
+    def warn_other_text(self, found: str | None) -> None:
+        """Warn that the router gets features it was not trained on, where names can tell."""
+        saved, found = self.text["source"], public_source(found)
+        if saved is None or found is None or any(n.startswith(("features:", "callable:")) for n in (saved, found)):
+            return
+        one, other = (Path(name.removeprefix(f"{LOCAL}:")).name for name in (saved, found))
+        if one != other:  # a folder may have been moved
+            warnings.warn(
+                f"The encoder was trained with the text encoder {saved!r} and is loaded with {found!r}; "
+                "its router does not know those features.",
+                UserWarning,
+                stacklevel=5,
+            )
+
+
+@dataclass(frozen=True)
+class SavedEncoder(Saved):
+    """The contents of a saved encoder's folder.
+
+    Attributes:
+        config: The settings.
+        extra: Names of parameters of the base ViT that the caller had trained too.
+    """
+
+    config: CoVFTConfig
+    extra: frozenset[str]
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether its routing needs text."""
+        return self.config.needs_text
+
+    @property
+    def others(self) -> Collection[str]:
+        """What the caller had trained too."""
+        return self.extra
+
+    @classmethod
+    def read(cls, folder_or_repo_id: str | Path) -> SavedEncoder:
+        """Read a folder, or a repository of the Hugging Face Hub.
+
+        Raises:
+            CheckpointError: If it is incomplete or damaged, or cannot be reached; or if its configuration has a value
+                that no version writes, or does not fit its weights.
+        """
+        folder, tensors, saved = read_saved(folder_or_repo_id)
+        config, extra = CoVFTConfig.from_dict(saved["covft"]), frozenset(saved["extra"])
+        blocks = len(config.layers or ())
+        if not extra <= set(tensors) or (config.expert_rank is None and config.experts * blocks > len(tensors)):
+            raise CheckpointError(
+                f"The settings of {folder} are not those of its weights.",
+                expected=f"experts={config.experts} in {blocks} blocks, and {len(extra)} other tensors",
+                got=f"{len(tensors)} tensors, without {_first(extra - set(tensors)) or 'as many experts'}",
+                fix="copy the complete folder again",
+            )
+        return cls(folder, tensors, saved["base"], saved["text"], config, extra)
 
     def check_tensors(self, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Refuse weights that are not those of a wrapped ViT.
@@ -184,21 +221,7 @@ class SavedEncoder:
                 state[name].requires_grad_(True)
         for name, tensor in self.tensors.items():
             assign(state[name], tensor)
-        self._warn_other_text(wrapped.text_name)
-
-    def _warn_other_text(self, found: str | None) -> None:
-        """Warn that the router gets features it was not trained on, where names can tell."""
-        saved, found = self.text["source"], public_source(found)
-        if saved is None or found is None or any(n.startswith(("features:", "callable:")) for n in (saved, found)):
-            return
-        one, other = (Path(name.removeprefix(f"{LOCAL}:")).name for name in (saved, found))
-        if one != other:  # a folder may have been moved
-            warnings.warn(
-                f"The encoder was trained with the text encoder {saved!r} and is loaded with {found!r}; "
-                "its router does not know those features.",
-                UserWarning,
-                stacklevel=4,
-            )
+        self.warn_other_text(wrapped.text_name)
 
 
 def load_into(wrapped: WrappedViT, folder: str | Path) -> None:
@@ -225,6 +248,26 @@ def load_into(wrapped: WrappedViT, folder: str | Path) -> None:
         raise CheckpointError(f"{folder} was made for other base weights than those of this encoder.", got=apart)
     saved.check_tensors(adapted_tensors(wrapped), wrapped.vit.state_dict(keep_vars=True))
     saved.fill(wrapped)
+
+
+def read_saved(folder_or_repo_id: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """Read a saved folder, or a repository of the Hugging Face Hub, with every field and type checked.
+
+    Returns:
+        The folder, the weights by name, and the configuration.
+
+    Raises:
+        CheckpointError: If it is incomplete or damaged, or cannot be reached; or if its configuration has a value that
+            no version writes.
+    """
+    patterns = (CONFIG_NAME, WEIGHTS_NAME, "README.md")
+    expected = "a folder that save_pretrained wrote, or a repository that can be reached"
+    folder = local_folder(folder_or_repo_id, patterns, expected)
+    check_fields(read_config(folder), folder / CONFIG_NAME)
+    tensors, saved = read_folder(folder)
+    check_fields(saved, folder / CONFIG_NAME)  # again: another process may have saved meanwhile
+    _check_values(tensors, saved["dtype"], saved.get("other_dtypes", {}), folder)
+    return folder, tensors, saved
 
 
 def _check_values(tensors: Mapping[str, Tensor], dtype: str, others: Mapping[str, str], folder: Path) -> None:

@@ -151,14 +151,18 @@ def _config(encoder: WrappedViT, saved: Mapping[str, Tensor], base: Mapping[str,
         },
         "reading": encoder.reading,
         "extra": extra,
-        **_dtypes(saved),
+        **dtypes(saved),
     }
 
 
-def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the most frequent type of the tensors, and the types of the others by name."""
+def dtypes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the most frequent type of the tensors, and the types of the others by name, for the configuration.
+
+    Args:
+        tensors: What is saved.
+    """
     found = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
-    dtype = Counter(found.values()).most_common(1)[0][0]
+    dtype = Counter(found.values() or ("float32",)).most_common(1)[0][0]
     return {"dtype": dtype, "other_dtypes": {name: found[name] for name in sorted(found) if found[name] != dtype}}
 
 

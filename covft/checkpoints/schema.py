@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from covft.checkpoints.sources import REVISION
-from covft.config import CoVFTConfig
+from covft.config import MOST_BLOCKS, CoVFTConfig
 from covft.errors import CheckpointError, ConfigError
 from covft.utils.arguments import MOST
 
@@ -35,8 +35,9 @@ def check_fields(config: Mapping[str, Any], path: object) -> None:
     Raises:
         CheckpointError: If a field is missing or unknown, or has a value that no version writes.
     """
-    problem = _find("", config, _FIELDS)
-    if problem is None:
+    tuned = "method" in config  # by another method than covft
+    problem = _find("", config, _METHOD_FIELDS if tuned else _FIELDS)
+    if problem is None and not tuned:
         try:
             CoVFTConfig.from_dict(config["covft"])
         except ConfigError as error:
@@ -154,12 +155,22 @@ def _setting(name: str) -> _Check:
     return _text(or_none="None" in kind)
 
 
+def _options(value: Any) -> str | None:
+    def plain(entry: Any) -> bool:
+        return entry is None or isinstance(entry, str | bool | int | float)
+
+    right = isinstance(value, dict) and all(
+        _text(r"[a-z]\w{0,63}")(name) is None
+        and (plain(entry) or (isinstance(entry, list) and len(entry) < MOST_BLOCKS and all(map(plain, entry))))
+        for name, entry in value.items()
+    )
+    return None if right else "options by name: numbers, texts, switches and lists of them"
+
+
 _SHA256 = _text(r"[0-9a-f]{64}")
-_FIELDS: dict[str, Any] = {
+_COMMON: dict[str, Any] = {
     "format": _exactly(1),
     "library_version": _text(r"[\w.+!-]{1,64}"),
-    # Settings that a later version added have their default; `layers` are those of this ViT.
-    "covft": {("layers" if name == "layers" else f"{name}?"): _setting(name) for name in CoVFTConfig.__annotations__},
     "base": {
         "source": _text(or_none=True),
         "revision": _text(REVISION, or_none=True),
@@ -178,9 +189,18 @@ _FIELDS: dict[str, Any] = {
         "text_dim": _whole(1, or_none=True),
         "revision": _text(REVISION, or_none=True),
     },
-    "reading?": _scalars,  # how `attach` reads the text from prompts
-    "extra": _names,
     "dtype": _dtype,
     "other_dtypes?": _dtypes,
     "weights": {"file": _exactly("model.safetensors"), "bytes": _whole(0, 2**60), "sha256": _SHA256},
+}
+_FIELDS: dict[str, Any] = {
+    **_COMMON,
+    # Settings that a later version added have their default; `layers` are those of this ViT.
+    "covft": {("layers" if name == "layers" else f"{name}?"): _setting(name) for name in CoVFTConfig.__annotations__},
+    "reading?": _scalars,  # how `attach` reads the text from prompts
+    "extra": _names,
+}
+_METHOD_FIELDS: dict[str, Any] = {
+    **_COMMON,
+    "method": {"name": _text(r"[a-z]\w{0,63}"), "options": _options},
 }

@@ -1,0 +1,23 @@
+"""Every way to tune a vision tower, by one call.
+
+    method.py       Method: options, and the change that they mean for a ViT
+    change.py       Change: trained parameters, new modules, hooks; applied and undone
+    registry.py     methods by name, with those of other packages
+    selection.py    methods that train a part of the ViT's own parameters
+    lora.py         LoRA and DoRA, by peft
+    tuned.py        TunedViT: what tune() returns
+    saving.py       the saved folder
+    loading.py      and back
+    api.py          tune(), untune(), load()
+
+A method says what it would change; `change.py` alone changes ViTs. So applying, undoing, saving, loading and counting
+are the same for every method, and a method of your own is one class.
+"""
+
+from covft.tuning.api import load, tune, untune
+from covft.tuning.change import Change, Hook
+from covft.tuning.method import Method, Tower
+from covft.tuning.registry import methods, register_method
+from covft.tuning.tuned import TunedViT
+
+__all__ = ["Change", "Hook", "Method", "Tower", "TunedViT", "load", "methods", "register_method", "tune", "untune"]

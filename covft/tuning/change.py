@@ -1,0 +1,161 @@
+"""What a method does to a ViT, as data: planned without touching it, then applied, then undone bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from covft.conditioning import Conditioning
+from covft.errors import UnsupportedViTError
+from covft.surgery.overrides import remove_hooks
+from covft.surgery.wrapped import module_at
+from covft.utils.sharding import assign, full
+
+
+class Hook(NamedTuple):
+    """A forward hook.
+
+    Attributes:
+        path: Dotted path of the hooked module in the ViT; empty for the ViT itself.
+        call: A method of an added module, so that copies of the ViT take it along.
+        before: Whether it runs before the module (with keywords) or after it.
+    """
+
+    path: str
+    call: Callable[..., Any]
+    before: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What a method changes in a ViT; everything else of the ViT is frozen.
+
+    Attributes:
+        trained: Names of the ViT's own parameters that are trained.
+        added: New modules, by the dotted paths that they get in the ViT.
+        replaced: Modules that replace others, by path. Each holds the module that it replaces.
+        hooks: Forward hooks.
+        conditioning: Carries the text to the new modules; None for a method without text.
+    """
+
+    trained: tuple[str, ...] = ()
+    added: Mapping[str, nn.Module] = field(default_factory=dict)
+    replaced: Mapping[str, nn.Module] = field(default_factory=dict)
+    hooks: tuple[Hook, ...] = ()
+    conditioning: Conditioning | None = None
+
+    def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield what is added to the ViT, by its name there."""
+        held = {id(p) for module in self.replaced.values() for p in _held_by(module).parameters()}
+        for path, module in (*self.added.items(), *self.replaced.items()):
+            yield from ((f"{path}.{name}", p) for name, p in module.named_parameters() if id(p) not in held)
+
+
+@dataclass
+class Applied:
+    """What stood in the ViT before; not part of any state dict.
+
+    Attributes:
+        modules: Modules that were replaced, by path.
+        values: Values of the ViT's own parameters that are trained, on the CPU, by their names before.
+        requires_grad: Whether each parameter was trainable, by its name before.
+    """
+
+    modules: dict[str, nn.Module]
+    values: dict[str, Tensor]
+    requires_grad: dict[str, bool]
+
+
+def apply(vit: nn.Module, change: Change) -> Applied:
+    """Change a ViT as planned.
+
+    Args:
+        vit: The ViT that the change was planned for.
+        change: The plan.
+
+    Returns:
+        What `undo` needs.
+    """
+    own = dict(vit.named_parameters())
+    applied = Applied(
+        modules={path: vit.get_submodule(path) for path in change.replaced},
+        values={name: full(own[name]).detach().to("cpu", copy=True) for name in change.trained},
+        requires_grad={name: parameter.requires_grad for name, parameter in own.items()},
+    )
+    for name, parameter in own.items():
+        parameter.requires_grad_(name in applied.values)
+    for path, module in change.replaced.items():
+        vit.set_submodule(path, module)
+    for path, module in change.added.items():
+        parent, _, name = path.rpartition(".")
+        vit.get_submodule(parent).add_module(name, module)
+    for module in (*change.added.values(), *change.replaced.values()):
+        for part in module.modules():
+            # transformers initialises modules without this mark again when the model around them is.
+            part._is_hf_initialized = True  # type: ignore[assignment]
+    for hook in change.hooks:
+        place = vit.get_submodule(hook.path)
+        if hook.before:
+            place.register_forward_pre_hook(hook.call, with_kwargs=True)
+        else:
+            place.register_forward_hook(hook.call, with_kwargs=True)
+    if change.conditioning is not None:
+        vit.register_forward_pre_hook(change.conditioning.enter_tower, with_kwargs=True, prepend=True)
+        vit.register_forward_hook(change.conditioning.leave_tower, always_call=True)
+    return applied
+
+
+def undo(vit: nn.Module, change: Change, applied: Applied) -> None:
+    """Restore a ViT as it was before `apply`, bit for bit.
+
+    Args:
+        vit: The changed ViT.
+        change: What was applied to it.
+        applied: What `apply` returned.
+    """
+    ours = {id(part) for module in change.added.values() for part in module.modules()}
+    for path in dict.fromkeys(("", *(hook.path for hook in change.hooks))):
+        place = vit.get_submodule(path)
+        remove_hooks(place, lambda owner: owner is not None and (id(owner) in ours or owner is change.conditioning))
+    for path in change.added:
+        parent, _, name = path.rpartition(".")
+        del vit.get_submodule(parent)._modules[name]
+    for path, module in applied.modules.items():
+        vit.set_submodule(path, module)
+    own = dict(vit.named_parameters())
+    with torch.no_grad():
+        for name, value in applied.values.items():
+            assign(own[name], value)
+            own[name].grad = None
+    for name, trained in applied.requires_grad.items():
+        own[name].requires_grad_(trained)
+
+
+def check_in_place(vit: nn.Module, change: Change) -> None:
+    """Refuse to undo a change in which other code has changed something since.
+
+    Raises:
+        UnsupportedViTError: If what was put into the ViT is not where it was put.
+    """
+    placed = {**change.added, **change.replaced}
+    moved = [path for path, module in placed.items() if module_at(vit, path) is not module]
+    if moved:
+        raise UnsupportedViTError(
+            "Other code has replaced or removed what the method put into the ViT.",
+            expected="the ViT as covft.tune left it, apart from values",
+            got=", ".join(moved[:5]),
+            fix="undo what the other library did first",
+        )
+
+
+def _held_by(module: nn.Module) -> nn.Module:
+    """Return the module that a replacement holds."""
+    for name in ("base_layer", "inner"):
+        held = getattr(module, name, None)
+        if isinstance(held, nn.Module):
+            return held
+    return nn.Module()

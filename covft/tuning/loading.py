@@ -1,0 +1,77 @@
+"""Reads the folder of a tuned ViT, and fills it in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from covft.checkpoints.folder import compare_tensors
+from covft.checkpoints.loading import Saved, read_saved
+from covft.errors import CheckpointError, ConfigError
+from covft.tuning.method import Method
+from covft.tuning.registry import make_method
+from covft.tuning.saving import tuned_tensors
+from covft.tuning.tuned import TunedViT
+from covft.utils.sharding import assign, full, shape_of
+
+
+@dataclass(frozen=True)
+class SavedMethod(Saved):
+    """The contents of a tuned ViT's folder.
+
+    Attributes:
+        method: The method with its options.
+    """
+
+    method: Method
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the method needs text."""
+        return self.method.needs_text
+
+    @classmethod
+    def read(cls, folder_or_repo_id: str | Path) -> SavedMethod | None:
+        """Read a folder, or a repository of the Hugging Face Hub.
+
+        Returns:
+            Its contents; None if the folder is one of `covft.wrap`.
+
+        Raises:
+            CheckpointError: If it is incomplete or damaged, cannot be reached, or names a method that is not installed.
+        """
+        folder, tensors, saved = read_saved(folder_or_repo_id)
+        if "method" not in saved:
+            return None
+        try:
+            method = make_method(saved["method"]["name"], saved["method"]["options"])
+        except ConfigError as error:
+            raise CheckpointError(
+                f"{folder} was made by a method that cannot be used here.",
+                expected="a method that is installed, with options that it knows",
+                got=str(error).partition("\n")[0],
+                fix="install the package that has the method, or upgrade covft",
+            ) from error
+        return cls(folder, tensors, saved["base"], saved["text"], method)
+
+    def fill(self, tuned: TunedViT) -> None:
+        """Put the weights into a ViT that was tuned by the same method.
+
+        Args:
+            tuned: Tuned with this method, around these base weights.
+
+        Raises:
+            CheckpointError: If tensors are missing, unexpected or of another shape; nothing is filled in then.
+        """
+        state: dict[str, Any] = tuned.vit.state_dict(keep_vars=True)
+        wanted = {name: shape_of(tensor) for name, tensor in tuned_tensors(tuned).items()}
+        extra = [name for name in self.tensors if name in state and name not in wanted]
+        wanted.update({name: shape_of(state[name]) for name in extra})
+        compare_tensors(wanted, {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}, "the folder")
+        for name in extra:  # which the caller had trained too
+            tuned.before.values[name] = full(state[name]).detach().to("cpu", copy=True)
+            state[name].requires_grad_(True)
+        for name, tensor in self.tensors.items():
+            assign(state[name], tensor)
+        self.warn_other_text(tuned.text_name)
