@@ -14,7 +14,7 @@ from covft.conditioning.open_scopes import Generator
 from covft.conditioning.scope import Conditioning, Scope
 from covft.errors import ShapeError, TextEncoderError
 from covft.text import CachedTextEncoder, TextEncoder
-from covft.text.base import in_order
+from covft.text.base import TokenStates, in_order
 from covft.text.cleaning import clean_instruction
 from covft.text.inputs import as_index, check_text_features
 from covft.utils.arguments import check_kinds
@@ -38,6 +38,11 @@ class CalledWithText(_Module):
     text_encoder: TextEncoder | None
     text_dim: int | None
     text_name: str | None
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether texts are given as states of their tokens, `(S, L, C)`, instead of features `(S, C)`."""
+        return False
 
     @property
     def _cleans_text(self) -> bool:
@@ -119,16 +124,7 @@ class CalledWithText(_Module):
         Raises:
             TextEncoderError: If a text is empty, or there is no text encoder.
         """
-        encoder = self.text_encoder
-        if encoder is None:
-            raise TextEncoderError(
-                "This encoder has no text encoder.",
-                expected="a text encoder, or text features of shape (S, C)",
-                got="None" if self.text_name is None else f"{self.text_name} was left behind by pickling",
-                fix="encoder.set_text_encoder(covft.text.as_text_encoder(...))",
-            )
-        if isinstance(encoder, CachedTextEncoder):
-            encoder.to(self._device())  # moves what covft itself loaded, nothing else
+        encoder = self._ready_encoder()
         if isinstance(text, Mapping):
             encode_tokens = getattr(encoder, "encode_tokens", None)
             if encode_tokens is None:
@@ -140,11 +136,48 @@ class CalledWithText(_Module):
                 )
             features = encode_tokens(text)
         else:
-            texts = [text] if isinstance(text, str) else in_order(text)
-            if self._cleans_text:
-                texts = [clean_instruction(entry) if isinstance(entry, str) else entry for entry in texts]
-            features = encoder.encode(texts)
+            features = encoder.encode(self._texts(text))
         return features.to(self._device())
+
+    def encode_states(self, text: str | Sequence[str]) -> TokenStates:
+        """Encode texts into one state per token, each alone, cached per distinct string.
+
+        Args:
+            text: One text, or several.
+
+        Returns:
+            States, shape `(S, L, C)`, and their mask, shape `(S, L)`, on the ViT's device, without gradient. A text
+            encoder that has no states of tokens gives its features as the one state of each text.
+
+        Raises:
+            TextEncoderError: If a text is empty, or there is no text encoder.
+        """
+        encoder, texts = self._ready_encoder(), self._texts(text)
+        if hasattr(encoder, "encode_states"):
+            states, mask = encoder.encode_states(texts)  # type: ignore[union-attr]
+        else:
+            states = encoder.encode(texts)[:, None]
+            mask = states.new_ones(states.shape[:2], dtype=torch.bool)
+        return TokenStates(states.to(self._device()), mask.to(self._device()))
+
+    def _texts(self, text: Any) -> list[Any]:
+        texts = [text] if isinstance(text, str) else in_order(text)
+        if self._cleans_text:
+            return [clean_instruction(entry) if isinstance(entry, str) else entry for entry in texts]
+        return texts
+
+    def _ready_encoder(self) -> TextEncoder:
+        encoder = self.text_encoder
+        if encoder is None:
+            raise TextEncoderError(
+                "This encoder has no text encoder.",
+                expected="a text encoder, or text features of shape (S, C)",
+                got="None" if self.text_name is None else f"{self.text_name} was left behind by pickling",
+                fix="encoder.set_text_encoder(covft.text.as_text_encoder(...))",
+            )
+        if isinstance(encoder, CachedTextEncoder):
+            encoder.to(self._device())  # moves what covft itself loaded, nothing else
+        return encoder
 
     @check_kinds
     def set_text_encoder(self, text_encoder: TextEncoder | None) -> None:
@@ -162,16 +195,21 @@ class CalledWithText(_Module):
         self.__dict__["text_encoder"] = text_encoder
 
     def _enter(self, text: Any, index: Any, generator: Generator | None = None) -> Scope:
-        features = text
+        features, mask = text, None
         if isinstance(text, Tensor):
-            check_text_features(text, self.text_dim)
+            check_text_features(text.flatten(0, 1) if self.reads_states and text.dim() == 3 else text, self.text_dim)
             features = text.to(self._device())
+            if self.reads_states and text.dim() == 2:
+                features = features[:, None]
+        elif text is not None and self.reads_states and not isinstance(text, Mapping):
+            features, mask = self.encode_states(text)
         elif text is not None:
             features = self.encode_text(text)
+            features = features[:, None] if self.reads_states else features
         if index is not None:
             index = as_index(index, 0 if features is None else len(features)).to(self._device())
         shared = isinstance(text, str) and index is None
-        return self.conditioning.enter(features, index, shared=shared, generator=generator)
+        return self.conditioning.enter(features, index, shared=shared, generator=generator, text_mask=mask)
 
     def _device(self) -> torch.device:
         return next(self.vit.parameters()).device

@@ -31,12 +31,13 @@ class Scope:
     """Text, and what else applies to the FFNs that run inside it.
 
     Args:
-        text_features: Shape `(S, C)`, one row per text; None where no text was given.
+        text_features: Shape `(S, C)`, one row per text, or token states `(S, L, C)`; None where no text was given.
         index: Which text each image has, shape `(B,)`; None where image i has text i.
         shared: Whether the one text is for all images, however many.
         seed: Seed of random routing in training mode.
         call: What this run of the tower knows; None where the scope is a text that was given.
         parent: The text that a run of the tower was given; None for a text.
+        text_mask: Which token states are of the text and not padding, shape `(S, L)`; None where all are.
 
     Attributes:
         groups: How many images are repeated together, one after another, if all are repeated before the ViT runs, as
@@ -64,6 +65,7 @@ class Scope:
         "seed",
         "shared",
         "text_features",
+        "text_mask",
     )
 
     def __init__(
@@ -75,8 +77,10 @@ class Scope:
         seed: int | None = None,
         call: TowerCall | None = None,
         parent: Scope | None = None,
+        text_mask: Tensor | None = None,
     ) -> None:
         self.text_features = text_features
+        self.text_mask = text_mask
         self.index = index
         self.shared = shared
         self.seed = seed
@@ -107,15 +111,22 @@ class Scope:
         return self._frame is None or self.frame in frames
 
     def text_for(self, num_images: int) -> Tensor | None:
-        """Return the text features of each image, shape `(num_images, C)`.
+        """Return the text features of each image, shape `(num_images, C)`, or token states `(num_images, L, C)`.
 
         Raises:
             ShapeError: If the text is for another number of images.
         """
-        if self.text_features is None:
+        return self._per_image(self.text_features, num_images)
+
+    def text_mask_for(self, num_images: int) -> Tensor | None:
+        """Return which token states of each image's text are not padding, shape `(num_images, L)`; None if all are."""
+        return self._per_image(self.text_mask, num_images)
+
+    def _per_image(self, rows: Tensor | None, num_images: int) -> Tensor | None:
+        if rows is None or self.text_features is None:
             return None
         if self.shared:
-            return self.text_features.expand(num_images, -1)
+            return rows.expand(num_images, *rows.shape[1:])
         index, expected = self.index, len(self.text_features) if self.index is None else len(self.index)
         if self.groups and expected and num_images > expected and num_images % expected == 0:
             each = torch.arange(expected, device=self.text_features.device) if index is None else index
@@ -128,7 +139,7 @@ class Scope:
                 + ("no index" if self.index is None else f"index of shape {tuple(self.index.shape)}"),
                 fix="encoder(images, texts, index=torch.tensor([...]))",
             )
-        return self.text_features if index is None else self.text_features[index]
+        return rows if index is None else rows[index]
 
     def check_rows(self, num_images: int) -> None:
         """Refuse an FFN that sees other images than the tower, so that no text meets another's image.
@@ -191,16 +202,18 @@ class Conditioning:
         *,
         shared: bool = False,
         generator: Generator | None = None,
+        text_mask: Tensor | None = None,
     ) -> Scope:
         """Open a scope; `leave` must follow, whatever happens in between.
 
         Args:
-            text_features: Shape `(S, C)`; None where the routing needs no text.
+            text_features: Shape `(S, C)` or `(S, L, C)`; None where the routing needs no text.
             index: Which text each image has, shape `(B,)`.
             shared: Whether the one text is for all images.
             generator: The generator that may be suspended before `leave`; None if there is none.
+            text_mask: Which token states are not padding, shape `(S, L)`.
         """
-        scope = Scope(text_features, index, shared=shared, seed=self.new_seed())
+        scope = Scope(text_features, index, shared=shared, seed=self.new_seed(), text_mask=text_mask)
         scope.generator = generator
         self._open.open(scope)
         return scope
@@ -257,7 +270,8 @@ class Conditioning:
             scope = Scope(None, seed=seed, call=call)
         else:
             text, index = parent.text_features, parent.index
-            scope = Scope(text, index, shared=parent.shared, seed=seed, call=call, parent=parent)
+            mask = parent.text_mask
+            scope = Scope(text, index, shared=parent.shared, seed=seed, call=call, parent=parent, text_mask=mask)
             scope.groups = parent.groups
         self._open.open(scope)
 

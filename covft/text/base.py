@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,18 @@ class TextEncoder(Protocol):
             Features, shape `(S, C)`, without gradient, on the encoder's own device.
         """
         ...
+
+
+class TokenStates(NamedTuple):
+    """States of the tokens of texts.
+
+    Attributes:
+        states: Shape `(S, L, C)`, L being the tokens of the longest text.
+        mask: Which are of the text and not padding, shape `(S, L)`.
+    """
+
+    states: Tensor
+    mask: Tensor
 
 
 class CachedTextEncoder(ABC):
@@ -87,6 +99,52 @@ class CachedTextEncoder(ABC):
             ShapeError: If the model did not return `(1, C)` for one text.
         """
         return self._gather(check_texts(texts), self._encode_one)
+
+    def encode_states(self, texts: Sequence[str]) -> TokenStates:
+        """Encode each text by itself, into one state per token; each distinct text runs once while it is cached.
+
+        An encoder that has no states of tokens gives its features as the one state of each text.
+
+        Args:
+            texts: S questions.
+
+        Raises:
+            TextEncoderError: If an entry is not a string, or empty, or its states are not finite.
+            ShapeError: If the model did not return `(1, L, C)` for one text.
+        """
+        strings = check_texts(texts)
+        rows: dict[str, Tensor] = {}
+        with _undisturbed(self.device):
+            for text in dict.fromkeys(strings):
+                row = self.cache.get(("states", text))
+                if row is None:
+                    row = self._run_states(text)
+                    self.cache.put(("states", text), row)
+                rows[text] = row
+            longest = max((len(row) for row in rows.values()), default=1)
+            padded = {t: nn.functional.pad(row, (0, 0, 0, longest - len(row))) for t, row in rows.items()}
+            states = [padded[text] for text in strings] or [torch.empty(0, longest, self.text_dim)]
+            lengths = torch.tensor([len(rows[text]) for text in strings])
+            mask = torch.arange(longest)[None] < lengths[:, None]
+            stacked = torch.stack(states) if strings else states[0]
+            return TokenStates(stacked.to(self.device), mask.to(self.device))
+
+    def _states_of_one(self, text: str) -> Tensor:
+        """Return the states of the tokens of one text, shape `(1, L, C)`."""
+        return self._encode_one(text)[:, None]
+
+    def _run_states(self, text: str) -> Tensor:
+        for module in self._modules:
+            module.eval()
+        with _undisturbed(self.device):
+            states = self._states_of_one(text)
+            if not isinstance(states, Tensor) or states.dim() != 3 or len(states) != 1 or not states.shape[1]:
+                got = tuple(states.shape) if isinstance(states, Tensor) else describe(states)
+                raise ShapeError(
+                    "States of a text are one row per token.", expected=f"(1, L, {self.text_dim})", got=got
+                )
+            check_features(states.flatten(1), states.shape[1] * self.text_dim, shown(text))
+            return states[0].detach().to("cpu").clone()
 
     def encode_tokens(self, batch: Mapping[str, Any]) -> Tensor:
         """Encode a tokenised batch; only Hugging Face encoders can.

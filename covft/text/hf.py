@@ -144,12 +144,30 @@ class HFTextEncoder(CachedTextEncoder):
                 got=repr(text),
                 fix="covft.text.HFTextEncoder(model, tokenizer=tokenizer)",
             )
+        return self._encode_row(self._tokenized(text))
+
+    def _tokenized(self, text: str) -> TokenRow:
         tokens = self.tokenizer(text, verbose=False)
         if self._is_cut(len(tokens["input_ids"])):
             tokens = self.tokenizer(text, truncation=True, max_length=self.max_length)
-        return self._encode_row((tuple(tokens["input_ids"]), tokens.get("token_type_ids")))
+        return tuple(tokens["input_ids"]), tokens.get("token_type_ids")
+
+    def _states_of_one(self, text: str) -> Tensor:
+        if self.tokenizer is None:
+            return super()._states_of_one(text)  # which says what is missing
+        row = self._tokenized(text)
+        hidden, _, _ = self._run_model(row)
+        if hidden is None or hidden.shape[-1] != self.text_dim:
+            return super()._states_of_one(text)  # features of another width than its tokens', such as CLIP's projection
+        return hidden[:, : len(row[0])]
 
     def _encode_row(self, row: TokenRow) -> Tensor:
+        hidden, pooled, ids = self._run_model(row)
+        features = self._pool(hidden, pooled, ids, len(row[0]))
+        return F.normalize(features, dim=-1) if self.normalize else features
+
+    def _run_model(self, row: TokenRow) -> tuple[Tensor | None, Tensor | None, list[int]]:
+        """Return the states of the tokens and the pooled output, where the model has them, and the padded ids."""
         ids, types = list(row[0]), row[1]
         length = len(ids)
         inputs: dict[str, Tensor] = {}
@@ -163,9 +181,7 @@ class HFTextEncoder(CachedTextEncoder):
         if types is not None:
             inputs["token_type_ids"] = torch.tensor([list(types)], device=self.device)
         run = getattr(self.model, "get_text_features", self.model)
-        hidden, pooled = hidden_and_pooled(run(**inputs))
-        features = self._pool(hidden, pooled, ids, length)
-        return F.normalize(features, dim=-1) if self.normalize else features
+        return (*hidden_and_pooled(run(**inputs)), ids)
 
     def _pool(self, hidden: Tensor | None, pooled: Tensor | None, ids: list[int], length: int) -> Tensor:
         source = pooled if self.pooling == "pooled" else hidden

@@ -75,6 +75,11 @@ class SentenceTransformersEncoder(CachedTextEncoder):
         self._is_cut(count_tokens(getattr(self.model, "tokenizer", None), text))
         return self.model.encode([text], convert_to_tensor=True, show_progress_bar=False)
 
+    def _states_of_one(self, text: str) -> Tensor:
+        self._is_cut(count_tokens(getattr(self.model, "tokenizer", None), text))
+        [states] = self.model.encode([text], output_value="token_embeddings", show_progress_bar=False)
+        return states[None] if states.shape[-1] == self.text_dim else super()._states_of_one(text)
+
 
 def check_modules(source: str, revision: str | None = None) -> list[tuple[str, str]]:
     """Refuse a repository that names classes other than those of the library, or has them run code.

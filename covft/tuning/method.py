@@ -76,6 +76,7 @@ class Method(ABC):
     Attributes:
         name: Its id, such as `"lora"`.
         needs_text: Whether a call without text is an error.
+        reads_states: Whether it reads states of the text's tokens, shape `(S, L, C)`, instead of features `(S, C)`.
         size: The option that sets how much is trained, for `covft.match`; None if there is none.
         merges: Whether what is trained can be folded into the ViT's own weights, exactly.
 
@@ -90,6 +91,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     needs_text: ClassVar[bool] = False
+    reads_states: ClassVar[bool] = False
     size: ClassVar[str | None] = None
     merges: ClassVar[bool] = False
 

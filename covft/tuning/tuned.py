@@ -59,6 +59,11 @@ class TunedViT(CalledWithText, nn.Module):
         """Carries the text to what the method added; None for a method without text."""
         return self.change.conditioning
 
+    @property
+    def reads_states(self) -> bool:
+        """Whether texts are given as states of their tokens, `(S, L, C)`."""
+        return self.method.reads_states
+
     def forward(
         self,
         images: Tensor | None = None,
