@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from covft.nn.functional import per_image
+from covft.nn.functional import autocasts, per_image, without_autocast
 from covft.nn.plan import Between, FFNPlan, pairs, run_ffn
 
 # Rows per block on a CPU, so that intermediates stay in its caches and their memory is reused.
@@ -52,7 +52,7 @@ def mix(
 
     Backward recomputes the pre-activations unless they are kept.
     """
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocasts(x.device.type)
     weights = [tensor for expert in experts for tensor in plan.weights(expert)]
     settings = _Settings(
         tuple(plan.between(expert) for expert in experts),
@@ -83,7 +83,7 @@ class _Mixture(torch.autograd.Function):
         blocks, weights_TE = _blocks(tokens_TD), _per_token(weights_BE, tokens_TD)
         kept: list[Tensor] = []
         mixed_TD: Any = None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             for e, own in enumerate(_per_expert(weights, settings)):
                 *first, last, bias = map(settings.cast, own)
                 layers, between = pairs(first), settings.between[e]
@@ -120,7 +120,7 @@ class _Mixture(torch.autograd.Function):
         grad_routing_TE = torch.zeros_like(weights_TE, dtype=wide) if needs_routing else None
         grad_weights: list[Tensor | None] = []
         scratch = _Scratch(blocks)
-        with torch.autocast(grad_TD.device.type, enabled=False):
+        with without_autocast(grad_TD.device.type):
             for e, own in enumerate(_per_expert(weights, settings)):
                 *first, last, bias = map(settings.cast, own)
                 layers, between = pairs(first), settings.between[e]

@@ -83,7 +83,7 @@ def apply(vit: nn.Module, change: Change) -> Applied:
     own = dict(vit.named_parameters())
     applied = Applied(
         modules={path: vit.get_submodule(path) for path in change.replaced},
-        values={name: full(own[name]).detach().to("cpu", copy=True) for name in change.trained},
+        values={name: _copy(own[name]) for name in change.trained},
         requires_grad={name: parameter.requires_grad for name, parameter in own.items()},
     )
     for name, parameter in own.items():
@@ -150,6 +150,12 @@ def check_in_place(vit: nn.Module, change: Change) -> None:
             got=", ".join(moved[:5]),
             fix="undo what the other library did first",
         )
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    """Return the values of a parameter, on the CPU; nothing is there to copy on the meta device."""
+    value = full(parameter).detach()
+    return value.clone() if value.is_meta else value.to("cpu", copy=True)
 
 
 def _held_by(module: nn.Module) -> nn.Module:

@@ -24,6 +24,10 @@ _HOMES = {
     "top_layer": "covft.tuning.selection:TopLayer",
     "lora": "covft.tuning.lora:LoRA",
     "dora": "covft.tuning.lora:DoRA",
+    "vpt": "covft.tuning.vpt:VPT",
+    "qa_vit": "covft.tuning.qa_vit:QAViT",
+    "adaln": "covft.tuning.adaln:AdaLN",
+    "cross_attention": "covft.tuning.cross_attention:CrossAttention",
 }
 _registered: dict[str, type[Method]] = {}
 

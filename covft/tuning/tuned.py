@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from covft.adapters.spec import ViTSpec
 from covft.conditioning.calls import CalledWithText
 from covft.conditioning.scope import freeze_batch_norms
-from covft.errors import MergeError, ShapeError
+from covft.errors import ConfigError, MergeError, ShapeError
 from covft.surgery.activation_checkpointing import set_activation_checkpointing
 from covft.text import TextEncoder
 from covft.tuning import saving
@@ -92,6 +92,26 @@ class TunedViT(CalledWithText, nn.Module):
                 raise ShapeError("index= was given without text.", expected="text= with index=", got="text=None")
             return self.vit(*(() if images is None else (images,)), **kwargs)
         return super().forward(images, text, index=index, **kwargs)
+
+    @property
+    def strength(self) -> float:
+        """Factor of what the method adds, 0 for the frozen tower and 1 as trained.
+
+        Raises:
+            ConfigError: If the method has no such dial.
+        """
+        return self._dials()[0].strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        for module in self._dials():
+            module.strength = float(strength)
+
+    def _dials(self) -> list[Any]:
+        dials = [part for m in self.change.added.values() for part in m.modules() if hasattr(part, "strength")]
+        if not dials:
+            raise ConfigError(f"{self.method.name!r} has no strength to set.", fix='"cross_attention" has one')
+        return dials
 
     def trained_names(self) -> tuple[str, ...]:
         """Return the names in the ViT of what the method trains, as it was set up: own and new parameters."""
