@@ -19,6 +19,7 @@ from covft.checkpoints.sources import public_revision, public_source
 from covft.errors import CheckpointError
 from covft.surgery.wrapped import WrappedViT
 from covft.utils.sharding import full, is_main_process, is_sharded
+from covft.utils.torch_internals import without_checkpointing
 
 
 def adapted_state_dict(encoder: WrappedViT) -> dict[str, Tensor]:
@@ -37,7 +38,7 @@ def adapted_tensors(encoder: WrappedViT, gathered: Mapping[str, Tensor] | None =
         gathered: Tensors by name that replace those of the modules.
     """
     # Modules that torch wraps for activation checkpointing are not seen in the names of a state dict.
-    named = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in encoder.vit.named_parameters())
+    named = ((without_checkpointing(name), p) for name, p in encoder.vit.named_parameters())
     trained = {name for name, parameter in named if parameter.requires_grad} | set(encoder.norms)
     slots, state = _slot_prefixes(encoder), _state(encoder, gathered)
     return {name: tensor for name, tensor in state.items() if name.startswith(slots) or name in trained}
