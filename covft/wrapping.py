@@ -90,7 +90,7 @@ class WrapPlan:
         wanted = expected_tensors(self.vit, self.spec, self.config, self._conditioning(), self._text_dim)
         slots = tuple(f"{self.spec.blocks[layer].mlp_path}." for layer in self.config.layers or ())
         state = {n: t for n, t in self.vit.state_dict(keep_vars=True).items() if not n.startswith(slots)}
-        self.saved.check_tensors(wanted, state)
+        self.saved.check_tensors(self.vit, wanted, state)
 
     @property
     def _text_dim(self) -> int | None:

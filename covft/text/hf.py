@@ -28,6 +28,7 @@ from covft.text.loading import find_json, load_pretrained
 from covft.utils.arguments import check_kinds
 from covft.utils.foreign_code import refuse_code
 from covft.utils.sources import with_options
+from covft.utils.transformers_names import commit_of
 
 POOLINGS = ("cls", "mean", "pooled")
 
@@ -91,7 +92,7 @@ class HFTextEncoder(CachedTextEncoder):
         self._owned = self.model if isinstance(model, str) else None
         self.tokenizer = tokenizer or _saved_tokenizer(loaded)
         self.normalize = normalize
-        self.revision: str | None = getattr(loaded.config, "_commit_hash", None) or revision
+        self.revision: str | None = commit_of(loaded) or revision
         self.max_length = max_length or length_limit(self.model, self.tokenizer)
         self.pooling = self._resolve(pooling)
         # The name has everything that the features depend on, so that a saved one reproduces them.
