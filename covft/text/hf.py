@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -161,7 +162,8 @@ class HFTextEncoder(CachedTextEncoder):
         else:
             inputs["attention_mask"] = torch.ones(1, length, dtype=torch.long, device=self.device)
         inputs["input_ids"] = torch.tensor([ids], device=self.device)
-        if types is not None:
+        run = getattr(self.model, "get_text_features", self.model.forward)
+        if types is not None and _takes(run, "token_type_ids"):
             inputs["token_type_ids"] = torch.tensor([list(types)], device=self.device)
         run = getattr(self.model, "get_text_features", self.model)
         hidden, pooled = hidden_and_pooled(run(**inputs))
@@ -183,6 +185,12 @@ class HFTextEncoder(CachedTextEncoder):
             return source[:, :length].mean(dim=1)
         cls_id = self._special("cls")
         return source[:, ids.index(cls_id) if cls_id in ids else 0]
+
+
+def _takes(method: Any, name: str) -> bool:
+    """Return whether a method takes an argument; tokenizers of BERT's kind also serve models that know no types."""
+    parameters = inspect.signature(method).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _saved_tokenizer(model: Any) -> Any:

@@ -68,7 +68,7 @@ def test_it_is_the_model_that_was_saved(name, tmp_path):
     assert processor.get_vocab() == BY_NAME[model.config.model_type].tokenizer.get_vocab()
     # The plain model is another one, and transformers says so.
     plain, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
-    assert info["unexpected_keys"] == {MARK}
+    assert set(info["unexpected_keys"]) == {MARK}
     assert not torch.equal(outputs(plain, batch)[0], outputs(model, batch)[0])
 
 

@@ -15,6 +15,7 @@ from covft.errors import (
     UnsupportedViTError,
 )
 from covft.integrations import attach, detach, get_encoder
+from covft.integrations.mllm.families import base_of
 from tests.helpers.attached import MIXED, TEXTS, attached, changed, every_mllm, forward
 from tests.helpers.mllms import BY_NAME
 from tests.helpers.towers import perturb
@@ -120,8 +121,8 @@ def test_signature__is_the_models_own_and_context_text():
     assert "image_flags" not in inspect.signature(model.generate).parameters
     assert inspect.signature(model.forward).parameters["context_text"].default is None
     assert (
-        list(inspect.signature(model.base_model.get_image_features).parameters)
-        == list(inspect.signature(type(model.base_model).get_image_features).parameters)[1:]
+        list(inspect.signature(base_of(model).get_image_features).parameters)
+        == list(inspect.signature(type(base_of(model)).get_image_features).parameters)[1:]
     )
 
 
