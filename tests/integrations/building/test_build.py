@@ -22,6 +22,7 @@ from tests.helpers.building import (
     published,
     save_published,
 )
+from tests.helpers.releases import skip_before
 
 
 def naive_logits(model, tower, llm, batch, *, dropped, layer, projector):
@@ -53,6 +54,8 @@ def two_layers(model):
 def test_llava_is_its_parts(parts, tokenizer, tmp_path, vision, language):
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    if vision == "internvit":
+        skip_before((5, 0), "an InternViT that gives LLaVA hidden states")
     model = build_llava(parts / vision, parts / language, tokenizer)
     loaded = TOWERS[vision](None)[0]
     whole = type(loaded).from_pretrained(parts / vision)
@@ -259,3 +262,17 @@ def test_a_part_of_another_class_is_refused(parts, tokenizer):
     tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION))
     with pytest.raises(UnsupportedViTError, match="CLIPVisionModelWithProjection as its vision part"):
         build_llava(tower, parts / "llama", tokenizer)
+
+
+def test_a_tower_that_gives_no_hidden_states_is_refused(parts, tokenizer):
+    """As the InternViT of transformers 4.57; LLaVA would fail at its first image."""
+    from transformers import AutoModelForCausalLM, CLIPVisionModel
+
+    tower = CLIPVisionModel.from_pretrained(parts / "clip")
+    plain = tower.forward
+    tower.forward = lambda pixel_values: plain(pixel_values)
+    llm = AutoModelForCausalLM.from_pretrained(parts / "llama")
+    before = len(tokenizer)
+    with pytest.raises(UnsupportedViTError, match="cannot be the tower of a LLaVA"):
+        build_llava(tower, llm, tokenizer)
+    assert len(tokenizer) == before

@@ -44,7 +44,8 @@ def test_attach__leaves_out_what_the_model_does_not_read_and_nothing_else(mllm):
     encoder = get_encoder(attach(model, TEXTS, tokenizer=mllm.tokenizer, layers=[0]))
     perturb(encoder)
     logits, _ = forward(model, batch)
-    read = getattr(model.config, "vision_feature_layer", -1)
+    named = (getattr(model.config, name, None) for name in ("vision_feature_layer", "vision_feature_layers"))
+    read = next((layers for layers in named if layers is not None), -1)
     last = max(read) if isinstance(read, list | tuple) else read
     vit, depth = encoder.vit, encoder.spec.depth
     detach(model)

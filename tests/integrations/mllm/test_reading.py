@@ -102,7 +102,11 @@ def test_videos__one_text_for_all_frames():
     video = model.config.video_token_id
     frames = torch.randn(1, 2, 3, 32, 32)
     with torch.no_grad(), get_encoder(model).condition("any"):
-        length = len(image_features(model.get_video_features(frames))[0])
+        # Named, as release 4 of transformers needs them here.
+        reads = {
+            name: getattr(model.config, name) for name in ("vision_feature_layer", "vision_feature_select_strategy")
+        }
+        length = len(image_features(model.get_video_features(frames, **reads))[0])
     ids = torch.cat([torch.full((1, length), video), mllm_ids(mllm, CUP)], dim=1)
     with torch.no_grad():
         _, runs = watch(get_encoder(model).vit, lambda: model(ids, pixel_values_videos=frames))

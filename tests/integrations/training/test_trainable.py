@@ -13,6 +13,7 @@ import covft
 from covft.errors import MissingGradientError, UnsupportedViTError
 from covft.integrations import CoVFTCallback, MLLMTrainer, attach, detach, get_encoder, parts_of, train_only
 from tests.helpers.mllms import BY_NAME, Row
+from tests.helpers.releases import untied
 from tests.helpers.training import COVFT_PARTS, TEXTS, arguments, build, tower_name
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -141,6 +142,7 @@ def test_train_only__of_prompts():
     assert {name.split(".")[0] for name in trained(model)} == {"prompt_encoder"}
 
 
+@untied
 def test_detach__of_adapters_on_the_attention_that_were_merged(batch):
     model = build(attached=False)
     adapted = lora(model, TOWER, init_lora_weights=False)
