@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from covft.surgery.activation_checkpointing import NAMES, training_field
+from covft.utils.transformers_names import CHECKPOINTING, training_field
 from tests.helpers.conditioning import Call, Case
 from tests.helpers.recomputing import recompute
 from tests.helpers.towers import features
@@ -166,7 +166,7 @@ def test_gradients__equal_with_dropout_and_offload(name):
     assert_same(case.gradients(offloaded, by_library(case)), wanted)
 
 
-@pytest.mark.skipif(training_field() != NAMES[0], reason="this release of transformers has no such options")
+@pytest.mark.skipif(training_field() != CHECKPOINTING[0], reason="this release of transformers has no such options")
 def test_gradients__equal_with_every_second_layer_checkpointed_and_offloaded():
     case = Case("hf-clip")
     wanted = case.gradients(same_images, plain(case))

@@ -30,10 +30,10 @@ from covft.integrations.training.parts import parts_of
 from covft.integrations.training.precision import keeps_float32_copies, train_in_float32
 from covft.integrations.training.resuming import watch_resuming
 from covft.integrations.training.trainable import after_peft, check_trainable
-from covft.surgery.activation_checkpointing import NAMES
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 from covft.utils.sharding import is_sharded
+from covft.utils.transformers_names import CHECKPOINTING, check_trainer
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -191,6 +191,7 @@ class CoVFTCallback(TowerCallback):
         **settings: Any,
     ) -> None:
         import_library("transformers", "train", needed_by="CoVFTCallback")
+        check_trainer()
         known = set(inspect.signature(attach).parameters) - {"model"}
         if unknown := sorted(set(settings) - known):
             raise ConfigError(
@@ -333,7 +334,7 @@ def without_reentrant(arguments: Any) -> None:
     Raises:
         ReentrantCheckpointError: If they ask for the reentrant kind.
     """
-    for name in NAMES:
+    for name in CHECKPOINTING:
         if getattr(arguments, name, False):
             options = dict(getattr(arguments, f"{name}_kwargs", None) or {})
             refuse_reentrant(f"{name}_kwargs", options)
@@ -360,7 +361,7 @@ def _check_arguments(args: Arguments) -> None:
             got="one process",
             fix="accelerate launch train.py, or CUDA_VISIBLE_DEVICES=0",
         )
-    for name in NAMES:
+    for name in CHECKPOINTING:
         refuse_reentrant(f"{name}_kwargs", getattr(args, f"{name}_kwargs", None))
     if args.save_total_limit == 1:
         warnings.warn(

@@ -29,6 +29,7 @@ from covft.utils.arguments import check_kinds
 from covft.utils.files import Pair, is_temporary, read_pair, write_json, write_pair
 from covft.utils.sharding import assign, full, shape_of
 from covft.utils.strict_json import read_strictly
+from covft.utils.torch_internals import without_checkpointing
 
 SEAL = "complete.json"
 TRAINED = "trained.safetensors"
@@ -144,7 +145,7 @@ def trained_outside(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _trained_inside(model: nn.Module) -> set[str]:
     inside = _tower(model)
-    named = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters())
+    named = ((without_checkpointing(name), p) for name, p in model.named_parameters())
     return {name for name, p in named if p.requires_grad and id(p) in inside}
 
 
