@@ -112,6 +112,7 @@ def save(
     if writes:
         unsharded = {name: full(tensor).cpu() if name in sharded else tensor for name, tensor in adapted.items()}
         write_folder(folder, unsharded, _config(encoder, unsharded, base), model_card(encoder))
+        encoder.saved_in = Path(folder)
 
 
 def push(encoder: WrappedViT, repo_id: str, **kwargs: Any) -> str:
