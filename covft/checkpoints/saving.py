@@ -116,6 +116,7 @@ def save(
         unsharded = {named(name): full(tensor).cpu() if name in sharded else tensor for name, tensor in adapted.items()}
         config = _config(encoder, unsharded, {named(name): tensor for name, tensor in base.items()})
         write_folder(folder, unsharded, config, model_card(encoder))
+        encoder.saved_in = Path(folder)
 
 
 def push(encoder: WrappedViT, repo_id: str, **kwargs: Any) -> str:

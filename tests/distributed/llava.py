@@ -10,7 +10,7 @@ from torch import nn
 
 import covft
 from covft.data import IGNORE_INDEX, Collator
-from covft.integrations import attach, get_encoder
+from covft.integrations import attach, get_encoder, train_only
 from covft.utils.sharding import gathered
 from tests.helpers.mllm_configs import SIZE
 from tests.helpers.mllms import BY_NAME, Row
@@ -50,6 +50,22 @@ def attached_model(folder: Path, dtype: torch.dtype = torch.float64, **settings:
     with gathered(encoder.parameters(), changed=True):
         perturb(encoder)
     return model.train()
+
+
+def lora_model(folder: Path) -> Any:
+    """The same model with LoRA on its language model, and a projector that is trained too."""
+    import peft
+
+    model = attached_model(folder)
+    lora = peft.LoraConfig(
+        r=2,
+        target_modules=r".*language_model.*\.(q|v)_proj",
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",  # otherwise peft saves the name of the model's class, which FSDP changes
+    )
+    model = peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
+    train_only(model, ["projector", "llm", "covft"])
+    return model
 
 
 def samples() -> list[dict[str, Any]]:
