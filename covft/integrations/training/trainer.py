@@ -18,9 +18,10 @@ from covft.errors import ConfigError
 from covft.integrations.mllm.attachment import attachment_of, without_peft
 from covft.integrations.mllm.dummies import without_dummies
 from covft.integrations.mllm.families import base_of
-from covft.integrations.training.callback import CoVFTCallback, SealCallback, without_reentrant
+from covft.integrations.training.callback import CoVFTCallback, SealCallback
 from covft.integrations.training.checkpoints import check_checkpoint, checkpoint_folder, last_checkpoint, unseal
 from covft.integrations.training.parts import param_groups
+from covft.integrations.training.reentrant import without_reentrant
 from covft.integrations.training.resuming import check_resumed
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
