@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from PIL import Image
 
 from covft.testing import _byte_tokenizer, tiny_internvl, tiny_llava
 
-TEMPLATES = Path(__file__).with_name("templates")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -41,20 +41,15 @@ def llava() -> tuple[Any, Any]:
 def internvl() -> tuple[Any, Any]:
     """An InternVL of transformers' own classes."""
     model, tokenizer, _ = tiny_internvl()
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<video>"]})
+    tokenizer.add_tokens(["<video>"], special_tokens=True)
     model.resize_token_embeddings(len(tokenizer))
-    for name, token in [("start_image", "<img>"), ("end_image", "</img>"), ("context_image", "<IMG_CONTEXT>")]:
-        setattr(tokenizer, f"{name}_token", token)
-        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
-    tokenizer.video_token = "<video>"
-    tokenizer.init_kwargs |= {
-        "extra_special_tokens": {
-            "start_image_token": "<img>",
-            "end_image_token": "</img>",
-            "context_image_token": "<IMG_CONTEXT>",
-            "video_token": "<video>",
-        }
-    }
+    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    with tempfile.TemporaryDirectory() as folder:  # a processor of InternVL reads their names off the tokenizer
+        tokenizer.save_pretrained(folder)
+        file = Path(folder, "tokenizer_config.json")
+        config = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({**config, "extra_special_tokens": {**named, "video_token": "<video>"}}))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     images = transformers.GotOcr2ImageProcessor(size={"height": 32, "width": 32}, crop_to_patches=False)
     videos = transformers.InternVLVideoProcessor(size={"height": 32, "width": 32})
     processor = transformers.InternVLProcessor(images, tokenizer, videos, image_seq_length=4)
@@ -65,9 +60,7 @@ def internvl() -> tuple[Any, Any]:
 def qwen() -> tuple[Any, Any]:
     """A Qwen2.5-VL of transformers; ms-swift expects the published ids of its placeholders."""
     named = {"<|image_pad|>": 151655, "<|video_pad|>": 151656}
-    tokenizer = _byte_tokenizer(
-        "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", template=CHATML
-    )
+    tokenizer = _byte_tokenizer("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", template=CHATML)
     fill = named["<|image_pad|>"] - len(tokenizer)
     tokenizer.add_tokens([f"<unused{number}>" for number in range(fill)])
     tokenizer.add_special_tokens({"additional_special_tokens": list(named)}, replace_extra_special_tokens=False)
@@ -75,17 +68,29 @@ def qwen() -> tuple[Any, Any]:
     ids = tokenizer.convert_tokens_to_ids
     config = transformers.Qwen2_5_VLConfig(
         vision_config={
-            **{"hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "depth": 6, "out_hidden_size": 32},
-            **{"patch_size": 14, "fullatt_block_indexes": [1, 3, 5], "window_size": 56},
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "depth": 6,
+            "out_hidden_size": 32,
+            "patch_size": 14,
+            "fullatt_block_indexes": [1, 3, 5],
+            "window_size": 56,
         },
         text_config={
-            **SMALL, "num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": len(tokenizer),
+            **SMALL,
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 2,
+            "vocab_size": len(tokenizer),
             "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]},
-            "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         },
-        image_token_id=named["<|image_pad|>"], video_token_id=named["<|video_pad|>"],
-        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
+        image_token_id=named["<|image_pad|>"],
+        video_token_id=named["<|video_pad|>"],
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
         tie_word_embeddings=True,
     )
     model = transformers.Qwen2_5_VLForConditionalGeneration(config)
@@ -108,7 +113,7 @@ def main(kind: str, folder: str, data: str) -> None:
     place = Path(data)
     place.mkdir(exist_ok=True)
     colors = [("red", (220, 30, 30)), ("green", (30, 200, 30)), ("blue", (30, 30, 220)), ("white", (240, 240, 240))]
-    with open(place / "train.jsonl", "w", encoding="utf-8") as file:
+    with (place / "train.jsonl").open("w", encoding="utf-8") as file:
         for number in range(16):
             name, color = colors[number % 4]
             path = place / f"{name}.png"

@@ -62,8 +62,8 @@ def prepare_model(args: Any, model: Any) -> nn.Module:
     theirs.tuner_type, theirs.freeze_vit, theirs.freeze_aligner = "lora", True, True
     theirs.target_modules = _outside(vision, swift.get_target_modules(theirs, model))
     adapted = swift.prepare_adapter(theirs, model)
-    unfreeze(model, [] if args.freeze_aligner else architecture.aligner)
     attach_new(model, flags)
+    unfreeze(model, [] if args.freeze_aligner else architecture.aligner)  # that of Qwen-VL is a part of the tower
     return adapted
 
 

@@ -51,8 +51,8 @@ def prepare_model(args: Any, model: Any) -> nn.Module:
     architecture: Any = model.model_meta.model_arch
     model.requires_grad_(False)
     unfreeze(model, [] if args.freeze_llm else architecture.language_model)
-    unfreeze(model, [] if args.freeze_aligner else architecture.aligner)
     attach_new(model, flags)
+    unfreeze(model, [] if args.freeze_aligner else architecture.aligner)  # that of Qwen-VL is a part of the tower
     return model
 
 
