@@ -145,19 +145,27 @@ def arguments(**given: Any) -> SimpleNamespace:
     )
 
 
+LLAVA = {
+    "language_model": ["model.language_model", "lm_head"],
+    "aligner": ["model.multi_modal_projector"],
+    "vision_tower": ["model.vision_tower"],
+}
+QWEN = {
+    "language_model": ["model.language_model", "lm_head"],
+    "aligner": ["model.visual.merger"],
+    "vision_tower": ["model.visual"],
+}
+
+
 def model_of(kind: MLLM, folder: object = "somewhere") -> Any:
-    """Return a LLaVA as ms-swift hands models over: always the same weights."""
+    """Return a model as ms-swift hands models over: always the same weights."""
     torch.manual_seed(6)
     return as_loaded(kind.build(), folder)
 
 
 def as_loaded(model: Any, folder: object = "somewhere") -> Any:
-    """Add to a LLaVA what ms-swift adds to models that it loads."""
-    architecture = {
-        "language_model": ["model.language_model", "lm_head"],
-        "aligner": ["model.multi_modal_projector"],
-        "vision_tower": ["model.vision_tower"],
-    }
-    model.model_meta = SimpleNamespace(model_arch=SimpleNamespace(**architecture), is_multimodal=True)
+    """Add to a LLaVA or a Qwen-VL what ms-swift adds to models that it loads."""
+    architecture = SimpleNamespace(**(QWEN if hasattr(model.model, "visual") else LLAVA))
+    model.model_meta = SimpleNamespace(model_arch=architecture, is_multimodal=True)
     model.model_info = SimpleNamespace(model_dir=str(folder))
     return model

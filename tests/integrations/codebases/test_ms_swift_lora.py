@@ -9,7 +9,7 @@ import covft
 from covft.errors import CheckpointError, ConfigError
 from covft.integrations.mllm.attachment import attachment_of
 from covft.integrations.training.checkpoints import seal
-from tests.helpers.mllms import Row
+from tests.helpers.mllms import BY_NAME, Row
 from tests.helpers.ms_swift import Template, arguments, as_loaded, model_of
 
 peft = pytest.importorskip("peft")
@@ -86,6 +86,22 @@ def test_saved_and_loaded(tuner, swift_llava, tmp_path, gathered, freeze_aligner
     seal(tmp_path, step=1)
     resumed = tuner.from_pretrained(model_of(swift_llava), str(tmp_path), is_trainable=True)
     assert trained(resumed) == trained(model)
+
+
+@pytest.mark.parametrize("name", ["covft", "covft_lora"])
+def test_a_projector_inside_the_tower_is_trained_and_saved(swift_tuners, monkeypatch, tmp_path, name):
+    kind, tuner = BY_NAME["qwen2_5_vl"], swift_tuners[name]
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *args, **kwargs: kind.tokenizer)
+    frozen = tuner.prepare_model(arguments(), model_of(kind))
+    model = tuner.prepare_model(arguments(freeze_aligner=False), model_of(kind))
+    merger = {name for name, _ in model.named_parameters() if ".merger." in name}
+    assert merger
+    assert trained(model) - trained(frozen) == merger
+    assert not any("lora_" in name and ".visual." in name for name in trained(model))
+    change(model)
+    tuner.save_pretrained(model, str(tmp_path))
+    again = tuner.from_pretrained(model_of(kind), str(tmp_path))
+    assert torch.equal(logits(again, kind), logits(model, kind))
 
 
 def test_plain_peft_reads_the_adapter(tuner, swift_llava, tmp_path):
