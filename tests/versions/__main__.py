@@ -4,7 +4,8 @@
     python -m tests.versions --page        write docs/versions.md from the results alone
 
 Each row of rows.py gets an environment in .versions/, which is removed afterwards; its log stays there. Results are
-in tests/versions/results. Needs the standard library and pip. PIP_ARGS, TORCH and PYTEST_ARGS are those of the Makefile.
+in tests/versions/results. It needs the standard library and pip. PIP_ARGS, TORCH and PYTEST_ARGS are those of the
+Makefile.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ def main() -> int:
     unknown = sorted(set(arguments.rows) - set(ROWS))
     if unknown:
         parser.error(f"no such row: {', '.join(unknown)}; there are {', '.join(ROWS)}")
-    good = True
-    if not arguments.page:
-        good = all([run(ROWS[name], arguments.keep) for name in arguments.rows or ROWS])
+    names = [] if arguments.page else arguments.rows or list(ROWS)
+    failed = [name for name in names if not run(ROWS[name], arguments.keep)]
     PAGE.write_text(page(), encoding="utf-8")
-    return 0 if good else 1
+    print(f"{len(names) - len(failed)} passed, {len(failed)} failed" + "".join(f"\n  {name}" for name in failed))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

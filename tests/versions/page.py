@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.versions.floors import ROOT, floors, version
+from tests.versions.floors import ROOT, floors, project, version
 from tests.versions.rows import FEATURES, ROWS
 from tests.versions.running import OUTCOMES, RESULTS
 
@@ -23,10 +23,10 @@ OTHERS = {  # heading: distribution
 TEXT = """\
 # Tested releases
 
-covft needs Python 3.10 and torch {torch}, or later. With transformers {transformers} or later it wraps ViTs, reads texts, saves
-and loads; `attach`, the callback and the trainer need transformers {training}.
+covft needs torch {torch} or later, and Python {python} or later. With transformers {transformers} or later it wraps
+ViTs, reads texts, saves and loads; `attach`, the callback and the trainer need transformers {training}.
 
-Each row is an environment of its own that pip filled, on CPU. A cell has the tests that passed there; `–` was not run.
+Each row is an environment of its own, filled by pip, on CPU. A cell has the tests that passed there; `–` was not run.
 
 {support}
 
@@ -42,8 +42,8 @@ Each row is an environment of its own that pip filled, on CPU. A cell has the te
 
 Skipped are tests of a model or an option that the release lacks.
 
-`make versions` runs all rows, `make versions ROWS=newest` one. Results are in `tests/versions/results`, and this page is made from
-them.
+`make versions` runs all rows, `make versions ROWS=newest` one. This page is made from its results, in
+`tests/versions/results`.
 """
 
 
@@ -64,6 +64,7 @@ def page(rows: list[dict] | None = None) -> str:
     names = dict(zip(("wrap", "text", "saving", "attach", "train"), map(listed, FEATURES.values()), strict=True))
     return TEXT.format(
         torch=floors()["torch"],
+        python=project()["requires-python"].removeprefix(">="),
         transformers=floors("transformers")["transformers"],
         training=floors("train")["transformers"],
         support=table(["transformers", "torch", "Python", *FEATURES, "date"], [support(row) for row in rows]),

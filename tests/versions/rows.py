@@ -72,7 +72,7 @@ ROWS = {
             "transformers-4.49",
             python="3.10",
             lowest=True,
-            extras=("timm", "open_clip", "sentence-transformers"),
+            extras=("timm", "open-clip", "sentence-transformers"),
             features=NO_TRAINING,
         ),
         Row("transformers-4.57", python="3.11", pins=("transformers==4.57.6",)),
