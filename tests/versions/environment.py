@@ -40,7 +40,7 @@ for name in {PACKAGES!r}:
     try:
         found[name] = version(name)
     except PackageNotFoundError:
-        found[name] = None
+        pass
 print(json.dumps(found))
 """
 
@@ -85,7 +85,7 @@ class Environment:
         pip = [self.python, "-m", "pip", "--disable-pip-version-check", "install", "--no-input"]
         return [*pip, *shlex.split(os.environ.get("PIP_ARGS", ""))]
 
-    def versions(self) -> dict[str, str | None]:
+    def versions(self) -> dict[str, str]:
         """Read what is installed."""
         done = subprocess.run([self.python, "-c", READ], capture_output=True, text=True, check=True)
         return json.loads(done.stdout)
@@ -113,7 +113,7 @@ class Environment:
             timer = threading.Timer(limit, process.kill)
             timer.start()
             try:
-                for line in process.stdout:
+                for line in process.stdout or ():
                     log.write(line)
                     last = [*last[-29:], line]
                     show(f"{self.row.name}: {title} {time.monotonic() - start:4.0f} s  {line.strip()}")

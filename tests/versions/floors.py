@@ -46,12 +46,12 @@ def floors(*extras: str) -> dict[str, str]:
     return lowest
 
 
-def parts(requirement: str) -> tuple[str, list[str], str | None]:
-    """Split a requirement into the normalised name, its extras and its floor."""
+def parts(requirement: str) -> tuple[str, list[str], str]:
+    """Split a requirement into the normalised name, its extras and its floor, if it has one."""
     match = REQUIREMENT.match(requirement)
     assert match, requirement
     name, extras, floor = match.groups()
-    return normal(name), extras.split(",") if extras else [], floor
+    return normal(name), extras.split(",") if extras else [], floor or ""
 
 
 def normal(name: str) -> str:
@@ -61,7 +61,9 @@ def normal(name: str) -> str:
 
 def version(text: str) -> tuple[int, ...]:
     """Return a version as numbers that compare: `1.26` equals `1.26.0`, and `2.8.0+cpu` is `2.8`."""
-    numbers = [int(number) for number in re.match(r"[\d.]*\d", text)[0].split(".")]
+    match = re.match(r"[\d.]*\d", text)
+    assert match, text
+    numbers = [int(number) for number in match[0].split(".")]
     while len(numbers) > 1 and numbers[-1] == 0:
         numbers.pop()
     return tuple(numbers)

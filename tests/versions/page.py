@@ -42,7 +42,7 @@ Each row is an environment of its own, filled by pip, on CPU. A cell has the tes
 
 Skipped are tests of a model or an option that the release lacks.
 
-`make versions` runs all rows, `make versions ROWS=newest` one. This page is made from its results, in
+`make versions` runs all rows, `python -m tests.versions newest` one. This page is made from the results, in
 `tests/versions/results`.
 """
 

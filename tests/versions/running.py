@@ -15,7 +15,7 @@ from tests.versions.floors import unreached
 from tests.versions.rows import Row
 
 RESULTS = Path(__file__).with_name("results")
-OUTCOMES = ("passed", "failed", "skipped")
+OUTCOMES: tuple[str, ...] = ("passed", "failed", "skipped")
 
 
 def run(row: Row, keep: bool) -> bool:
