@@ -82,7 +82,7 @@ class Environment:
 
     def pip(self) -> list[str | Path]:
         """Return the command that installs."""
-        pip = [self.python, "-m", "pip", "--disable-pip-version-check", "install", "--no-input"]
+        pip = [self.python, "-m", "pip", "--disable-pip-version-check", "install", "--no-input", "--no-compile"]
         return [*pip, *shlex.split(os.environ.get("PIP_ARGS", ""))]
 
     def versions(self) -> dict[str, str]:
