@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 _SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "patch_size": 14}
 _SIGLIP = {**_SO400M, "num_hidden_layers": 27, "model_type": "siglip_vision_model", "vision_use_head": False}
@@ -20,7 +21,8 @@ _QWEN3 = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_head
 _PIXTRAL = {"model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
 
 
-class Checkpoint(NamedTuple):
+@dataclass(frozen=True)
+class Checkpoint:
     """One or several checkpoints with a tower of the same size.
 
     Attributes:
@@ -35,7 +37,7 @@ class Checkpoint(NamedTuple):
     names: tuple[str, ...]
     model: str
     vision: dict[str, Any]
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 CHECKPOINTS = (

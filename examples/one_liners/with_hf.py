@@ -26,6 +26,7 @@ else:
     processor = AutoProcessor.from_pretrained(args.model)
     model = AutoModelForImageTextToText.from_pretrained(args.model).eval()
     covft.attach(model, args.text_encoder or "bert-base-uncased", tokenizer=processor)  # the one line
+covft.get_encoder(model).print_trainable_parameters()
 content = [{"type": "image", "image": Image.open(args.image)}, {"type": "text", "text": args.question}]
 inputs = processor.apply_chat_template(
     [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,

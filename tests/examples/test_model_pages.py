@@ -17,13 +17,14 @@ from tests.tiny.folders import QUESTION, TINY, picture, write
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "models"
-PAGE_OF = {
-    **{"llava": "llava", "llava_next": "llava-next", "llava_onevision": "llava-onevision", "internvl": "internvl"},
-    **{"qwen2_vl": "qwen2-vl", "qwen2_5_vl": "qwen2-vl", "qwen3_vl": "qwen3-vl", "qwen3_5": "qwen3-5"},
-    **{"gemma3": "gemma3", "paligemma": "paligemma", "idefics3": "smolvlm", "smolvlm": "smolvlm", "glm4v": "glm-4v"},
-    **{"pixtral": "pixtral", "mistral3": "pixtral", "mllama": "llama-3-2-vision"},
+OTHERS = {"qwen2_5_vl": "qwen2-vl", "glm4v": "glm-4v", "mllama": "llama-3-2-vision"}
+OTHERS |= {"idefics3": "smolvlm", "mistral3": "pixtral"}
+PAGE_OF = {family: family.replace("_", "-") for family in TINY} | OTHERS
+SMALL = {
+    "bert-base-uncased": "hash:16",
+    "HuggingFaceH4/llava-instruct-mix-vsft": "tiny/data",
+    "cup.jpg": "tiny/image.png",
 }
-SMALL = {"bert-base-uncased": "hash:16", "HuggingFaceH4/llava-instruct-mix-vsft": "tiny/data", "cup.jpg": "image.png"}
 ON_A_CPU = ["--max_steps", "2", "--use_cpu", "True", "--bf16", "False", "--report_to", "none"]
 
 
@@ -54,7 +55,6 @@ def made(family, folder):
 def test_every_family_has_a_page():
     from covft.integrations.mllm.families import FAMILIES
 
-    assert set(PAGE_OF) == set(TINY)
     assert {*PAGE_OF.values(), "index"} == {page.stem for page in PAGES.glob("*.md")}
     alike = {"qwen3_vl_moe", "qwen3_5_moe", "llava_next_video"}  # of their pages' families
     assert set(FAMILIES) - alike <= set(TINY)
@@ -105,13 +105,12 @@ def test_the_snippet_attaches__and_the_question_reaches_the_tower(family, here):
 def test_the_commands_of_the_page_run(page, here, capsys):
     pytest.importorskip("trl")
     documented, small = map(commands, blocks(page, "bash"))
-    assert [words[:3] for words in small][0] == ["python", "-m", "tests.tiny"]
+    assert small[0][:3] == ["python", "-m", "tests.tiny"]
     for words in small:
         run(words)
         capsys.readouterr()
     [name] = [words[words.index("--model_name_or_path") + 1] for words in documented if "--model_name_or_path" in words]
     assert name in (PAGES / f"{page}.md").read_text(encoding="utf-8").partition("## Train it")[0]
-    (here / "image.png").symlink_to(here / "tiny" / "image.png")
     train, ask = ([{**SMALL, name: "tiny/model"}.get(word, word) for word in words] for words in documented)
     assert train[:2] == ["accelerate", "launch"]
     run(["python", *train[2:], *ON_A_CPU])
@@ -140,9 +139,8 @@ def run(words):
 def test_paligemma_trains_and_answers(here, capsys):
     pytest.importorskip("datasets")
     made("paligemma", here / "tiny")
-    (here / "cup.jpg").symlink_to(here / "tiny" / "image.png")
     code = "\n".join(blocks("paligemma", "python"))
-    for name, tiny in {"google/paligemma2-3b-mix-224": "tiny/model", **SMALL, "cup.jpg": "cup.jpg"}.items():
+    for name, tiny in {"google/paligemma2-3b-mix-224": "tiny/model", **SMALL}.items():
         code = code.replace(name, tiny)
     options = "max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True, dataloader_pin_memory=False, "
     code = code.replace("remove_unused_columns", f"{options}remove_unused_columns")
@@ -151,5 +149,4 @@ def test_paligemma_trains_and_answers(here, capsys):
         warnings.simplefilter("ignore")
         exec(code, namespace)
     assert "train_loss" in capsys.readouterr().out
-    moved = covft.get_encoder(namespace["trainer"].model).routing_weights()
-    assert moved
+    assert len(covft.get_encoder(namespace["model"]).routing_weights()[1]) == 1

@@ -28,7 +28,8 @@ def written(image: str, user: str, after: str, answer: str, end: str, start: str
     parts = f"{{% for part in message['content'] %}}{one}{{% endfor %}}"
     content = f"{{% if message['content'] is string %}}{{{{ message['content'] }}}}{{% else %}}{parts}{{% endif %}}"
     turn = f"{{% if {role} %}}{answer}{content}{end}{{% else %}}{user}{content}{after}{{% endif %}}"
-    return f"{start}{{% for message in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}{answer}{{% endif %}}"
+    prompt = f"{{% if add_generation_prompt %}}{answer}{{% endif %}}"
+    return f"{start}{{% for message in messages %}}{turn}{{% endfor %}}{prompt}"
 
 
 def chatml(image: str) -> str:
