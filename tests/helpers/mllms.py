@@ -78,12 +78,7 @@ class MLLM:
         model = kind(config).eval()
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.eos_token_id = tokenizer.eos_token_id
-        with torch.no_grad():  # new projectors are so small, or zero, that no image would matter
-            for name, parameter in model.named_parameters():
-                if parameter.dim() > 1:
-                    parameter.mul_(3) if parameter.any() else parameter.normal_()
-                elif name.endswith("gate"):
-                    parameter.fill_(1)
+        configs.enliven(model)
         return model
 
     def prompt(self, row: Row, lengths: list[int]) -> str:
