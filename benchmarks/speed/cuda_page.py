@@ -119,8 +119,8 @@ def _llava(records: list[Record]) -> list[str]:
         f"A model of that shape with random weights, on one GPU: {first['batch']} rows of {first['tokens']} tokens, "
         "one image each. The language model trains low-rank adapters with activation checkpointing, the projector "
         "trains in full, all in bfloat16 with AdamW; the paper trains the language model in full on eight GPUs. The "
-        f"hours are arithmetic: the measured time per sample, for {PRETRAINING:,} and {TUNING:,} samples on {GPUS} GPUs. "
-        "Inference is one row up to its first token. The last column is the paper's: pre-training / instruction "
+        f"hours are arithmetic: the measured time per sample, for {PRETRAINING:,} and {TUNING:,} samples on {GPUS} "
+        "GPUs. Inference is one row up to its first token. The last column is the paper's: pre-training / instruction "
         "tuning / total / inference, ms / peak, MB.",
         "",
         table(header, rows),
