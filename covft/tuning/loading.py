@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from covft.checkpoints.folder import compare_tensors
-from covft.checkpoints.loading import Saved, read_saved
+from covft.checkpoints.loading import Saved, by_saved_name, read_saved
 from covft.errors import CheckpointError, ConfigError
 from covft.tuning.method import Method
 from covft.tuning.registry import make_method
@@ -64,14 +64,15 @@ class SavedMethod(Saved):
         Raises:
             CheckpointError: If tensors are missing, unexpected or of another shape; nothing is filled in then.
         """
-        state: dict[str, Any] = tuned.vit.state_dict(keep_vars=True)
-        wanted = {name: shape_of(tensor) for name, tensor in tuned_tensors(tuned).items()}
-        extra = [name for name in self.tensors if name in state and name not in wanted]
-        wanted.update({name: shape_of(state[name]) for name in extra})
-        compare_tensors(wanted, {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}, "the folder")
-        for name in extra:  # which the caller had trained too
-            tuned.before.values[name] = full(state[name]).detach().to("cpu", copy=True)
-            state[name].requires_grad_(True)
+        state: dict[str, Any] = by_saved_name(tuned.vit, tuned.vit.state_dict(keep_vars=True))
+        wanted = by_saved_name(tuned.vit, tuned_tensors(tuned))
+        extra = {name: state[name] for name in self.tensors if name in state and name not in wanted}
+        shapes = {name: shape_of(tensor) for name, tensor in {**wanted, **extra}.items()}
+        compare_tensors(shapes, {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}, "the folder")
+        own = {id(parameter): name for name, parameter in tuned.vit.named_parameters()}
+        for parameter in extra.values():  # which the caller had trained too
+            tuned.before.values[own[id(parameter)]] = full(parameter).detach().to("cpu", copy=True)
+            parameter.requires_grad_(True)
         for name, tensor in self.tensors.items():
             assign(state[name], tensor)
         self.warn_other_text(tuned.text_name)

@@ -15,6 +15,7 @@ from covft import __version__
 from covft.adapters.sources import source_of
 from covft.checkpoints.fingerprint import fingerprint
 from covft.checkpoints.folder import write_folder
+from covft.checkpoints.loading import by_saved_name
 from covft.checkpoints.saving import dtypes
 from covft.checkpoints.sources import public_revision, public_source
 from covft.errors import CheckpointError
@@ -59,7 +60,7 @@ def save(tuned: TunedViT, folder: str | Path) -> None:
             expected="weights in memory",
             got=", ".join(meta[:5]),
         )
-    values = {name: full(tensor).detach() for name, tensor in tensors.items()}
+    values = {name: full(tensor).detach() for name, tensor in by_saved_name(tuned.vit, tensors).items()}
     config = _config(tuned, values)
     if not sharded or is_main_process():
         write_folder(folder, values, config, _card(tuned))
@@ -74,7 +75,7 @@ def _config(tuned: TunedViT, values: dict[str, Tensor]) -> dict[str, Any]:
             "revision": public_revision(getattr(getattr(tuned.vit, "config", None), "_commit_hash", None)),
             "library": tuned.spec.library,
             "class_name": tuned.spec.class_name,
-            "fingerprint": fingerprint(base_tensors(tuned)),
+            "fingerprint": fingerprint(by_saved_name(tuned.vit, dict(base_tensors(tuned))).items()),
         },
         "text": {
             "source": public_source(tuned.text_name),
