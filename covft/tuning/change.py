@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from covft.conditioning import Conditioning
 from covft.errors import UnsupportedViTError
-from covft.surgery.overrides import remove_hooks
 from covft.surgery.wrapped import module_at
 from covft.utils.sharding import assign, full
+from covft.utils.torch_internals import remove_hooks
 
 
 class Hook(NamedTuple):

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from covft.conditioning import Conditioning
-from covft.conditioning.frames import in_backward
 from covft.errors import ShapeError, UnsupportedViTError
 from covft.tuning.attentions import attention_of
 from covft.tuning.change import Change, Hook
 from covft.tuning.method import Method, Tower
 from covft.tuning.texts import check_plain_layout, conditioning_of, first_tensor, like, with_tensor
 from covft.utils.arguments import check_kinds, check_sizes
+from covft.utils.torch_internals import in_backward
 
 _CHILD = "covft_prompts"
 
