@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from covft.errors import CheckpointError, UnsupportedVersionError
+from covft.utils.sharding import shape_of
 
 _PARAMETERS = ("self", "save_directory", "is_main_process", "state_dict")
 
@@ -73,7 +74,7 @@ def refuse_runtime_names(slot: nn.Module) -> None:
     if save is None or not save.state_dict:
         return
     path = next((name for name, module in save.model.named_modules() if module is slot), None)
-    found = [] if path is None else [name for name in save.state_dict if name.startswith(f"{path}.experts.")]
+    found = [] if path is None else _names_of(slot, path, save)
     if found:
         raise CheckpointError(
             f"{type(save.model).__name__} holds a context-aware ViT, and this state dict has names that "
@@ -83,6 +84,20 @@ def refuse_runtime_names(slot: nn.Module) -> None:
             fix="covft.attach(model, ...) instead of covft.wrap(tower, ...), which takes state dicts; or "
             "encoder.save_pretrained(folder) for the ViT",
         )
+
+
+def _names_of(slot: nn.Module, path: str, save: RunningSave) -> list[str]:
+    """Return the names of a slot's experts in a state dict; release 4 of transformers has replaced their prefix."""
+    assert save.state_dict is not None
+    shapes = {name: shape_of(p) for name, p in slot.named_parameters() if name.startswith("experts.")}
+    others = {name for name, _ in save.model.named_parameters()} - {f"{path}.{name}" for name in shapes}
+    end = ".".join(path.split(".")[-3:])
+    found = []
+    for name, tensor in save.state_dict.items():
+        _, here, inner = name.rpartition(f"{end}.")
+        if here and inner in shapes and name not in others and shape_of(tensor) == shapes[inner]:
+            found.append(name)
+    return found
 
 
 def _code_of_save() -> CodeType | None:
