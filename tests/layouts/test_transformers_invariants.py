@@ -28,6 +28,7 @@ def wrapped(name, **settings):
 @hf
 def test_outputs__hidden_states_and_attentions_are_complete_and_tuples_equal_dicts(name):
     encoder, images, text = wrapped(name)
+    needs(encoder.vit, "set_attn_implementation")
     encoder.vit.set_attn_implementation("eager")
     depth, tokens = encoder.spec.depth, encoder(images, text).last_hidden_state.shape
     output = encoder(images, text, **ALL)
