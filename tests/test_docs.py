@@ -84,8 +84,21 @@ def printed(expected, *values):
     assert " ".join(map(str, values)) == expected
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name_of)
+# Pages about a library that takes long, and warns of its own code; skipped where it is not installed.
+LONG = {"lightning.md": "lightning"}
+
+
+def pages_with_code():
+    for page in PAGES:
+        if python_blocks(page):
+            marks = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")] if page.name in LONG else []
+            yield pytest.param(page, marks=marks, id=name_of(page))
+
+
+@pytest.mark.parametrize("page", pages_with_code())
 def test_code_of_the_page_runs(page, reader, capsys):
+    if page.name in LONG:
+        pytest.importorskip(LONG[page.name], reason=f"{LONG[page.name]} is not installed")
     namespace = {"__name__": "__docs__", "_printed": printed}
     ran = 0
     for block in python_blocks(page):

@@ -169,8 +169,8 @@ def _part(name: str, part_of: Mapping[str, str]) -> str:
 def _reason(types: list[str]) -> str:
     if {"bfloat16", "float16"} & set(types):
         return (
-            "Half precision rounds an optimizer's small steps away. Fix: train_only(model, parts, dtype=torch.float32), "
-            "or encoder.train_in_float32() for what covft trains, before the optimizer is created, with autocast "
-            "(bf16=True of a Trainer); or an optimizer that keeps float32 copies."
+            "Half precision rounds an optimizer's small steps away. Fix: train_only(model, parts, dtype=torch.float32) "
+            "with bf16=True, before the trainer is constructed; elsewhere encoder.train_in_float32() before "
+            "the optimizer is created; or an optimizer that keeps float32 copies."
         )
     return "Reasons: a learning rate of 0, or an optimizer that was created without these parameters."
