@@ -95,7 +95,7 @@ def pages_with_code():
             yield pytest.param(page, marks=marks, id=name_of(page))
 
 
-@pytest.mark.parametrize("page", pages_with_code())
+@pytest.mark.parametrize("page", list(pages_with_code()))
 def test_code_of_the_page_runs(page, reader, capsys):
     if page.name in LONG:
         pytest.importorskip(LONG[page.name], reason=f"{LONG[page.name]} is not installed")
