@@ -275,7 +275,15 @@ def test_every_setting_that_the_text_names_exists():
     )
     faces += (covft.data.PadToSquare, covft.data.NoTiling)
     known |= {name for face in faces for name in inspect.signature(face).parameters}
-    known |= {"modules_to_save", "weights_only", "exclude_modules", "target_modules", "state_dict"}  # of others
+    known |= {
+        "modules_to_save",
+        "weights_only",
+        "exclude_modules",
+        "target_modules",
+        "state_dict",
+        "ckpt_path",
+        "precision",
+    }  # of others
     pages = [FENCE.sub("", page.read_text(encoding="utf-8")) for page in PAGES]
     named = {name for text in pages for name in re.findall(r"`(?:[^`]*[ (,])?(\w+)=[^`=]*`", text)}
     assert len(named) > 8
