@@ -21,6 +21,7 @@ from covft.surgery.overrides import Override
 from covft.surgery.save_guard import check_save_pretrained, running_adapter_save, running_save
 from covft.surgery.wrapped import WrappedViT, prefix_of
 from covft.utils.sharding import full, is_main_process, is_partitioned, is_sharded
+from covft.utils.torch_internals import remove_state_dict_hooks
 
 # A tensor without a meaning in every model that is saved around its original tower. The rest of such a model was tuned
 # on the adapted tower. transformers lists tensors that it does not know in a warning, which then says so.
@@ -114,8 +115,7 @@ def remove(vit: nn.Module) -> None:
     method = vit.__dict__.get("save_pretrained")
     if isinstance(method, SaveViT):
         method.remove()
-    for key in [key for key, hook in vit._state_dict_hooks.items() if isinstance(hook, OriginalStateHook)]:
-        del vit._state_dict_hooks[key]
+    remove_state_dict_hooks(vit, OriginalStateHook)
 
 
 def save(encoder: WrappedViT, model: nn.Module, save_pretrained: Any, given: dict[str, Any]) -> Path | None:

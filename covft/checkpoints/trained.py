@@ -18,6 +18,7 @@ from covft.surgery.wrapped import WrappedViT
 from covft.utils.files import Pair, read_pair, write_pair
 from covft.utils.sharding import assign, full, is_sharded, shape_of
 from covft.utils.strict_json import read_strictly
+from covft.utils.torch_internals import without_checkpointing
 
 TRAINED = "trained.safetensors"
 TRAINED_NAMES = "trained.json"
@@ -130,7 +131,7 @@ def read_names(path: Path) -> dict[str, Any]:
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the trained parameters, by their names in a state dict."""
     # Modules that torch wraps for activation checkpointing are not seen in the names of a state dict.
-    named = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters())
+    named = ((without_checkpointing(name), p) for name, p in model.named_parameters())
     return ((name, p) for name, p in named if p.requires_grad)
 
 

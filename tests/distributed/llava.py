@@ -99,7 +99,9 @@ def batch_of(rank: int, world: int) -> dict[str, Any]:
 def loss_of(model: nn.Module, rank: int, world: int) -> torch.Tensor:
     """The mean over all tokens of the global batch, as this process adds to it before gradients are averaged."""
     batch = batch_of(rank, world)
-    batch["pixel_values"] = batch["pixel_values"].to(next(model.parameters()).dtype)
+    like = next(model.parameters())
+    batch["pixel_values"] = batch["pixel_values"].to(like.dtype)
+    batch = {name: value.to(like.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     labels = batch.pop("labels")[:, 1:]
     total = sum(int((sample["labels"][1:] != IGNORE_INDEX).sum()) for sample in samples())
     logits = model(**batch, use_cache=False).logits[:, :-1]  # the model's own loss is rounded to float32
