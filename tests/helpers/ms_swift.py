@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tests.helpers.mllms import MLLM
+from tests.helpers.towers import image_features
 
 
 class Template:
@@ -39,10 +40,10 @@ class EmbeddingTemplate(Template):
     def _post_encode(self, model, inputs):
         embeds = model.get_input_embeddings()(inputs["input_ids"])
         if inputs.get("pixel_values") is None:
-            dummy = model.get_image_features(pixel_values=torch.zeros(1, 3, 32, 32)).pooler_output
+            dummy = image_features(model.get_image_features(pixel_values=torch.zeros(1, 3, 32, 32)))
             dummy = dummy if isinstance(dummy, torch.Tensor) else torch.cat(list(dummy))
             return {"inputs_embeds": embeds + dummy.mean() * 0.0}
-        features = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+        features = image_features(model.get_image_features(pixel_values=inputs["pixel_values"]))
         mask = (inputs["input_ids"] == model.config.image_token_id)[..., None].expand_as(embeds)
         features = features if isinstance(features, torch.Tensor) else torch.cat(list(features))
         return {"inputs_embeds": embeds.masked_scatter(mask, features.to(embeds))}

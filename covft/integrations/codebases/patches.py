@@ -41,7 +41,7 @@ def patched_trainers(attach: Callable[[nn.Module, Any], None]) -> Iterator[None]
     import transformers
 
     from covft.integrations.codebases.trainer_hooks import join_trainer
-    from covft.integrations.training.callback import without_reentrant
+    from covft.integrations.training.reentrant import without_reentrant
 
     cls = transformers.Trainer
     original = cls.__init__

@@ -21,6 +21,7 @@ from covft.integrations.mllm.attachment import Attachment, attachment_of
 from covft.integrations.training.callback import TowerCallback, seal_when_all_have_written
 from covft.integrations.training.checkpoints import check_checkpoint, checkpoint_folder, unseal
 from covft.integrations.training.precision import train_in_float32
+from covft.integrations.training.reentrant import check_tower, key_of
 from covft.integrations.training.resuming import check_settings
 from covft.integrations.training.trainable import check_trainable
 from covft.surgery.overrides import Override
@@ -35,9 +36,11 @@ def join_trainer(trainer: Any, callback: TowerCallback | None = None) -> None:
     """
     attachment = attachment_of(trainer.model)
     assert attachment is not None, "attached by the launcher"
+    check_tower(attachment.encoder.vit, trainer.args)
+    attachment.encoder.conditioning.reentrant_key = key_of(trainer.args)
     widened = train_in_float32(trainer.model)
-    if attachment.saved_in is not None:  # loaded into half precision, which has rounded it
-        load_into(attachment.encoder, attachment.saved_in)
+    if attachment.encoder.saved_in is not None:  # loaded into half precision, which has rounded it
+        load_into(attachment.encoder, attachment.encoder.saved_in)
     if trainer.args.process_index == 0:
         encoder = attachment.encoder
         print(f"covft: {encoder.spec}; adapted: {', '.join(map(str, encoder.layers))}")

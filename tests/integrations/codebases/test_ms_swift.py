@@ -6,8 +6,8 @@ import torch
 import covft
 from covft.errors import CheckpointError
 from covft.integrations.training.checkpoints import seal
-from covft.surgery.activation_checkpointing import training_field
 from covft.testing import HashTextEncoder
+from covft.utils.transformers_names import training_field
 from tests.helpers.mllms import Row
 from tests.helpers.ms_swift import EmbeddingTemplate, Template, arguments, model_of
 
