@@ -4,6 +4,7 @@
 #   make demo      LLaVA in miniature from real parts, a frozen ViT against CoVFT
 #   make test      the test suite
 #   make check     format, lint, types, import order
+#   make gpu       the tests and the speed of a CUDA device, under 10 minutes
 #   make docs      the documentation, built into site/; warnings are errors
 #   make package   sdist and wheel in dist/, each tried in clean environments
 #   make versions  the tests with other releases of torch and transformers; ROWS="lowest newest" picks some
@@ -37,7 +38,7 @@ PY          := $(VENV)/bin/python
 PIP         := $(PY) -m pip --disable-pip-version-check install --no-input $(PIP_ARGS)
 STAMPS      := $(VENV)/.stamps
 
-.PHONY: help demo test check docs package versions real clean
+.PHONY: help demo test check gpu docs package versions real clean
 .DEFAULT_GOAL := help
 
 help:
@@ -48,6 +49,12 @@ demo: $(STAMPS)/demo
 
 test: $(STAMPS)/dev
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+# Without make or a network, on a machine that has torch, transformers, timm, accelerate, peft and pytest:
+#   python -m pytest tests/gpu -m gpu && python -m benchmarks.speed --device cuda
+gpu: $(STAMPS)/dev
+	$(PY) -m pytest tests/gpu -m gpu --device cuda
+	$(PY) -m benchmarks.speed --device cuda
 
 check: $(STAMPS)/dev
 	$(PY) -m ruff format --check .

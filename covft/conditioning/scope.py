@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from covft.adapters.input_format import InputFormat
 from covft.conditioning.draws import Draws
-from covft.conditioning.frames import (
+from covft.conditioning.open_scopes import Generator, OpenScopes
+from covft.conditioning.tower_call import TowerCall
+from covft.errors import MissingContextError, ReentrantCheckpointError, ShapeError
+from covft.nn.segments import Segments
+from covft.utils.torch_internals import (
     check_torch,
     checkpoint_frames,
     graph_task,
     in_backward,
     inside_autograd_function,
 )
-from covft.conditioning.open_scopes import Generator, OpenScopes
-from covft.conditioning.tower_call import TowerCall
-from covft.errors import MissingContextError, ReentrantCheckpointError, ShapeError
-from covft.nn.segments import Segments
 
 
 class Scope:
@@ -153,6 +153,9 @@ class Conditioning:
     One object per encoder, shared by reference with its FFNs. Copies and pickles of it are empty: open scopes belong
     to the calls that are running, not to the model.
 
+    Attributes:
+        reentrant_key: What switches reentrant checkpointing off, for the error; a trainer's callback knows better.
+
     Args:
         format: How images reach the ViT.
         needs_text: Whether a call without text is an error.
@@ -162,6 +165,8 @@ class Conditioning:
     Raises:
         UnsupportedVersionError: If activation checkpointing of this torch cannot be followed.
     """
+
+    reentrant_key = "gradient_checkpointing_kwargs={'use_reentrant': False}"
 
     def __init__(
         self,
@@ -307,7 +312,7 @@ class Conditioning:
                 "A context-aware ViT in training runs without gradients, so its experts would get none.",
                 expected="non-reentrant activation checkpointing, and no torch.no_grad() inside the ViT",
                 got="reentrant activation checkpointing, or blocks that run under torch.no_grad()",
-                fix="gradient_checkpointing_kwargs={'use_reentrant': False}; for evaluation, encoder.eval()",
+                fix=f"{self.reentrant_key}; for evaluation, encoder.eval()",
             )
 
     def _note(self, scope: Scope, frames: list[Any]) -> None:

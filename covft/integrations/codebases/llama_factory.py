@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from covft.errors import ConfigError, MissingDependencyError
+from covft.errors import ConfigError, MissingDependencyError, ReentrantCheckpointError
 from covft.integrations.codebases.launch import parse
 from covft.integrations.training.callback import CoVFTCallback
 
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         ConfigError: If a flag is given that has no effect here.
         MissingDependencyError: If LLaMA-Factory is not installed.
+        ReentrantCheckpointError: If the YAML file or an override asks for reentrant checkpointing.
     """
     flags = parse(_PROGRAM, sys.argv[1:] if arguments is None else arguments)
     if flags.chat_template is not None:
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             got="--covft_chat_template",
         )
     try:
-        run_exp = importlib.import_module("llamafactory.train.tuner").run_exp
+        tuner = importlib.import_module("llamafactory.train.tuner")
     except ModuleNotFoundError as error:
         if error.name not in ("llamafactory", "llamafactory.train", "llamafactory.train.tuner"):
             raise
@@ -43,12 +45,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pretrained = {} if flags.pretrained is None else {"pretrained": flags.pretrained}
     text_encoder = flags.text_encoder_for(flags.pretrained)
     callback = CoVFTCallback(text_encoder, **pretrained, **flags.reading, **flags.settings)
-    # run_exp reads it, as `llamafactory-cli train` leaves it.
+    # read_args and run_exp read it, as `llamafactory-cli train` leaves it.
     before, sys.argv = sys.argv, ["llamafactory-cli", flags.script, *flags.arguments]
     try:
-        run_exp(callbacks=[callback])
+        tuner.run_exp(_without_reentrant(tuner.read_args()), callbacks=[callback])
     finally:
         sys.argv = before
+
+
+def _without_reentrant(settings: Any) -> Any:
+    """Switch reentrant checkpointing off, LLaMA-Factory's default.
+
+    Args:
+        settings: What `read_args` gives: the YAML file with overrides; a list where there is no such file.
+
+    Raises:
+        ReentrantCheckpointError: If they ask for it.
+    """
+    if not isinstance(settings, dict) or _is_true(settings.get("disable_gradient_checkpointing")):
+        return settings
+    for key in ("use_reentrant_gc", "use_unsloth_gc"):
+        if _is_true(settings.get(key)):
+            raise ReentrantCheckpointError(
+                "Reentrant checkpointing gives the experts of a frozen ViT no gradient.",
+                expected=f"{key}: false",
+                got=f"{key}: {settings[key]}",
+                fix=f"{key}: false in {sys.argv[1]}, or leave {key} out",
+            )
+    return {**settings, "use_reentrant_gc": False}
+
+
+def _is_true(value: Any) -> bool:
+    return str(value).lower() in ("true", "yes", "t", "y", "1")  # as HfArgumentParser reads it
 
 
 if __name__ == "__main__":

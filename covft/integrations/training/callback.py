@@ -17,7 +17,6 @@ from covft.errors import (
     ConfigError,
     MissingContextError,
     MissingGradientError,
-    ReentrantCheckpointError,
 )
 from covft.integrations.mllm.attach import attach
 from covft.integrations.mllm.attachment import Attachment, attachment_of
@@ -27,13 +26,15 @@ from covft.integrations.training.gradients import GradientWatch
 from covft.integrations.training.monitor import RoutingMonitor
 from covft.integrations.training.movement import MovementWatch
 from covft.integrations.training.parts import parts_of
+from covft.integrations.training.peft_saving import save_with_adapters
 from covft.integrations.training.precision import keeps_float32_copies, train_in_float32
+from covft.integrations.training.reentrant import check_tower, key_of, without_reentrant
 from covft.integrations.training.resuming import watch_resuming
 from covft.integrations.training.trainable import after_peft, check_trainable
-from covft.surgery.activation_checkpointing import NAMES
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 from covft.utils.sharding import is_sharded
+from covft.utils.transformers_names import check_trainer
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -69,7 +70,7 @@ class TowerCallback(TrainerCallback):
 
     def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Forget the last saved folder, whose tensors are outdated."""
-        _attachment(kwargs["model"]).saved_in = None
+        _attachment(kwargs["model"]).encoder.saved_in = None
         if self._movement is not None:
             self._movement.after_step()
         self._check_gradients(kwargs["model"])  # old Trainers have no on_pre_optimizer_step
@@ -136,13 +137,13 @@ class TowerCallback(TrainerCallback):
         """Save the tower, unless the model's own `save_pretrained` just has, which the process that writes knows."""
         from accelerate.utils import broadcast_object_list
 
-        attachment = _attachment(model)
-        saved_in = attachment.saved_in
+        encoder = _attachment(model).encoder
+        saved_in = encoder.saved_in
         # transformers 4.37 saves to tmp-checkpoint-N and renames it.
         named = saved_in is not None and (saved_in == folder or saved_in.parent.name == f"tmp-{folder.parent.name}")
         missing = broadcast_object_list([not (named and folder.is_dir())])[0]
-        if missing and (args.should_save or any(map(is_sharded, attachment.encoder.vit.parameters()))):
-            attachment.encoder.save_pretrained(folder)  # every process takes part if weights are sharded
+        if missing and (args.should_save or any(map(is_sharded, encoder.vit.parameters()))):
+            encoder.save_pretrained(folder)  # every process takes part if weights are sharded
 
 
 class CoVFTCallback(TowerCallback):
@@ -191,6 +192,7 @@ class CoVFTCallback(TowerCallback):
         **settings: Any,
     ) -> None:
         import_library("transformers", "train", needed_by="CoVFTCallback")
+        check_trainer()
         known = set(inspect.signature(attach).parameters) - {"model"}
         if unknown := sorted(set(settings) - known):
             raise ConfigError(
@@ -223,7 +225,11 @@ class CoVFTCallback(TowerCallback):
                 got=", ".join(["text_encoder"] * (self.text_encoder is not None) + sorted(self.settings)),
                 fix="CoVFTCallback(), or leave covft.attach out",
             )
+        encoder = _attachment(model).encoder
+        check_tower(encoder.vit, args)
+        encoder.conditioning.reentrant_key = key_of(args)
         after_peft(model)
+        save_with_adapters(model)
         train_in_float32(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             check_trainable(model)  # the optimizer would fail, and not say why
@@ -312,34 +318,6 @@ def seal_when_all_have_written(args: Arguments, checkpoint: Path, step: int) -> 
         seal(checkpoint, step)
 
 
-def refuse_reentrant(name: str, options: Any) -> None:
-    """Refuse options of activation checkpointing that ask for the reentrant kind.
-
-    Raises:
-        ReentrantCheckpointError: If they do.
-    """
-    if isinstance(options, dict) and options.get("use_reentrant"):
-        raise ReentrantCheckpointError(
-            "Reentrant checkpointing gives the experts of a frozen ViT no gradient.",
-            expected="use_reentrant=False",
-            got="use_reentrant=True",
-            fix=f"{name}={{'use_reentrant': False}}",
-        )
-
-
-def without_reentrant(arguments: Any) -> None:
-    """Make the activation checkpointing of `TrainingArguments` non-reentrant; in older releases it is not by default.
-
-    Raises:
-        ReentrantCheckpointError: If they ask for the reentrant kind.
-    """
-    for name in NAMES:
-        if getattr(arguments, name, False):
-            options = dict(getattr(arguments, f"{name}_kwargs", None) or {})
-            refuse_reentrant(f"{name}_kwargs", options)
-            setattr(arguments, f"{name}_kwargs", {**options, "use_reentrant": False})
-
-
 def _attachment(model: nn.Module) -> Attachment:
     attachment = attachment_of(model)
     if attachment is None:
@@ -360,8 +338,7 @@ def _check_arguments(args: Arguments) -> None:
             got="one process",
             fix="accelerate launch train.py, or CUDA_VISIBLE_DEVICES=0",
         )
-    for name in NAMES:
-        refuse_reentrant(f"{name}_kwargs", getattr(args, f"{name}_kwargs", None))
+    without_reentrant(args)
     if args.save_total_limit == 1:
         warnings.warn(
             "save_total_limit=1 deletes the last checkpoint before the next one is complete; a run that is killed in "

@@ -18,17 +18,20 @@ from covft.errors import ConfigError
 from covft.integrations.mllm.attachment import attachment_of, without_peft
 from covft.integrations.mllm.dummies import without_dummies
 from covft.integrations.mllm.families import base_of
-from covft.integrations.training.callback import CoVFTCallback, SealCallback, without_reentrant
+from covft.integrations.training.callback import CoVFTCallback, SealCallback
 from covft.integrations.training.checkpoints import check_checkpoint, checkpoint_folder, last_checkpoint, unseal
 from covft.integrations.training.parts import param_groups
+from covft.integrations.training.reentrant import without_reentrant
 from covft.integrations.training.resuming import check_resumed
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
+from covft.utils.transformers_names import check_trainer
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 else:
     _transformers = import_library("transformers", "train", needed_by="MLLMTrainer")
+    check_trainer()
     Trainer, TrainingArguments = _transformers.Trainer, _transformers.TrainingArguments
 
 # The collator's columns for the tower, which models that are not attached do not take.

@@ -16,7 +16,7 @@ from covft.errors import (
     ReentrantCheckpointError,
 )
 from covft.integrations.codebases import llava as launcher
-from covft.integrations.training.callback import without_reentrant
+from covft.integrations.training.reentrant import without_reentrant
 from tests.helpers.codebases import SIZE, STANDINS, tokenizer_for
 from tests.helpers.llava_code import QUESTIONS, batch_of
 
