@@ -84,7 +84,7 @@ class Row:
 ROWS = {
     row.name: row
     for row in (
-        Row("lowest", python="3.10", lowest=True, without=FLOORS_CANNOT),
+        Row("lowest", python="3.11", lowest=True, without=FLOORS_CANNOT),
         Row(
             "transformers-4.49",
             python="3.10",
