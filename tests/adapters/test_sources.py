@@ -252,7 +252,7 @@ def test_nothing_is_loaded_onto_meta():
         load_vit("timm:test_vit", device="meta")
 
 
-@pytest.mark.parametrize(("kind", "module"), [("timm", "timm"), ("open_clip", "open_clip"), ("hf", "transformers")])
+@pytest.mark.parametrize(("kind", "module"), [("timm", "timm"), ("open_clip", "open-clip"), ("hf", "transformers")])
 def test_a_missing_library_names_the_extra(monkeypatch, kind, module):
     import importlib
 
