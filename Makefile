@@ -1,12 +1,15 @@
-# Every target creates .venv and installs its requirements, once. Only Python (3.10 or newer) and make are needed.
+# Every target creates .venv and installs its requirements, once; make versions has environments of its own. Only Python
+# (3.10 or newer) and make are needed.
 #
-#   make demo     LLaVA in miniature from real parts, a frozen ViT against CoVFT
-#   make test     the test suite
-#   make check    format, lint, types, import order
-#   make docs     the documentation, built into site/; warnings are errors
-#   make package  sdist and wheel in dist/, each tried in clean environments
-#   make real     real trainers and codebases, each in an environment of its own; long, before a release
-#   make clean    remove .venv, .real, runs/ and all build output
+#   make demo      LLaVA in miniature from real parts, a frozen ViT against CoVFT
+#   make test      the test suite
+#   make check     format, lint, types, import order
+#   make gpu       the tests and the speed of a CUDA device, under 10 minutes
+#   make docs      the documentation, built into site/; warnings are errors
+#   make package   sdist and wheel in dist/, each tried in clean environments
+#   make versions  the tests with other releases of torch and transformers; ROWS="lowest newest" picks some
+#   make real      real trainers and codebases, each in an environment of its own; long, before a release
+#   make clean     remove .venv, .real, .versions, runs/ and all build output
 
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -18,6 +21,8 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_ARGS   ?=
 # The extras that make package installs; empty: all that need no compiler.
 EXTRAS      ?=
+# The rows of tests/versions/rows.py that make versions runs; empty: all.
+ROWS        ?=
 # The engines that make real runs, and --fresh for new environments; empty: all, with the environments that are there.
 REAL_ARGS   ?=
 
@@ -33,7 +38,7 @@ PY          := $(VENV)/bin/python
 PIP         := $(PY) -m pip --disable-pip-version-check install --no-input $(PIP_ARGS)
 STAMPS      := $(VENV)/.stamps
 
-.PHONY: help demo test check docs package real clean
+.PHONY: help demo test check gpu docs package versions real clean
 .DEFAULT_GOAL := help
 
 help:
@@ -44,6 +49,12 @@ demo: $(STAMPS)/demo
 
 test: $(STAMPS)/dev
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+# Without make or a network, on a machine that has torch, transformers, timm, accelerate, peft and pytest:
+#   python -m pytest tests/gpu -m gpu && python -m benchmarks.speed --device cuda
+gpu: $(STAMPS)/dev
+	$(PY) -m pytest tests/gpu -m gpu --device cuda
+	$(PY) -m benchmarks.speed --device cuda
 
 check: $(STAMPS)/dev
 	$(PY) -m ruff format --check .
@@ -57,11 +68,14 @@ docs: $(STAMPS)/docs
 package: $(STAMPS)/dev
 	PIP_ARGS="$(PIP_ARGS)" $(PY) tests/package/check.py $(EXTRAS)
 
+versions:
+	TORCH='$(TORCH)' PIP_ARGS='$(PIP_ARGS)' PYTEST_ARGS='$(PYTEST_ARGS)' $(PYTHON) -m tests.versions $(ROWS)
+
 real: $(STAMPS)/dev
 	PIP_ARGS="$(PIP_ARGS)" $(PY) -m tests.real $(REAL_ARGS)
 
 clean:
-	rm -rf $(VENV) .real site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache runs
+	rm -rf $(VENV) .real .versions site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache runs
 	find covft study tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---------------------------------------------------------------------------------------- set-up

@@ -29,12 +29,12 @@ from covft.surgery.checks import (
 )
 from covft.surgery.ffns import build_slots, expected_tensors, install_slots, restore_ffns
 from covft.surgery.frozen import FrozenWatch
-from covft.surgery.overrides import remove_hooks
 from covft.surgery.precision import remove_wide_norms
 from covft.surgery.skipping import last_read, run_all_blocks, skip_blocks
 from covft.text import TextEncoder, as_text_encoder
 from covft.utils.arguments import check_kinds
 from covft.utils.sharding import in_engine, is_partitioned, unpartitioned
+from covft.utils.torch_internals import is_hooked_by, remove_hooks
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class WrapPlan:
         wanted = expected_tensors(self.vit, self.spec, self.config, self._conditioning(), self._text_dim)
         slots = tuple(f"{self.spec.blocks[layer].mlp_path}." for layer in self.config.layers or ())
         state = {n: t for n, t in self.vit.state_dict(keep_vars=True).items() if not n.startswith(slots)}
-        self.saved.check_tensors(wanted, state)
+        self.saved.check_tensors(self.vit, wanted, state)
 
     @property
     def _text_dim(self) -> int | None:
@@ -252,7 +252,7 @@ def unwrap(encoder: ContextEncoder) -> nn.Module:
             f"{type(encoder).__name__} is not what covft.wrap returned.", expected="a ContextEncoder"
         )
     vit, conditioning = encoder.vit, encoder.conditioning
-    if not any(getattr(hook, "__self__", None) is conditioning for hook in vit._forward_pre_hooks.values()):
+    if not is_hooked_by(vit, conditioning):
         raise UnsupportedViTError("This encoder is unwrapped already.", fix="covft.wrap(vit, text_encoder)")
     engine = in_engine(vit) and any(is_partitioned(parameter) for parameter in vit.parameters())
     check_not_distributed(vit, engine, "build the ViT anew from its source")

@@ -15,6 +15,11 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", help="where tests/gpu runs, such as cuda:1 or cpu; cuda by default")
+    parser.addoption("--quick", action="store_true", help="of tests/gpu, only what a CPU runs by default")
+
+
 def pytest_configure(config):
     # Workers of xdist share the cores; more threads than cores make every matmul of them slower.
     if os.environ.get("PYTEST_XDIST_WORKER"):

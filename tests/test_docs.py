@@ -93,7 +93,8 @@ def test_code_of_the_page_runs(page, reader, capsys):
         if not block.not_run:
             exec(code, namespace)
             ran += 1
-    assert ran, "none of the code of this page runs"
+    # What the pages of models download, tests/examples/test_model_pages.py has as small folders.
+    assert ran or page.parent.name == "models", "none of the code of this page runs"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -1,4 +1,4 @@
-"""Guards what is released: metadata, links, floors of the extras, citation, and the workflows that publish."""
+"""Guards what is released: metadata, links, citation, and the workflows that publish."""
 
 import importlib.util
 import os
@@ -17,7 +17,6 @@ else:  # pytest brings it along where the standard library has none
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-EXTRAS = PROJECT["project"]["optional-dependencies"]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 REPOSITORY = "https://example.org/owner/covft"
 
@@ -90,47 +89,6 @@ def test_the_site_takes_the_addresses_of_the_same_variables():
             check=False,
         )
         assert done.stdout.strip().splitlines()[-1:] == [str(shown)], done.stderr
-
-
-# ------------------------------------------------------------------------------------------ floors
-
-
-def floors(requirements):
-    """Return the lowest version of each package, self-references resolved."""
-    found = {}
-    for requirement in requirements:
-        name, extras, floor = re.match(r"([\w-]+)(?:\[([\w,-]+)\])?(?:[>=]=([\d.]+))?", requirement).groups()
-        if name == "covft":
-            for extra in extras.split(","):
-                found |= floors(EXTRAS[extra])
-        else:
-            found[name] = tuple(map(int, floor.split(".")))
-    return found
-
-
-def test_each_package_has_one_floor():
-    """An extra that asks for less than another would resolve to what nobody has run."""
-    lowest = {}
-    for extra, requirements in EXTRAS.items():
-        for name, floor in floors(requirements).items():
-            assert lowest.setdefault(name, floor) == floor, f"{extra}: {name}"
-
-
-@pytest.mark.parametrize("extra", ["transformers", "sentence-transformers", "train", "all", "study", "dev"])
-def test_every_extra_with_transformers_has_its_floor(extra):
-    assert floors(EXTRAS[extra])["transformers"] == floors(EXTRAS["transformers"])["transformers"]
-
-
-def test_floors_are_those_that_resolve_together():
-    """As `uv pip compile --resolution lowest-direct` finds for `[all]`; older ones do not go with transformers 5."""
-    everything = floors(EXTRAS["all"])
-    assert everything["sentence-transformers"] >= (5, 2)
-    assert everything["typer"] >= (0, 24)
-
-
-def test_what_has_no_release_for_a_python_is_not_asked_for_there():
-    [trl] = [requirement for requirement in EXTRAS["dev"] if requirement.startswith("trl")]
-    assert "python_version >= '3.11'" in trl
 
 
 # ---------------------------------------------------------------------------------------- citation

@@ -21,7 +21,7 @@ from covft.errors import (
     UnsupportedViTError,
 )
 from tests.helpers.snapshots import assert_unchanged, snapshot
-from tests.helpers.towers import BY_NAME, TEXT_DIM, TOWERS, features, perturb
+from tests.helpers.towers import BY_NAME, TEXT_DIM, TOWERS, features, hidden_states, perturb
 
 SETTINGS = [
     *({"routing": routing} for routing in CoVFTConfig.choices("routing")),
@@ -48,16 +48,12 @@ def tensors_of(output: Any) -> dict[str, Tensor]:
     return found
 
 
-def hidden_states(name: str) -> dict[str, bool]:
-    return {"output_hidden_states": True} if name.startswith("hf-") else {}
-
-
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("tower", TOWERS, ids=str)
 def test_wrap__identity_text_matters_unwrap(tower, settings):
     vit = tower.build().eval()
     vit.requires_grad_(True)
-    images, inputs, asked = tower.images(3), tower.inputs(3), hidden_states(tower.name)
+    images, inputs, asked = tower.images(3), tower.inputs(3), hidden_states(vit)
     before, plain = snapshot(vit), vit(images, **inputs, **asked)
     encoder = covft.wrap(vit, TEXT_DIM, **settings)
     one, two = torch.randn(3, TEXT_DIM), torch.randn(3, TEXT_DIM)
@@ -114,7 +110,7 @@ def test_training__exactly_the_named_parameters_move(tower, train_norms):
     for _ in range(3):
         optimizer.zero_grad()
         images, inputs = tower.images(4), tower.inputs(4)
-        output = encoder(images, torch.randn(4, TEXT_DIM), **inputs, **hidden_states(tower.name))
+        output = encoder(images, torch.randn(4, TEXT_DIM), **inputs, **hidden_states(encoder.vit))
         read = output if isinstance(output, Tensor) else output.hidden_states[-2]  # the penultimate block
         read.square().sum().backward()
         had_gradient |= {n for n, p in vit.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+_SAMPLE = 0.02  # seconds
+
 
 @dataclass
 class Timing:
@@ -45,31 +47,54 @@ def interleaved(
         functions: By name.
         runs: Measured runs of each.
         warm_up: Unmeasured runs of each, before.
-        device: Where they run; a GPU is timed by its own events.
+        device: Where they run; a GPU is timed by its own events, over as many calls as take 20 ms.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    calls = dict.fromkeys(functions, 1)
+    if device.startswith("cuda"):
+        warm_up = max(warm_up, 3)  # libraries choose and load their kernels in the first calls
     for run in range(warm_up + runs):
-        gc.collect()
+        gc.collect(1)  # what the runs before left; a full collection looks at every module that is imported
         for name, function in functions.items():
-            taken = seconds_of(function, device)
+            taken = seconds_of(function, device, calls[name])
             if run >= warm_up:
                 seconds[name].append(taken)
+            elif device.startswith("cuda"):
+                calls[name] = max(1, round(_SAMPLE / taken))
     return {name: Timing(statistics.median(all_), min(all_), all_) for name, all_ in seconds.items()}
 
 
-def seconds_of(function: Callable[[], Any], device: str = "cpu") -> float:
-    """Time one run of a function, in seconds."""
+def seconds_of(function: Callable[[], Any], device: str = "cpu", calls: int = 1) -> float:
+    """Time a function, in seconds per call.
+
+    On a GPU several calls in a row let the launches of one run while another computes, as they do in training.
+    """
     if not device.startswith("cuda"):
         start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) / calls
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     before.record()
-    function()
+    for _ in range(calls):
+        function()
     after.record()
     torch.cuda.synchronize(device)
-    return before.elapsed_time(after) / 1e3
+    return before.elapsed_time(after) / 1e3 / calls
+
+
+def peak_allocated(function: Callable[[], Any], device: str) -> int | None:
+    """Return the most memory that a GPU holds during a function, in bytes, with what it held before; None on a CPU."""
+    if not device.startswith("cuda"):
+        function()
+        return None
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
 
 
 def peak_memory(function: Callable[[], Any], device: str = "cpu") -> int | None:

@@ -37,7 +37,7 @@ def _times(record: Record, base: Record, key: str) -> list[str]:
 
 def block_table(records: list[Record], **where: Any) -> str:
     """Tabulate the ways to run one block, as ratios to the baseline of the same run."""
-    found = rows_of(records, **where)
+    found = rows_of(records, kind="block", **where)
     base = next(r for r in found if r["name"] == "baseline")
     rows = []
     for r in found:
@@ -207,7 +207,7 @@ def plots(records: list[Record], folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     written = []
-    blocks, experts = rows_of(records, part="block"), rows_of(records, part="experts")
+    blocks, experts = rows_of(records, part="block", kind="block"), rows_of(records, part="experts")
     if blocks:
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
         names = [name for name in dict.fromkeys(r["name"] for r in blocks) if name != "plain"]
@@ -245,11 +245,12 @@ def page(result: dict[str, Any]) -> str:
     parts = [
         "# Speed and memory",
         "",
-        f"Made by `python -m benchmarks.speed` on {result['date']}, {result['machine']}: CLIP-L/14 at 336 pixels, 4 "
-        f"experts. Every figure is the median of {result['runs']} interleaved runs; ratios are within one run, so "
-        "other load of the machine affects both sides. The outputs of both sides are compared before they are timed. "
-        "*baseline* is the obvious implementation of the equations (`benchmarks/speed/baseline.py`): every expert "
-        "runs, outputs are stacked, weighted and summed, and `nn.MultiheadAttention` runs over all tokens. *none*, "
+        f"Made by `python -m benchmarks.speed --device cpu` on {result['date']}, {result['machine']}: CLIP-L/14 at 336 "
+        f"pixels, 4 experts. Every figure is the median of {result['runs']} interleaved runs; ratios are within one "
+        "run, so other load of the machine affects both sides; a GPU has [its own page](cuda.md). The outputs of both "
+        "sides are compared before they are timed. *baseline* is the obvious implementation of the equations "
+        "(`benchmarks/speed/baseline.py`): every expert runs, outputs are stacked, weighted and summed, and "
+        "`nn.MultiheadAttention` runs over all tokens. *none*, "
         "*activation* and *all* are covft by [what backward recomputes](../guides/cheaper.md); *plain* is one FFN.",
         "",
         "## Goals",

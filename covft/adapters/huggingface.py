@@ -16,6 +16,7 @@ from covft.adapters.internvit import MODEL_TYPE, internvit_config, published_wei
 from covft.errors import CheckpointError, UnknownViTError, UnsupportedViTError
 from covft.utils.extras import import_library
 from covft.utils.foreign_code import refuse_code
+from covft.utils.transformers_names import from_config, loading_options
 
 _HUB = ("revision", "cache_dir", "token", "subfolder")
 _ALONE = "load the whole model and pass its tower: covft.wrap(model.model.vision_tower, ...)"
@@ -55,8 +56,8 @@ def load_tower(name: str, pretrained: bool, device: torch.device, options: dict[
     if not pretrained:
         config.name_or_path = ""  # random weights are not those of this name
         with device:
-            return kind._from_config(config, **options)
-    options = {"dtype": "auto", **options, "output_loading_info": True}
+            return from_config(kind, config, options)
+    options = {**loading_options({"dtype": "auto", **options}), "output_loading_info": True}
     with quiet():  # the text half of a pair is unused, and missing weights are reported below
         if published:
             model, info = kind.from_pretrained(

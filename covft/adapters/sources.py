@@ -130,7 +130,7 @@ def _differences(ours: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_open_clip(name: str, pretrained: bool, device: torch.device, options: dict[str, Any]) -> nn.Module:
-    library = import_library("open_clip", "open_clip", needed_by="This ViT")
+    library = import_library("open_clip", "open-clip", needed_by="This ViT")
     remote = name.startswith(("hf-hub:", "local-dir:"))
     architecture, tag = (name, "") if remote else name.partition("/")[::2]
     if not remote and architecture not in library.list_models():

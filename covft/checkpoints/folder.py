@@ -21,6 +21,7 @@ from covft.errors import CheckpointError
 from covft.utils.files import Pair, read_pair, write_pair
 from covft.utils.strict_json import read_strictly
 
+FOLDER = "covft"  # its name inside the folder of a model
 CONFIG_NAME = "covft_config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"

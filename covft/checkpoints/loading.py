@@ -22,6 +22,7 @@ from covft.errors import CheckpointError
 from covft.surgery.wrapped import WrappedViT
 from covft.text import as_text_encoder
 from covft.utils.sharding import assign, full, in_engine, shape_of, unpartitioned
+from covft.utils.transformers_names import saved_names
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class SavedEncoder:
 
     Attributes:
         folder: Where it was read.
-        tensors: The weights by their names in the ViT, on the CPU.
+        tensors: The weights, on the CPU, by the names that `saved_names` gives those of the ViT.
         config: The settings.
         base: What is known of the base ViT: source, library, class, fingerprint.
         text: What is known of the text encoder: source, text_dim, revision.
@@ -122,7 +123,8 @@ class SavedEncoder:
             CheckpointError: If its fingerprint is another.
         """
         base = self.base
-        found = fingerprint((n, t) for n, t in vit.state_dict(keep_vars=True).items() if n not in self.extra)
+        state = _by_saved_name(vit, vit.state_dict(keep_vars=True))
+        found = fingerprint((name, tensor) for name, tensor in state.items() if name not in self.extra)
         apart = difference(base["fingerprint"], found)
         if apart is not None:
             raise CheckpointError(
@@ -132,16 +134,18 @@ class SavedEncoder:
                 fix="load the base ViT that the encoder was trained from",
             )
 
-    def check_tensors(self, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    def check_tensors(self, vit: nn.Module, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Refuse weights that are not those of a wrapped ViT.
 
         Args:
+            vit: The ViT.
             wanted: What was added or trained there, by name, with or without values.
             state: All tensors of the ViT, by name; those of its FFNs do not matter.
 
         Raises:
             CheckpointError: If tensors are missing, unexpected, or of another shape or kind of number.
         """
+        wanted, state = _by_saved_name(vit, wanted), _by_saved_name(vit, state)
         twice = sorted(self.extra & set(wanted))
         if twice:
             raise CheckpointError(
@@ -177,13 +181,14 @@ class SavedEncoder:
                 got=type(wrapped.vit).__name__,
                 fix="load first, then deepspeed.initialize(...); or engine.load_checkpoint(folder) of a training",
             )
-        state = wrapped.vit.state_dict(keep_vars=True)
-        for name in sorted(self.extra):
+        state, named = wrapped.vit.state_dict(keep_vars=True), saved_names(wrapped.vit)
+        own = {named(name): name for name in state}
+        for name in sorted(own[name] for name in self.extra):
             wrapped.original.values[name] = full(state[name]).clone()
             if isinstance(state[name], nn.Parameter):
                 state[name].requires_grad_(True)
         for name, tensor in self.tensors.items():
-            assign(state[name], tensor)
+            assign(state[own[name]], tensor)
         self._warn_other_text(wrapped.text_name)
 
     def _warn_other_text(self, found: str | None) -> None:
@@ -219,12 +224,18 @@ def load_into(wrapped: WrappedViT, folder: str | Path) -> None:
             expected=wrapped.covft_config,
             got=saved.config,
         )
-    base = {name: tensor for name, tensor in base_state_dict(wrapped).items() if name not in saved.extra}
-    apart = difference(saved.base["fingerprint"], fingerprint(base.items()))
+    base = _by_saved_name(wrapped.vit, base_state_dict(wrapped))
+    found = fingerprint((name, tensor) for name, tensor in base.items() if name not in saved.extra)
+    apart = difference(saved.base["fingerprint"], found)
     if apart is not None:
         raise CheckpointError(f"{folder} was made for other base weights than those of this encoder.", got=apart)
-    saved.check_tensors(adapted_tensors(wrapped), wrapped.vit.state_dict(keep_vars=True))
+    saved.check_tensors(wrapped.vit, adapted_tensors(wrapped), wrapped.vit.state_dict(keep_vars=True))
     saved.fill(wrapped)
+
+
+def _by_saved_name(vit: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    named = saved_names(vit)
+    return {named(name): tensor for name, tensor in tensors.items()}
 
 
 def _check_values(tensors: Mapping[str, Tensor], dtype: str, others: Mapping[str, str], folder: Path) -> None:

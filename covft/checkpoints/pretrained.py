@@ -5,7 +5,8 @@ It writes a model that `from_pretrained` loads, with the original FFNs, and the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from covft.checkpoints import saving
+from covft.checkpoints.beside_adapters import save_beside_adapters
+from covft.checkpoints.folder import FOLDER
 from covft.errors import CheckpointError
 from covft.surgery.overrides import Override
-from covft.surgery.save_guard import check_save_pretrained, running_save
-from covft.surgery.wrapped import WrappedViT
+from covft.surgery.save_guard import check_save_pretrained, running_adapter_save, running_save
+from covft.surgery.wrapped import WrappedViT, prefix_of
 from covft.utils.sharding import full, is_main_process, is_partitioned, is_sharded
+from covft.utils.torch_internals import remove_state_dict_hooks
 
-FOLDER = "covft"
 # A tensor without a meaning in every model that is saved around its original tower. The rest of such a model was tuned
 # on the adapted tower. transformers lists tensors that it does not know in a warning, which then says so.
 MARK = "the_adapted_tower_is_not_loaded.see_covft.load_model"
@@ -55,9 +58,14 @@ class OriginalStateHook:
         self._busy = False
 
     def __call__(self, vit: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-        """Put the original tensors into a state dict that is about to be written."""
-        running = None if self._busy else running_save()
-        if running is None or vit is not self.encoder.vit or running.state_dict is not None:
+        """Put the original tensors into a state dict that is about to be written, or save beside peft's adapters."""
+        if self._busy or vit is not self.encoder.vit:
+            return
+        adapters, running = running_adapter_save(), running_save()
+        if adapters is not None and adapters.state_dict is None:
+            with self._writing():
+                save_beside_adapters(self.encoder, adapters)
+        if adapters is not None or running is None or running.state_dict is not None:
             return
         own = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
         sharded = [name for name, tensor in own.items() if is_sharded(tensor)]
@@ -73,11 +81,16 @@ class OriginalStateHook:
             del state[name]
         state.update(original if running.model is vit else marked(original))
         if running.writes and is_main_process():
-            self._busy = True
-            try:
+            with self._writing():
                 saving.save(self.encoder, Path(running.directory) / FOLDER)
-            finally:
-                self._busy = False
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
 
 
 def check(vit: nn.Module) -> None:
@@ -102,8 +115,7 @@ def remove(vit: nn.Module) -> None:
     method = vit.__dict__.get("save_pretrained")
     if isinstance(method, SaveViT):
         method.remove()
-    for key in [key for key, hook in vit._state_dict_hooks.items() if isinstance(hook, OriginalStateHook)]:
-        del vit._state_dict_hooks[key]
+    remove_state_dict_hooks(vit, OriginalStateHook)
 
 
 def save(encoder: WrappedViT, model: nn.Module, save_pretrained: Any, given: dict[str, Any]) -> Path | None:
@@ -205,14 +217,3 @@ def _unsharded_state(model: nn.Module, *, writes: bool) -> dict[str, Tensor]:
         if writes or not sharded:
             unsharded[name] = value.cpu() if name in sharded else value
     return unsharded
-
-
-def prefix_of(module: nn.Module, model: nn.Module) -> str:
-    """Return the prefix of a module's tensor names in a model: its path and a dot, or nothing.
-
-    Args:
-        module: A part of the model, or the model itself.
-        model: The model.
-    """
-    path = next(name for name, part in model.named_modules() if part is module)
-    return f"{path}." if path else ""

@@ -19,6 +19,8 @@ from covft.checkpoints.sources import public_revision, public_source
 from covft.errors import CheckpointError
 from covft.surgery.wrapped import WrappedViT
 from covft.utils.sharding import full, is_main_process, is_sharded
+from covft.utils.torch_internals import without_checkpointing
+from covft.utils.transformers_names import commit_of, saved_names
 
 
 def adapted_state_dict(encoder: WrappedViT) -> dict[str, Tensor]:
@@ -37,7 +39,7 @@ def adapted_tensors(encoder: WrappedViT, gathered: Mapping[str, Tensor] | None =
         gathered: Tensors by name that replace those of the modules.
     """
     # Modules that torch wraps for activation checkpointing are not seen in the names of a state dict.
-    named = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in encoder.vit.named_parameters())
+    named = ((without_checkpointing(name), p) for name, p in encoder.vit.named_parameters())
     trained = {name for name, parameter in named if parameter.requires_grad} | set(encoder.norms)
     slots, state = _slot_prefixes(encoder), _state(encoder, gathered)
     return {name: tensor for name, tensor in state.items() if name.startswith(slots) or name in trained}
@@ -110,8 +112,11 @@ def save(
             fix="load the ViT's weights on the process that saves, then wrap it, then shard it",
         )
     if writes:
-        unsharded = {name: full(tensor).cpu() if name in sharded else tensor for name, tensor in adapted.items()}
-        write_folder(folder, unsharded, _config(encoder, unsharded, base), model_card(encoder))
+        named = saved_names(encoder.vit)
+        unsharded = {named(name): full(tensor).cpu() if name in sharded else tensor for name, tensor in adapted.items()}
+        config = _config(encoder, unsharded, {named(name): tensor for name, tensor in base.items()})
+        write_folder(folder, unsharded, config, model_card(encoder))
+        encoder.saved_in = Path(folder)
 
 
 def push(encoder: WrappedViT, repo_id: str, **kwargs: Any) -> str:
@@ -133,13 +138,14 @@ def push(encoder: WrappedViT, repo_id: str, **kwargs: Any) -> str:
 
 
 def _config(encoder: WrappedViT, saved: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Any]:
-    extra = sorted(name for name in set(saved) & set(base) if name not in encoder.norms)
+    norms = set(map(saved_names(encoder.vit), encoder.norms))
+    extra = sorted(set(saved) & set(base) - norms)
     return {
         "library_version": __version__,
         "covft": encoder.covft_config.to_dict(),
         "base": {
             "source": public_source(source_of(encoder.vit)),
-            "revision": public_revision(getattr(getattr(encoder.vit, "config", None), "_commit_hash", None)),
+            "revision": public_revision(commit_of(encoder.vit)),
             "library": encoder.spec.library,
             "class_name": encoder.spec.class_name,
             "fingerprint": fingerprint((name, tensor) for name, tensor in base.items() if name not in extra),

@@ -136,7 +136,7 @@ def _timm_name(name: str) -> _Problem | None:
 
 
 def _open_clip_name(name: str, *, needs_tag: bool = True) -> _Problem | None:
-    library = import_library("open_clip", "open_clip", needed_by="This model")
+    library = import_library("open_clip", "open-clip", needed_by="This model")
     architecture, _, tag = name.partition("/")
     if architecture not in library.list_models():
         return "a model that open_clip has", repr(name[:200])

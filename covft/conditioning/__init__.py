@@ -3,7 +3,6 @@
     scope.py        the text that holds for a call, and its transport to the FFNs
     open_scopes.py  which scopes are open in the running task
     draws.py        random draws that a recomputation repeats
-    frames.py       every private name of torch that this needs, with a self-check
     tower_call.py   what one call of the tower tells about its images
 
 A ViT's blocks pass tokens and nothing else to their FFNs, so the text takes another way. Two things make that hard.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from covft.conditioning.frames import checkpoint_frames, graph_task
+from covft.utils.torch_internals import checkpoint_frames, graph_task
 
 
 class Draws:

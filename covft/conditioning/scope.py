@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from covft.adapters.input_format import InputFormat
 from covft.conditioning.draws import Draws
-from covft.conditioning.frames import (
+from covft.conditioning.open_scopes import Generator, OpenScopes
+from covft.conditioning.tower_call import TowerCall
+from covft.errors import MissingContextError, ReentrantCheckpointError, ShapeError
+from covft.nn.segments import Segments
+from covft.utils.torch_internals import (
     check_torch,
     checkpoint_frames,
     graph_task,
     in_backward,
     inside_autograd_function,
 )
-from covft.conditioning.open_scopes import Generator, OpenScopes
-from covft.conditioning.tower_call import TowerCall
-from covft.errors import MissingContextError, ReentrantCheckpointError, ShapeError
-from covft.nn.segments import Segments
 
 
 class Scope:

@@ -16,9 +16,10 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from covft.nn.functional import per_image
-from covft.nn.fused import can_mix, is_transformed, mix, needs_plain_operations
+from covft.nn.fused import can_mix, mix, needs_plain_operations
 from covft.nn.plan import FFNPlan
 from covft.nn.router import Routing
+from covft.utils.torch_internals import is_transformed
 
 
 class Experts(nn.ModuleList):

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from covft.nn.functional import per_image
 from covft.nn.plan import Between, FFNPlan, pairs, run_ffn
+from covft.utils.torch_internals import is_transformed
 
 # Rows per block on a CPU, so that intermediates stay in its caches and their memory is reused.
 _ROWS = 512
@@ -38,11 +38,6 @@ def needs_plain_operations() -> bool:
     single operations.
     """
     return torch.compiler.is_compiling() or is_transformed()
-
-
-def is_transformed() -> bool:
-    """Return whether a transform of torch.func, or a forward-mode derivative, is running."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def mix(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from covft.utils.sharding import is_zero
+from covft.utils.torch_internals import has_hooks
 
 _HALVES = "_halves"
 _QUICK = 1.702
@@ -206,5 +207,4 @@ def _if_quick_gelu(activation: Any) -> Any:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(tables) or "forward" in module.__dict__ or hasattr(module, "parametrizations")
+    return has_hooks(module) or "forward" in module.__dict__ or hasattr(module, "parametrizations")

@@ -7,16 +7,7 @@ from typing import Any
 from torch import nn
 
 from covft.errors import ReentrantCheckpointError, UnsupportedViTError
-
-# What transformers calls it, in models and in `TrainingArguments`: the newest name first.
-NAMES = ("activation_checkpointing", "gradient_checkpointing")
-
-
-def training_field() -> str:
-    """Return the field of `TrainingArguments` that switches it on, in the installed release of transformers."""
-    from transformers import TrainingArguments
-
-    return next(name for name in NAMES if name in TrainingArguments.__dataclass_fields__)
+from covft.utils.transformers_names import CHECKPOINTING
 
 
 def set_activation_checkpointing(vit: nn.Module, *, on: bool, options: dict[str, Any] | None = None) -> None:
@@ -39,7 +30,7 @@ def set_activation_checkpointing(vit: nn.Module, *, on: bool, options: dict[str,
             got="use_reentrant=True",
             fix="encoder.gradient_checkpointing_enable()",
         )
-    for name in NAMES:  # transformers
+    for name in CHECKPOINTING:  # transformers
         if hasattr(vit, f"{name}_enable"):
             if on:
                 getattr(vit, f"{name}_enable")(**{f"{name}_kwargs": options})

@@ -16,13 +16,14 @@ from covft.surgery.slot import AdaptedFFN, Original
 from covft.surgery.wrapped import module_at
 from covft.utils.peft import adapter_parameters, is_adapter, is_trained_copy, plain_name
 from covft.utils.sharding import in_engine, is_partitioned, is_sharded
+from covft.utils.torch_internals import COMPILED
 
 # What distributes or compiles a model from outside, and where it keeps the model.
 _OUTER = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
     "FullyShardedDataParallel": "module",
-    "OptimizedModule": "_orig_mod",
+    "OptimizedModule": COMPILED,
     "DeepSpeedEngine": "module",
 }
 

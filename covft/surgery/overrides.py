@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -74,16 +73,3 @@ class Override(ABC):
         del self.owner.__dict__[self.name]
         if self.replaced is not None:
             self.owner.__dict__[self.name] = self.replaced
-
-
-def remove_hooks(module: nn.Module, is_ours: Callable[[Any], bool]) -> None:
-    """Remove forward hooks that are methods of certain objects.
-
-    Args:
-        module: Where they are registered.
-        is_ours: Whether an object is one of those.
-    """
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if is_ours(getattr(hook, "__self__", None))]:
-            for table in (hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
-                table.pop(key, None)

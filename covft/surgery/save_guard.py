@@ -1,8 +1,9 @@
-"""Recognises transformers' `save_pretrained` around the caller.
+"""Recognises `save_pretrained` of transformers and of peft around the caller.
 
 A model that holds a wrapped ViT, and that covft has not attached, collects its state dict by itself. Nothing but the
 call stack tells that this state dict is about to be written to a file. The stack is searched for the code of
 `PreTrainedModel.save_pretrained` itself, wherever transformers keeps it, and only its documented parameters are read.
+The same goes for `PeftModel.save_pretrained`, which writes adapters alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -18,6 +19,7 @@ from torch import nn
 from covft.errors import CheckpointError, UnsupportedVersionError
 
 _PARAMETERS = ("self", "save_directory", "is_main_process", "state_dict")
+_PARAMETERS_OF_PEFT = ("self", "save_directory", "is_main_process", "kwargs")
 
 
 class RunningSave(NamedTuple):
@@ -42,14 +44,20 @@ def running_save() -> RunningSave | None:
     Raises:
         UnsupportedVersionError: If its parameters are not those that covft knows.
     """
-    code = _code_of_save()
-    frame = sys._getframe(1) if code is not None else None
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back  # type: ignore[assignment]
+    frame = _frame_of(_code_of_save())
     if frame is None:
         return None
     model, directory, main, state = (frame.f_locals[name] for name in _PARAMETERS)
     return RunningSave(model, directory, state, frame.f_locals.get("save_on_this_rank", main))
+
+
+def running_adapter_save() -> RunningSave | None:
+    """Return the call of peft's `save_pretrained` that the caller runs in; None if there is none."""
+    frame = _frame_of(_code_of_adapter_save())
+    if frame is None:
+        return None
+    model, directory, main, options = (frame.f_locals[name] for name in _PARAMETERS_OF_PEFT)
+    return RunningSave(model, directory, options.get("state_dict"), main)
 
 
 def check_save_pretrained() -> None:
@@ -83,6 +91,23 @@ def refuse_runtime_names(slot: nn.Module) -> None:
             fix="covft.attach(model, ...) instead of covft.wrap(tower, ...), which takes state dicts; or "
             "encoder.save_pretrained(folder) for the ViT",
         )
+
+
+def _frame_of(code: CodeType | None) -> FrameType | None:
+    """Return the innermost frame of the stack that runs this code."""
+    frame = sys._getframe(1) if code is not None else None
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame
+
+
+def _code_of_adapter_save() -> CodeType | None:
+    """Return the code of peft's `save_pretrained`; None while peft is not imported, or if it is not the known one."""
+    peft: Any = sys.modules.get("peft.peft_model")
+    if peft is None or not hasattr(peft, "PeftModel"):
+        return None
+    code: CodeType = inspect.unwrap(peft.PeftModel.save_pretrained).__code__
+    return code if set(_PARAMETERS_OF_PEFT) <= set(code.co_varnames) else None
 
 
 def _code_of_save() -> CodeType | None:

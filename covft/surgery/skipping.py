@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from covft.adapters.spec import ViTSpec
 from covft.errors import ConfigError, LayerIndexError
-from covft.surgery.overrides import Override, remove_hooks
+from covft.surgery.overrides import Override
+from covft.utils.torch_internals import remove_hooks
 
 
 class SkippedBlock(Override):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -46,9 +47,11 @@ class WrappedViT(nn.Module):
         layers: Indices of the adapted blocks, ascending.
         norms: Names of the ViT's norm parameters that are trained.
         reading: How `covft.attach` reads the text from prompts; None if nothing is read.
+        saved_in: The folder it was last saved to; a trainer sets it to None when the weights change.
     """
 
     reading: Mapping[str, Any] | None = None
+    saved_in: Path | None = None
 
     def __init__(
         self,
@@ -178,3 +181,14 @@ def module_at(root: nn.Module, path: str) -> Any:
         return root.get_submodule(path)
     except AttributeError:
         return None
+
+
+def prefix_of(module: nn.Module, model: nn.Module) -> str:
+    """Return the prefix of a module's tensor names in a model: its path and a dot, or nothing.
+
+    Args:
+        module: A part of the model, or the model itself.
+        model: The model.
+    """
+    path = next(name for name, part in model.named_modules() if part is module)
+    return f"{path}." if path else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ from covft.text.loading import find_json, load_pretrained
 from covft.utils.arguments import check_kinds
 from covft.utils.foreign_code import refuse_code
 from covft.utils.sources import with_options
+from covft.utils.transformers_names import commit_of
 
 POOLINGS = ("cls", "mean", "pooled")
 
@@ -91,7 +93,7 @@ class HFTextEncoder(CachedTextEncoder):
         self._owned = self.model if isinstance(model, str) else None
         self.tokenizer = tokenizer or _saved_tokenizer(loaded)
         self.normalize = normalize
-        self.revision: str | None = getattr(loaded.config, "_commit_hash", None) or revision
+        self.revision: str | None = commit_of(loaded) or revision
         self.max_length = max_length or length_limit(self.model, self.tokenizer)
         self.pooling = self._resolve(pooling)
         # The name has everything that the features depend on, so that a saved one reproduces them.
@@ -160,7 +162,8 @@ class HFTextEncoder(CachedTextEncoder):
         else:
             inputs["attention_mask"] = torch.ones(1, length, dtype=torch.long, device=self.device)
         inputs["input_ids"] = torch.tensor([ids], device=self.device)
-        if types is not None:
+        run = getattr(self.model, "get_text_features", self.model.forward)
+        if types is not None and _takes(run, "token_type_ids"):
             inputs["token_type_ids"] = torch.tensor([list(types)], device=self.device)
         run = getattr(self.model, "get_text_features", self.model)
         hidden, pooled = hidden_and_pooled(run(**inputs))
@@ -182,6 +185,12 @@ class HFTextEncoder(CachedTextEncoder):
             return source[:, :length].mean(dim=1)
         cls_id = self._special("cls")
         return source[:, ids.index(cls_id) if cls_id in ids else 0]
+
+
+def _takes(method: Any, name: str) -> bool:
+    """Return whether a method takes an argument; tokenizers of BERT's kind also serve models that know no types."""
+    parameters = inspect.signature(method).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _saved_tokenizer(model: Any) -> Any:

@@ -70,7 +70,7 @@ class OpenCLIPTextEncoder(CachedTextEncoder):
                 got=f"a vocabulary of {vocabulary}" if vocabulary else type(self.model).__name__,
                 fix="covft.text.OpenCLIPTextEncoder(model, open_clip.get_tokenizer(NAME))",
             )
-        library = import_library("open_clip", "open_clip", needed_by="This text encoder")
+        library = import_library("open_clip", "open-clip", needed_by="This text encoder")
         return library.SimpleTokenizer(context_length=self.max_length or 77)
 
     def _encode_one(self, text: str) -> Tensor:
@@ -94,7 +94,7 @@ def _num_tokens(tokenizer: Any, text: str) -> int | None:
 
 def _load(source: str, tokenizer: Any) -> tuple[Any, Any]:
     """Load a model and its tokenizer by `NAME` or `NAME/TAG`."""
-    library = import_library("open_clip", "open_clip", needed_by="This text encoder")
+    library = import_library("open_clip", "open-clip", needed_by="This text encoder")
     name, _, tag = source.partition("/")
     try:
         model = library.create_model(name, pretrained=tag or None)

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from covft.utils.torch_internals import CHECKPOINTED, COMPILED
+
 # What peft, torch.compile and activation checkpointing put into the names of parameters that they wrap.
-_WRAPPERS = frozenset(("base_layer", "original_module", "_orig_mod", "_checkpoint_wrapped_module"))
+_WRAPPERS = frozenset(("base_layer", "original_module", COMPILED, CHECKPOINTED))
 
 
 def is_adapter(module: nn.Module) -> bool:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from covft.utils.transformers_names import deepspeed_config, deepspeed_integration
 
 
 def is_partitioned(tensor: Tensor) -> bool:
@@ -98,11 +98,11 @@ def unpartitioned() -> Iterator[None]:
 
     For small frozen models outside the engine, which alone would gather them.
     """
-    integration: Any = sys.modules.get("transformers.integrations.deepspeed")
-    if integration is None or not integration.is_deepspeed_zero3_enabled():
+    integration = deepspeed_integration()
+    if integration is None:
         yield
         return
-    config = integration._hf_deepspeed_config_weak_ref()
+    config = deepspeed_config(integration)
     integration.unset_hf_deepspeed_config()
     try:
         yield

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from benchmarks.speed.__main__ import main
+from benchmarks.speed import cuda_page, report
+from benchmarks.speed.__main__ import PARTS, main
 from benchmarks.speed.baseline import ObviousMoE
-from benchmarks.speed.cases import TINY, Block, Tower, measure_tower
+from benchmarks.speed.block import Block, measure_products
+from benchmarks.speed.llava import LLAVA_7B, METHODS, TOY, Llava
 from benchmarks.speed.measure import bytes_for_backward, flops, interleaved, peak_memory
+from benchmarks.speed.sizes import TINY
+from benchmarks.speed.tower import Tower, measure_tower
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("routing", ["dense", "sparse"])
@@ -84,38 +89,91 @@ def test_measure__sees_the_peak_of_what_is_given_back():
     assert 0.9 * size < peak_memory(function) < 1.5 * size
 
 
-BRIEF = (("block",), ("compressed",))
-ALL = (("block", "batches", "experts", "tower", "variants"), ("compressed", "wrap"))
+def test_products__are_those_of_the_block():
+    """Half of the obvious block's own operations are not in the attention, the text and the sums."""
+    block = Block(TINY, batch=2, experts=4, routing="dense", dtype=torch.float32)
+    (record,) = measure_products(TINY, batch=2, experts=4, dtype=torch.float32, runs=1)
+    with torch.no_grad():
+        experts = sum(flops(lambda e=e: e(block.x)) for e in block.moe.experts)
+        whole = flops(block.ways(("all",))["all"])
+    refinement = 8 * 2 * TINY.tokens * TINY.embed_dim**2
+    assert record["flops"] == experts + refinement < whole < 1.2 * record["flops"]
 
 
-@pytest.mark.parametrize(
-    ("runs", "kinds", "headings"),
-    [
-        (BRIEF, {"block", "compressed"}, ["One block, float32, 2 images", "Compressed experts"]),
-        pytest.param(
-            ALL,
-            {"block", "tower", "compressed", "wrap"},
-            [
-                *("Goals", "One block, float32, 2 images", "Over the batch", "Over the number of experts"),
-                *("The whole tower", "Compressed experts", "wrap()"),
-            ],
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=["brief", "all"],
-)
-def test_command__writes_results_page_and_plots(tmp_path, runs, kinds, headings):
-    import typer
+@pytest.fixture(scope="module")
+def llava():
+    return Llava(TOY, "cpu")
 
-    app = typer.Typer()
-    app.command()(main)
-    options = ["--tiny", "--runs", "2", "--output", str(tmp_path / "results"), "--pages", str(tmp_path / "page")]
-    for parts in runs:  # the second adds to the results of the first
-        result = CliRunner().invoke(app, [*options, *(word for part in parts for word in ("--part", part))])
-        assert result.exit_code == 0, result.output
-    records = json.loads((tmp_path / "results" / "results.json").read_text())["records"]
-    assert {record["kind"] for record in records} == kinds
-    page = (tmp_path / "page" / "index.md").read_text()
-    for heading in headings:
+
+def test_llava__each_method_trains_its_own_part_and_leaves_the_model_as_it_was(llava):
+    before = {name: p.detach().clone() for name, p in llava.tower.state_dict().items()}
+    counts = {}
+    for method in METHODS:
+        with llava.tuned(method):
+            trained = llava.trained_of_tower()
+            counts[method] = sum(p.numel() for p in trained)
+            with torch.no_grad():  # experts are equal at the start
+                logits = llava.model(**llava.batch, **llava._context(llava.text)).logits
+            if method == "freeze":
+                plain = logits
+            assert torch.allclose(logits.float(), plain.float(), atol=0.05)
+            llava.model.zero_grad()
+            llava.model(**llava.batch, **llava._context(llava.text)).loss.backward()
+            last = llava.tower.encoder.layers[-1]  # LLaVA reads the layer before it
+            unread = {id(p) for part in (last, llava.tower.post_layernorm) for p in part.parameters()}
+            unread.add(id(llava.tower.embeddings.patch_embedding.bias))
+            assert all(p.grad is not None for p in trained if id(p) not in unread)
+        assert not any(p.requires_grad for p in llava.tower.parameters())
+        after = llava.tower.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+    ours = {counts[name] for name in METHODS if name.startswith("covft")}
+    assert counts["freeze"] == 0 < counts["full"] == sum(p.numel() for p in llava.tower.parameters())
+    assert len(ours) == 1
+    # The keys' text columns and biases, which change nothing and which covft leaves out.
+    dead = len(TINY.layers) * (TINY.text_dim**2 + TINY.text_dim)
+    assert counts["obvious"] == ours.pop() + dead
+
+
+def test_llava__has_the_shape_of_the_7b_model():
+    """LLaVA-1.5-7B has 7,063,427,072 parameters."""
+    with torch.device("meta"):
+        model = Llava(LLAVA_7B, "meta").model
+    count = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+    assert count == 7_063_427_072
+
+
+def run(tmp_path, parts):
+    options = ["--device", "cpu", "--quick", "--runs", "1", "--output", str(tmp_path), "--pages", str(tmp_path)]
+    main([*options, *(word for part in parts for word in ("--part", part))])
+    return json.loads((tmp_path / "cpu.json").read_text())["records"]
+
+
+def test_command__writes_results_pages_and_plots(tmp_path):
+    run(tmp_path, ["block"])
+    records = run(tmp_path, ["tower", "llava"])  # adds to the results of the first
+    assert {record["kind"] for record in records} == {"block", "products", "tower", "llava"}
+    page, cuda = ((tmp_path / f"{name}.md").read_text() for name in ("index", "cuda"))
+    for heading in ("Goals", "One block, float32, 2 images", "The whole tower"):
         assert f"## {heading}" in page
-    assert (tmp_path / "page" / "block.svg").is_file()
+    for heading in ("One block", "The tower", "LLaVA-1.5-7B"):
+        assert f"## {heading}" in cuda
+    assert "| covft, recompute=all |" in cuda.partition("LLaVA-1.5-7B")[2]
+    assert (tmp_path / "block.svg").is_file()
+
+
+@pytest.mark.slow
+def test_command__runs_every_part(tmp_path):
+    records = run(tmp_path, [])
+    assert {record["part"] for record in records} == set(PARTS)
+    page = (tmp_path / "index.md").read_text()
+    for heading in ("Over the batch", "One block, compiled", "Over the number of experts", "Compressed experts"):
+        assert f"## {heading}" in page
+    assert "| all, compiled |" in (tmp_path / "cuda.md").read_text()
+
+
+def test_pages__are_made_from_the_results():
+    results, pages = ROOT / "benchmarks" / "speed" / "results", ROOT / "docs" / "speed"
+    assert (pages / "index.md").read_text() == report.page(json.loads((results / "cpu.json").read_text()))
+    cuda = results / "cuda.json"
+    assert (pages / "cuda.md").read_text() == cuda_page.page(json.loads(cuda.read_text()) if cuda.exists() else None)

@@ -16,9 +16,11 @@ from benchmarks.coverage import page
 from benchmarks.coverage.transformers_cases import all_cases, build
 from covft.checkpoints.pretrained import MARK
 from covft.errors import CheckpointError
+from covft.integrations.mllm.families import find_tower
 from covft.testing import HashTextEncoder
+from tests.helpers.hub import without_repositories
 from tests.helpers.mllms import BY_NAME as MLLMS
-from tests.helpers.towers import perturb
+from tests.helpers.towers import body, perturb
 
 TEXTS = HashTextEncoder(16)
 # Plain; renamed in its files; the FFN in two halves, with the residual in the second; packed; channels first.
@@ -38,7 +40,8 @@ def call(vit: nn.Module, name: str) -> tuple[Tensor, ...]:
     args, kwargs = all_cases()[name][2].inputs(vit, [0, 1])
     with torch.no_grad():
         output = vit(*args, **kwargs)
-    return tuple(value for value in output.to_tuple() if isinstance(value, Tensor))
+    values = (output,) if isinstance(output, Tensor) else output.to_tuple()
+    return tuple(value for value in values if isinstance(value, Tensor))
 
 
 def answers(encoder: covft.ContextEncoder, name: str) -> tuple[Tensor, ...]:
@@ -98,10 +101,10 @@ def test_every_tower__is_written_as_it_was_and_the_adapted_weights_beside_it(nam
 def test_tower__what_the_caller_trained_too_is_saved_as_it_is(tmp_path):
     encoder = wrapped("CLIPVisionModel")
     with torch.no_grad():
-        encoder.vit.embeddings.class_embedding.add_(1)
-    changed = encoder.vit.embeddings.class_embedding.clone()
+        body(encoder.vit).embeddings.class_embedding.add_(1)
+    changed = body(encoder.vit).embeddings.class_embedding.clone()
     encoder.vit.save_pretrained(tmp_path)
-    assert torch.equal(load(encoder.vit, tmp_path).embeddings.class_embedding, changed)
+    assert torch.equal(body(load(encoder.vit, tmp_path)).embeddings.class_embedding, changed)
 
 
 def test_tower__in_another_type_and_with_a_state_dict_that_was_gathered(tmp_path):
@@ -149,10 +152,12 @@ def test_tower__after_unwrap_it_saves_as_before(tmp_path):
     assert same(call(load(vit, tmp_path), "CLIPVisionModel"), call(vit, "CLIPVisionModel"))
 
 
-def test_tower__a_process_that_is_not_the_main_one_writes_nothing(tmp_path):
+def test_tower__a_process_that_is_not_the_main_one_writes_no_more_than_a_plain_model(tmp_path):
     vit: Any = wrapped("CLIPVisionModel").vit
-    vit.save_pretrained(tmp_path, is_main_process=False)
-    assert not list(tmp_path.rglob("*.safetensors"))
+    build("CLIPVisionModel").save_pretrained(tmp_path / "plain", is_main_process=False)
+    vit.save_pretrained(tmp_path / "wrapped", is_main_process=False)
+    written, plain = ({p.name for p in (tmp_path / kind).rglob("*")} for kind in ("wrapped", "plain"))
+    assert written == plain  # nothing, but the weights before release 5 of transformers
     with pytest.raises(CheckpointError, match="distributed_checkpoint"):
         vit.save_pretrained(tmp_path / "a", distributed_checkpoint=True)
 
@@ -169,9 +174,7 @@ def uploaded(monkeypatch):
         seen.setdefault(repo_id, set()).update(path.relative_to(folder).as_posix() for path in files)
 
     monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.create_repo", lambda self, repo_id, **kwargs: type("Repo", (), {"repo_id": repo_id})
-    )
+    without_repositories(monkeypatch)
     return seen
 
 
@@ -191,7 +194,7 @@ def test_tower__push_to_hub_uploads_the_adapted_weights_too(uploaded, tmp_path):
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_mllm__is_written_as_it_was_and_the_adapted_weights_beside_it(name, tmp_path):
     model = MLLMS[name].build()
-    tower = model.model.vision_tower if name == "llava" else model.model.visual
+    tower = find_tower(model)[0]
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     encoder = covft.wrap(tower, TEXTS)
     perturb(encoder)
@@ -204,7 +207,7 @@ def test_mllm__is_written_as_it_was_and_the_adapted_weights_beside_it(name, tmp_
     assert loaded.state_dict().keys() == state.keys()
     for key, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, state[key] + 1 if key == "lm_head.weight" else state[key]), key
-    again = covft.load(tmp_path / "covft", loaded.model.vision_tower if name == "llava" else loaded.model.visual, TEXTS)
+    again = covft.load(tmp_path / "covft", find_tower(loaded)[0], TEXTS)
     assert again.adapted_state_dict().keys() == encoder.adapted_state_dict().keys()
     for key, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, running[key]), key
@@ -214,7 +217,7 @@ def test_mllm__is_written_as_it_was_and_the_adapted_weights_beside_it(name, tmp_
 
 def test_mllm__runtime_names_are_never_written(tmp_path):
     model = MLLMS["llava"].build()
-    covft.wrap(model.model.vision_tower, TEXTS)
+    covft.wrap(find_tower(model)[0], TEXTS)
     with pytest.raises(CheckpointError, match=r"from_pretrained does not know.*(\n.*)*\.experts\.0\."):
         model.save_pretrained(tmp_path, state_dict=model.state_dict())
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -224,7 +227,7 @@ def test_mllm__runtime_names_are_never_written(tmp_path):
 
 def test_mllm__with_an_unwrapped_tower_saves_as_before(tmp_path):
     model = MLLMS["llava"].build()
-    covft.unwrap(covft.wrap(model.model.vision_tower, TEXTS))
+    covft.unwrap(covft.wrap(find_tower(model)[0], TEXTS))
     model.save_pretrained(tmp_path, state_dict=model.state_dict())
     assert not (tmp_path / "covft").exists()
     load(model, tmp_path)

@@ -10,7 +10,7 @@ from torch import nn
 
 import covft
 from covft.data import IGNORE_INDEX, Collator
-from covft.integrations import attach, get_encoder
+from covft.integrations import attach, get_encoder, train_only
 from covft.utils.sharding import gathered
 from tests.helpers.mllm_configs import SIZE
 from tests.helpers.mllms import BY_NAME, Row
@@ -52,6 +52,22 @@ def attached_model(folder: Path, dtype: torch.dtype = torch.float64, **settings:
     return model.train()
 
 
+def lora_model(folder: Path) -> Any:
+    """The same model with LoRA on its language model, and a projector that is trained too."""
+    import peft
+
+    model = attached_model(folder)
+    lora = peft.LoraConfig(
+        r=2,
+        target_modules=r".*language_model.*\.(q|v)_proj",
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",  # otherwise peft saves the name of the model's class, which FSDP changes
+    )
+    model = peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
+    train_only(model, ["projector", "llm", "covft"])
+    return model
+
+
 def samples() -> list[dict[str, Any]]:
     """One sample per row, as the data set makes them."""
     torch.manual_seed(9)
@@ -83,7 +99,9 @@ def batch_of(rank: int, world: int) -> dict[str, Any]:
 def loss_of(model: nn.Module, rank: int, world: int) -> torch.Tensor:
     """The mean over all tokens of the global batch, as this process adds to it before gradients are averaged."""
     batch = batch_of(rank, world)
-    batch["pixel_values"] = batch["pixel_values"].to(next(model.parameters()).dtype)
+    like = next(model.parameters())
+    batch["pixel_values"] = batch["pixel_values"].to(like.dtype)
+    batch = {name: value.to(like.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     labels = batch.pop("labels")[:, 1:]
     total = sum(int((sample["labels"][1:] != IGNORE_INDEX).sum()) for sample in samples())
     logits = model(**batch, use_cache=False).logits[:, :-1]  # the model's own loss is rounded to float32

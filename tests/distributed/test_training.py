@@ -11,7 +11,15 @@ from safetensors.torch import load_file
 
 from covft.integrations import attach, get_encoder
 from tests.distributed import processes
-from tests.distributed.llava import LLAVA, TEXTS, attached_model, batch_of, loss_of, trained_gradients
+from tests.distributed.llava import (
+    LLAVA,
+    TEXTS,
+    attached_model,
+    batch_of,
+    lora_model,
+    loss_of,
+    trained_gradients,
+)
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
@@ -154,3 +162,16 @@ def test_fsdp2__what_was_saved_is_loaded_by_one_process(fsdp2):
     attach(model, TEXTS, tokenizer=LLAVA.tokenizer, pretrained=fsdp2 / "saved" / "covft")
     with torch.no_grad():
         assert torch.equal(model.eval()(**batch).logits, expected(**batch).logits)
+
+
+@pytest.mark.slow
+def test_fsdp2__peft_saves_adapters_tower_and_projector_from_gathered_weights(tmp_path):
+    processes.run("fsdp2_lora", tmp_path)
+    alone = lora_model(tmp_path)
+    alone.save_pretrained(tmp_path / "alone")
+    assert (tmp_path / "alone" / "covft" / "trained.safetensors").is_file()
+    assert_same_files(tmp_path / "saved", tmp_path / "alone")
+    for file in ("trained.json", "trained.safetensors"):
+        (tmp_path / "alone" / "covft" / file).unlink()
+    assert_same_files(tmp_path / "adapters", tmp_path / "alone")
+    assert not (tmp_path / "checkpoint-1" / "covft").exists()

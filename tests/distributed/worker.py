@@ -22,7 +22,7 @@ from covft.checkpoints.loading import load_into
 from covft.errors import CheckpointError, TextEncoderError, UnsupportedViTError
 from covft.integrations import attach, detach, get_encoder
 from covft.utils.sharding import full
-from tests.distributed.llava import LLAVA, TEXTS, attached_model, loss_of, trained_gradients
+from tests.distributed.llava import LLAVA, TEXTS, attached_model, lora_model, loss_of, trained_gradients
 
 
 def ddp(rank: int, world: int, folder: Path) -> None:
@@ -70,6 +70,27 @@ def fsdp2(rank: int, world: int, folder: Path) -> None:
     if rank == 0:
         torch.save(loaded, folder / "loaded.pt")
     spread(rank, world, folder)
+
+
+def fsdp2_lora(rank: int, world: int, folder: Path) -> None:
+    """A PeftModel, saved as Trainer does it: from a gathered state dict that the first process alone has."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    from covft.integrations.training.peft_saving import save_with_adapters
+
+    model = lora_model(folder)
+    save_with_adapters(model)
+    shard(model.get_base_model(), world, checkpointing=False)  # peft 0.21 does not find adapters in wrapped layers
+    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        model.save_pretrained(folder / "saved", state_dict=gathered)
+        with pytest.raises(CheckpointError, match="are sharded, and peft's save_pretrained does not gather them"):
+            model.save_pretrained(folder / "nowhere")
+        adapters = {name: tensor for name, tensor in gathered.items() if "lora_" in name}
+        with pytest.warns(UserWarning, match="but not the context-aware tower"):
+            model.save_pretrained(folder / "adapters", state_dict=adapters)
+        model.save_pretrained(folder / "checkpoint-1", state_dict=adapters)  # to which the callback adds the tower
+    get_encoder(model).save_pretrained(folder / "adapters" / "covft")  # as the warning says
 
 
 def spread(rank: int, world: int, folder: Path) -> None:

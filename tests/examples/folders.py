@@ -60,6 +60,46 @@ def write_models(root: Path) -> None:
     write_bert(root / "bert")
 
 
+def write_llava_model(root: Path) -> Path:
+    """`model`, a LLaVA with the processor and chat template of llava-hf, and `images` below a folder."""
+    import copy
+
+    from covft.integrations import build_llava, llava_processor, load_image_processor
+    from tests.helpers.prompts import TEMPLATES, tokenizer_of
+
+    write_models(root / "parts")
+    write_images(root / "images")
+    tokenizer = copy.deepcopy(tokenizer_of("llava-hf"))
+    model = build_llava(root / "parts" / "clip", root / "parts" / "vicuna", tokenizer)
+    processor = llava_processor(model, tokenizer, load_image_processor(root / "parts" / "clip"))
+    assert processor.chat_template == TEMPLATES["llava-hf"].jinja
+    model.save_pretrained(root / "model")
+    processor.save_pretrained(root / "model")
+    return root
+
+
+def write_trl_data(folder: Path) -> None:
+    """`train.parquet` with images and messages, as TRL reads it."""
+    import datasets
+    from PIL import Image
+
+    rows = []
+    for name, colour in COLOURS.items():
+        question = [{"type": "image", "text": None}, {"type": "text", "text": "what is left of the cup?"}]
+        answer = [{"type": "text", "text": f"{name}."}]
+        rows.append(
+            {
+                "images": [Image.new("RGB", (40, 30), colour)],
+                "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+            }
+        )
+    part = {"type": datasets.Value("string"), "text": datasets.Value("string")}
+    message = {"role": datasets.Value("string"), "content": [part]}
+    features = datasets.Features({"images": [datasets.Image()], "messages": [message]})
+    folder.mkdir(exist_ok=True)
+    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "train.parquet")
+
+
 def tokenizer(specials: list[str]) -> Any:
     """A byte-level tokenizer whose special tokens come first."""
     from transformers import PreTrainedTokenizerFast

@@ -3,15 +3,16 @@
 import importlib.util
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.examples.folders import COLOURS, write_images, write_models
-from tests.helpers.prompts import TEMPLATES
+from tests.examples.folders import write_llava_model, write_trl_data
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "one_liners"
 
@@ -24,21 +25,7 @@ def run(monkeypatch, name, *arguments):
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
     """A LLaVA with the chat template of llava-hf, and a picture."""
-    import copy
-
-    from covft.integrations import build_llava, llava_processor, load_image_processor
-    from tests.helpers.prompts import tokenizer_of
-
-    root = tmp_path_factory.mktemp("llava")
-    write_models(root / "parts")
-    write_images(root / "images")
-    tokenizer = copy.deepcopy(tokenizer_of("llava-hf"))
-    model = build_llava(root / "parts" / "clip", root / "parts" / "vicuna", tokenizer)
-    processor = llava_processor(model, tokenizer, load_image_processor(root / "parts" / "clip"))
-    assert processor.chat_template == TEMPLATES["llava-hf"].jinja
-    model.save_pretrained(root / "model")
-    processor.save_pretrained(root / "model")
-    return root
+    return write_llava_model(tmp_path_factory.mktemp("llava"))
 
 
 def test_no_example_has_the_name_of_a_library():
@@ -104,31 +91,12 @@ def test_llama_factory(monkeypatch):
     assert callback.text_encoder == "bert-base-uncased"
 
 
-def test_trl(llava):
-    pytest.importorskip("trl")
-    import datasets
-    from PIL import Image
-
-    rows = []
-    for name, colour in COLOURS.items():
-        question = [{"type": "image", "text": None}, {"type": "text", "text": "what is left of the cup?"}]
-        answer = [{"type": "text", "text": f"{name}."}]
-        rows.append(
-            {
-                "images": [Image.new("RGB", (40, 30), colour)],
-                "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
-            }
-        )
-    part = {"type": datasets.Value("string"), "text": datasets.Value("string")}
-    message = {"role": datasets.Value("string"), "content": [part]}
-    features = datasets.Features({"images": [datasets.Image()], "messages": [message]})
-    (llava / "data").mkdir()
-    datasets.Dataset.from_list(rows, features=features).to_parquet(llava / "data" / "train.parquet")
+def run_trl(llava, output, *more):
     arguments = ["--model_name_or_path", llava / "model", "--dataset_name", llava / "data", "--text_encoder", "hash:16"]
-    arguments += ["--output_dir", llava / "trl", "--use_cpu", "True", "--bf16", "False", "--report_to", "none"]
-    arguments += ["--max_steps", 2, "--save_steps", 2, "--per_device_train_batch_size", 2, "--learning_rate", 1e-3]
+    arguments += ["--output_dir", output, "--use_cpu", "True", "--bf16", "False", "--report_to", "none"]
+    arguments += ["--max_steps", 2, "--save_steps", 1, "--per_device_train_batch_size", 2, "--learning_rate", 1e-3]
     done = subprocess.run(
-        [sys.executable, str(FOLDER / "with_trl.py"), *map(str, arguments)],
+        [sys.executable, str(FOLDER / "with_trl.py"), *map(str, [*arguments, *more])],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parents[1])},
         capture_output=True,
         text=True,
@@ -136,5 +104,34 @@ def test_trl(llava):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    for folder in (llava / "trl", llava / "trl" / "checkpoint-2"):
+    for folder in (output, output / "checkpoint-2"):
         assert (folder / "covft" / "model.safetensors").is_file()
+
+
+def test_trl(llava):
+    pytest.importorskip("trl")
+    write_trl_data(llava / "data")
+    run_trl(llava, llava / "trl")
+
+
+@pytest.mark.slow
+def test_trl__with_lora_saves_everything_and_resumes(llava, tmp_path):
+    pytest.importorskip("trl")
+    import covft
+
+    write_trl_data(llava / "data")
+    lora = ["--use_peft", "--lora_target_modules", r".*language_model.*_proj"]
+    run_trl(llava, tmp_path / "whole", *lora)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "cut" / "checkpoint-1")
+    run_trl(llava, tmp_path / "cut", *lora, "--resume_from_checkpoint", tmp_path / "cut" / "checkpoint-1")
+
+    def loaded(folder):
+        model, _ = covft.load_model(folder, "hash:16", base=llava / "model")
+        return model.state_dict()
+
+    first, whole, cut = (loaded(tmp_path / name) for name in ("whole/checkpoint-1", "whole", "cut"))
+    assert sum("lora_" in name for name in whole) == 2 * 2 * 7
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+    changed = {name for name, tensor in whole.items() if not torch.equal(tensor, first[name])}
+    assert any("experts" in name for name in changed)
+    assert any("lora_" in name for name in changed)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from covft.surgery.activation_checkpointing import training_field
+from covft.utils.transformers_names import training_field
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, BATCH, SIZE = 20, 4, 84

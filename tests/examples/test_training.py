@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from tests.examples.folders import SIZE, write_internvl, write_llava, write_models
+from tests.helpers.towers import image_features
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = ROOT / "configs" / "accelerate" / "cpu_2_processes.yaml"
@@ -277,7 +278,7 @@ def test_llava_answers_as_it_was_trained(runs, monkeypatch, capsys):
     # The question reaches the tower.
     with torch.no_grad():
         features = [
-            torch.stack(tuple(seen["model"].get_image_features(seen["pixel_values"], context_text=q).pooler_output))
+            torch.stack(tuple(image_features(seen["model"].get_image_features(seen["pixel_values"], context_text=q))))
             for q in (question, "How many are there?")
         ]
     assert (features[0] - features[1]).abs().max() > 1e-6

@@ -15,17 +15,22 @@ Call = Callable[[Tensor, Tensor], Tensor]
 
 
 class Case:
-    """A wrapped tower in float64 and training mode, whose experts differ."""
+    """A wrapped tower in training mode, whose experts differ; in float64 on the CPU by default."""
 
-    def __init__(self, name: str, **settings: Any) -> None:
+    def __init__(
+        self, name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float64, **settings: Any
+    ) -> None:
         self.tower = BY_NAME[name]
-        self.encoder = covft.wrap(self.tower.build().double(), TEXT_DIM, **settings).double()
+        plain = self.tower.build().to(device, dtype)
+        self.encoder = covft.wrap(plain, TEXT_DIM, **settings).to(device, dtype)
         perturb(self.encoder)
         self.encoder.train()
-        self.images = self.tower.images(3, torch.float64)
-        self.others = self.tower.images(3, torch.float64)
-        self.inputs = self.tower.inputs(3)
-        self.texts = [torch.randn(3, TEXT_DIM, dtype=torch.float64) for _ in range(3)]
+        # Drawn on the CPU in float64, so that they are the same wherever and in whatever they are used.
+        self.images = self.tower.images(3, torch.float64).to(device, dtype)
+        self.others = self.tower.images(3, torch.float64).to(device, dtype)
+        self.inputs = {name: value.to(device) if isinstance(value, Tensor) else value
+                       for name, value in self.tower.inputs(3).items()}  # fmt: skip
+        self.texts = [torch.randn(3, TEXT_DIM, dtype=torch.float64).to(device, dtype) for _ in range(3)]
 
     def output(self, images: Tensor, text: Tensor | None) -> Tensor:
         output = self.encoder(images, text, **self.inputs)

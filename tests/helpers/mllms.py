@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
 from tests.helpers import mllm_configs as configs
 from tests.helpers.mllm_configs import PATCH, SIZE, TEXT
 from tests.helpers.prompts import IMAGE, tokenizer_of
+from tests.helpers.releases import found
 from tests.helpers.towers import GRIDS
 
 # (height, width) of the images, one after another; they are cut into 1 + 2, 1 + 4 and 1 + 2 tiles.
@@ -65,10 +65,7 @@ class MLLM:
         return tokenizer_of(self.template)
 
     def build(self) -> Any:
-        import transformers
-
-        if not hasattr(transformers, self.model):
-            pytest.skip(f"transformers {transformers.__version__} has no {self.model}")
+        kind = found(self.model)
         tokenizer = self.tokenizer
         text = {
             **TEXT,
@@ -78,15 +75,10 @@ class MLLM:
             "eos_token_id": tokenizer.eos_token_id,
         }
         config = self.config(text, tokenizer.convert_tokens_to_ids(IMAGE))
-        model = getattr(transformers, self.model)(config).eval()
+        model = kind(config).eval()
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.eos_token_id = tokenizer.eos_token_id
-        with torch.no_grad():  # new projectors are so small, or zero, that no image would matter
-            for name, parameter in model.named_parameters():
-                if parameter.dim() > 1:
-                    parameter.mul_(3) if parameter.any() else parameter.normal_()
-                elif name.endswith("gate"):
-                    parameter.fill_(1)
+        configs.enliven(model)
         return model
 
     def prompt(self, row: Row, lengths: list[int]) -> str:

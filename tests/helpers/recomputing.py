@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from covft.surgery.activation_checkpointing import NAMES, training_field
+from covft.utils.transformers_names import CHECKPOINTING, training_field
 
 
 def recompute(model: Any, *, on: bool = True, reentrant: bool = False, **more: Any) -> None:
     """Call the switch of a model of transformers."""
-    name = next(name for name in NAMES if hasattr(model, f"{name}_enable"))
+    name = next(name for name in CHECKPOINTING if hasattr(model, f"{name}_enable"))
     if on:
         getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": reentrant}}, **more)
     else:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
+
+from tests.helpers.releases import found
 
 SIZE, PATCH, WIDTH, DEPTH = 32, 8, 32, 4
 TEXT_DIM = 16
@@ -73,6 +75,23 @@ def features(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.last_hidden_state
 
 
+def image_features(output: Any) -> Any:
+    """What `get_image_features` of a multimodal LLM computes; before release 5 of transformers it returns no more."""
+    return getattr(output, "pooler_output", output)
+
+
+def body(vit: Any) -> Any:
+    """The module that has the blocks; CLIP and SigLIP have it one level further down up to release 5.0 at least."""
+    return getattr(vit, "vision_model", vit)
+
+
+def hidden_states(vit: nn.Module) -> dict[str, bool]:
+    """The option that asks for hidden states, where the ViT takes it."""
+    parameters = inspect.signature(vit.forward).parameters
+    named = "output_hidden_states" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {"output_hidden_states": True} if named and type(vit).__module__.startswith("transformers.") else {}
+
+
 def perturb(encoder: nn.Module, scale: float = 0.1) -> None:
     """Move experts, contexts and routers apart, so that the text matters."""
     with torch.no_grad():
@@ -103,8 +122,6 @@ def _open_clip(**vision: Any) -> Callable[[], nn.Module]:
 
 def _hf(model: str, config: str, **kwargs: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        import transformers
-
         sizes = {
             "hidden_size": WIDTH,
             "intermediate_size": 2 * WIDTH,
@@ -113,20 +130,14 @@ def _hf(model: str, config: str, **kwargs: Any) -> Callable[[], nn.Module]:
             "image_size": SIZE,
             "patch_size": PATCH,
         }
-        if not hasattr(transformers, config):
-            pytest.skip(f"transformers {transformers.__version__} has no {config}")
-        settings = getattr(transformers, config)(**{**sizes, **kwargs})
-        return getattr(transformers, model)(settings)
+        return found(model)(found(config)(**{**sizes, **kwargs}))
 
     return build
 
 
 def _packed(model: str, name: str, **sizes: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        import importlib
-
-        module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-        tower = getattr(module, name)
+        tower = found(f"models.{model}.modeling_{model}.{name}")
         return tower(tower.config_class(patch_size=PATCH, num_heads=4, depth=DEPTH, **sizes))
 
     return build

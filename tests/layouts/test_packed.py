@@ -13,7 +13,18 @@ import covft
 from covft.adapters import InputFormat, ViTFamily
 from covft.errors import ShapeError, UnsupportedViTError
 from tests.helpers import oracle
-from tests.helpers.towers import BY_NAME, DEPTH, PACKED, PATCH, TEXT_DIM, WIDTH, Tower, features, perturb
+from tests.helpers.towers import (
+    BY_NAME,
+    DEPTH,
+    PACKED,
+    PATCH,
+    TEXT_DIM,
+    WIDTH,
+    Tower,
+    features,
+    image_features,
+    perturb,
+)
 
 every_packed = pytest.mark.parametrize("tower", PACKED, ids=str)
 ROUTINGS = [
@@ -113,7 +124,7 @@ def test_windows__the_tower_takes_the_tokens_out_of_reading_order():
     merger: list[Tensor] = []
     batch.encoder.vit.merger.register_forward_hook(lambda _, __, output: merger.append(output))
     output = batch.encoder(batch.images, batch.texts, **batch.inputs)
-    order = [(merger[0] == row).all(-1).nonzero().item() for row in output.pooler_output]
+    order = [(merger[0] == row).all(-1).nonzero().item() for row in image_features(output)]
     assert order == [0, 1, 4, 2, 3, 5, 6, 7, 8]
 
 

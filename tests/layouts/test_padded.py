@@ -14,7 +14,7 @@ from benchmarks.coverage.transformers_inputs import GRIDS, Call
 from covft.adapters import InputFormat, ViTFamily
 from covft.errors import ShapeError
 from tests.helpers import oracle
-from tests.helpers.towers import BY_NAME, TEXT_DIM, features, perturb
+from tests.helpers.towers import BY_NAME, TEXT_DIM, features, image_features, perturb
 
 TOWERS = (
     "Siglip2VisionModel",
@@ -170,7 +170,7 @@ def test_lfm2_vl__the_tower_of_a_multimodal_llm():
     def features(numbers: list[int]) -> list[Tensor]:
         (pixels,), kwargs = call("Siglip2VisionModel", None, numbers)
         with torch.no_grad(), encoder.condition(texts[numbers]):
-            return list(model.get_image_features(pixels, **kwargs).pooler_output)
+            return list(image_features(model.get_image_features(pixels, **kwargs)))
 
     together = features([0, 1, 2])
     for number in range(3):

@@ -11,7 +11,7 @@ from torch import nn
 import covft
 from covft.errors import UnsupportedViTError
 from tests.helpers.snapshots import assert_unchanged, snapshot
-from tests.helpers.towers import BY_NAME, TEXT_DIM, features, perturb
+from tests.helpers.towers import BY_NAME, TEXT_DIM, body, features, perturb
 
 
 class Wrapped:
@@ -33,7 +33,7 @@ class Wrapped:
 PRUNED = {
     "timm-clip": lambda vit: vit.prune_intermediate_layers([2]),
     "open_clip-native": lambda vit: vit.prune_intermediate_layers([2]),
-    "hf-clip": lambda vit: setattr(vit.encoder, "layers", vit.encoder.layers[:3]),
+    "hf-clip": lambda vit: setattr(body(vit).encoder, "layers", body(vit).encoder.layers[:3]),
 }
 
 

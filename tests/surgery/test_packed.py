@@ -11,10 +11,11 @@ from torch import nn
 
 import covft
 from covft.errors import UnsupportedViTError
+from covft.integrations.mllm.families import find_tower
 from covft.testing import HashTextEncoder, tiny_llava
 from tests.helpers.snapshots import assert_unchanged, snapshot
 from tests.helpers.tiny_vits import HALVES, Halves
-from tests.helpers.towers import BY_NAME, features
+from tests.helpers.towers import BY_NAME, body, features
 
 IN, OUT = 6, 4
 
@@ -95,8 +96,8 @@ def test_packed__an_integer_buffer_beside_weights_is_no_weight():
 
 def test_packed__attach_names_the_tower_as_transformers_wants_it():
     tiny: Any = tiny_llava()
-    tower = tiny.model.model.vision_tower
-    tower.encoder.layers[2].mlp.fc1 = HQQ()
+    tower = find_tower(tiny.model)[0]
+    body(tower).encoder.layers[2].mlp.fc1 = HQQ()
     before = snapshot(tiny.model)
     with pytest.raises(UnsupportedViTError, match=r'llm_int8_skip_modules=\["model.vision_tower", "lm_head"\]'):
         covft.attach(tiny.model, HashTextEncoder(8), tokenizer=tiny.tokenizer, layers=[2])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import covft
+from covft.utils.transformers_names import loading_options
 from tests.helpers.checkpoints import WIDTH, clip_vit, wrapped
 from tests.helpers.snapshots import assert_unchanged, snapshot
 
@@ -119,7 +120,7 @@ def test_saved_models_have_the_type_of_the_tower(tmp_path):
     encoder.vit.save_pretrained(tmp_path)
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert {t.dtype for t in load_file(tmp_path / "covft" / "model.safetensors").values()} == {torch.float32}
-    base = type(encoder.vit).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    base = type(encoder.vit).from_pretrained(tmp_path, **loading_options({"dtype": torch.bfloat16}))
     loaded = covft.load(tmp_path / "covft", base, WIDTH)
     assert {p.dtype for p in loaded.vit.parameters()} == {torch.bfloat16}
     output = loaded(images, texts).last_hidden_state

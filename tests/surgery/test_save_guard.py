@@ -13,6 +13,7 @@ from torch import nn
 import covft
 from covft.checkpoints.pretrained import MARK
 from covft.errors import UnsupportedVersionError
+from covft.integrations.mllm.families import find_tower
 from covft.surgery.save_guard import running_save
 from covft.testing import HashTextEncoder
 from tests.helpers.mllms import BY_NAME
@@ -66,7 +67,7 @@ def test_mllm__a_wrapped_tower_is_saved_with_its_original_ffns(change, monkeypat
     change(monkeypatch)
     model = BY_NAME["llava"].build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    encoder = covft.wrap(model.model.vision_tower, TEXTS)
+    encoder = covft.wrap(find_tower(model)[0], TEXTS)
     perturb(encoder)
     model.save_pretrained(tmp_path)
     loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)

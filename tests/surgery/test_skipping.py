@@ -16,7 +16,7 @@ from covft.surgery.skipping import run_all_blocks
 from tests.helpers.mllms import BY_NAME, Row
 from tests.helpers.tiny_vits import TWO_FFNS, D, TwoFFNs
 from tests.helpers.towers import BY_NAME as TOWERS
-from tests.helpers.towers import features, perturb
+from tests.helpers.towers import body, features, perturb
 
 TEXTS = covft.testing.HashTextEncoder(16)
 QUESTIONS = ["what is left of the cup?", "how many people are there?"]
@@ -67,7 +67,7 @@ def test_transformers__features_are_the_same_and_later_blocks_do_not_run(feature
     wanted = whole(images, QUESTIONS, output_hidden_states=True).hidden_states
     for _ in range(2):
         output, seen = runs_of(
-            other, other.encoder.layers, lambda: short(images, QUESTIONS, output_hidden_states=True).hidden_states
+            other, body(other).encoder.layers, lambda: short(images, QUESTIONS, output_hidden_states=True).hidden_states
         )
         assert len(output) == len(wanted) == 7
         assert torch.equal(output[feature_layer], wanted[feature_layer])
@@ -294,7 +294,7 @@ def test_copies_and_pickles__skip_their_own_blocks():
     again = pickle.loads(pickle.dumps(encoder))
     again.set_text_encoder(TEXTS)
     for other in (twin, again):
-        block = other.vit.encoder.layers[5]
+        block = body(other.vit).encoder.layers[5]
         assert vars(block)["forward"].owner is block
         assert torch.equal(
             other(torch.ones(1, 3, 32, 32), "what?", output_hidden_states=True).hidden_states[-2],
@@ -336,7 +336,9 @@ def test_attach__of_a_model_that_reads_the_penultimate_layer():
     attach(model, TEXTS, tokenizer=mllm.tokenizer, feature_layer=-2)
     assert get_encoder(model).layers == (1, 2)
     for _ in range(2):
-        after, seen = runs_of(model, model.model.vision_tower.encoder.layers, lambda: model(**batch.inputs).logits)
+        after, seen = runs_of(
+            model, body(model.model.vision_tower).encoder.layers, lambda: model(**batch.inputs).logits
+        )
         assert torch.allclose(after, before, atol=1e-5)
     assert seen == [0, 1, 2]
     detach(model)

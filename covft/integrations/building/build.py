@@ -79,6 +79,7 @@ def build_llava(
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     tower, llm = _load(vision, language, dtype, attn_implementation, image_size)
+    _check_states(tower)
     _check_layer(tower, feature_layer)
     prefix, patches = _count_tokens(tower, image_size)
     _prepare_tokens(tokenizer, llm, (image_token,))
@@ -281,6 +282,18 @@ def _load_tower(vision: Any, image_size: int | None, options: dict[str, Any]) ->
             fix="the same ViT for one size, such as google/siglip2-so400m-patch14-384 instead of -naflex",
         )
     return tower
+
+
+def _check_states(tower: Any) -> None:
+    """Refuse a tower that LLaVA cannot ask for hidden states, such as InternViT before release 5 of transformers."""
+    parameters = inspect.signature(tower.forward).parameters
+    if "output_hidden_states" not in parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+        raise UnsupportedViTError(
+            f"The {type(tower).__name__} of this transformers cannot be the tower of a LLaVA.",
+            expected="a tower whose forward takes output_hidden_states",
+            got=f"forward({', '.join(parameters)})",
+            fix='pip install "transformers>=5.0", or covft.integrations.build_internvl for an InternViT',
+        )
 
 
 def _check_layer(tower: Any, feature_layer: int) -> None:

@@ -21,10 +21,10 @@ from covft.checkpoints.folder import read_config
 from covft.checkpoints.loading import local_folder
 from covft.checkpoints.pretrained import FOLDER, MARK
 from covft.checkpoints.sources import is_hub_id
+from covft.checkpoints.trained import load_trained
 from covft.errors import CheckpointError, ConfigError, CoVFTError
 from covft.integrations.mllm.attach import attach
 from covft.integrations.mllm.prompt import PromptReader
-from covft.integrations.training.checkpoints import load_trained
 from covft.integrations.training.parts import parts_of
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library

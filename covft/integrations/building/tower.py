@@ -235,7 +235,7 @@ def image_settings(source: str, vit: Any) -> dict[str, Any]:
     inner = getattr(vit, "trunk", vit)
     found = dict(getattr(inner, "pretrained_cfg", None) or {})
     if source.startswith("open_clip:"):
-        library = import_library("open_clip", "open_clip", needed_by="This ViT")
+        library = import_library("open_clip", "open-clip", needed_by="This ViT")
         name, _, tag = split_values(source.partition(":")[2])[0].partition("/")
         found = {"mean": library.OPENAI_DATASET_MEAN, "std": library.OPENAI_DATASET_STD}
         found |= library.get_pretrained_cfg(name, tag) or {} if tag else {}

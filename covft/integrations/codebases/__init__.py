@@ -17,8 +17,11 @@ Classes and functions are patched by `patches`, methods on the instance are over
       model.extract_feature, .save_pretrained              overridden by attach()
       torch.utils.checkpoint.checkpoint                    patched while model.extract_feature runs
     ms_swift       ms-swift: a plug-in for `--external_plugins`
-      swift.tuner_plugin.tuners_map["covft"]               added when the plug-in loads
+      swift.tuner_plugin.tuners_map                        gets covft and covft_lora when the plug-in loads
       swift.template.Template.pre_forward_hook             patched when the plug-in loads, until the process ends
+      swift.tuners.Swift.merge_and_unload                  as pre_forward_hook
+      transformers.Trainer.__init__                        as pre_forward_hook
+      trainer._load_from_checkpoint, ._load_rng_state      overridden on that trainer
       the model                                            as for transformers
     llama_factory  LLaMA-Factory: `python -m covft.integrations.codebases.llama_factory ... -- train.yaml`
       llamafactory.train.tuner.run_exp                     called with a `CoVFTCallback`, not patched

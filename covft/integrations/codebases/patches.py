@@ -4,6 +4,8 @@
     the codebase's model loader                 while a launcher runs            patched_loader()
     torch.utils.checkpoint.checkpoint           while InternVL's tower runs      non_reentrant()
     swift.template.Template.pre_forward_hook    from ms-swift's plug-in onwards  hold_text()
+    swift.tuners.Swift.merge_and_unload         from ms-swift's plug-in onwards  refuse_merging()
+    transformers.Trainer.__init__               from ms-swift's plug-in onwards  joined_trainers()
 
 Methods of a model are overridden on the instance instead; see `covft.integrations.mllm.overrides`.
 """
@@ -153,6 +155,8 @@ def hold_text(template: Any) -> None:
     @functools.wraps(inner)
     def pre_forward_hook(self: Any, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         attachment = attachment_of(model)
+        if attachment is None:
+            _refuse_original_tower(model)
         if attachment is None or type(self)._post_encode is template._post_encode:
             return inner(self, model, args, kwargs)
         images = [kwargs.get(name) for name in ("pixel_values", "pixel_values_videos")]
@@ -165,3 +169,70 @@ def hold_text(template: Any) -> None:
 
     pre_forward_hook._covft = True  # type: ignore[attr-defined]
     template.pre_forward_hook = pre_forward_hook
+
+
+def refuse_merging(swift: Any) -> None:
+    """Patch ms-swift's merging of adapters to refuse an attached model without LoRA, of which it would save a part.
+
+    Args:
+        swift: The class `swift.tuners.Swift`.
+    """
+    inner = swift.merge_and_unload
+    if getattr(inner, "_covft", False):
+        return
+
+    @functools.wraps(inner)
+    def merge_and_unload(model: nn.Module, **kwargs: Any) -> Any:
+        if attachment_of(model) is not None and not hasattr(model, "peft_config"):
+            raise ConfigError(
+                "There is no LoRA to merge: experts depend on the text, and stay in the tower.",
+                expected="a checkpoint of --tuner_type covft_lora",
+                got="one of --tuner_type covft",
+                fix="swift infer --adapters with the checkpoint as it is",
+            )
+        return inner(model, **kwargs)
+
+    merge_and_unload._covft = True  # type: ignore[attr-defined]
+    swift.merge_and_unload = staticmethod(merge_and_unload)
+
+
+def joined_trainers(join: Callable[[Any], None]) -> None:
+    """Patch transformers' Trainer to join those that are constructed with an attached model.
+
+    Args:
+        join: Joins a constructed trainer.
+    """
+    import transformers
+
+    from covft.integrations.training.callback import without_reentrant
+
+    inner = transformers.Trainer.__init__
+    if getattr(inner, "_covft", False):
+        return
+    signature = inspect.signature(inner)
+
+    @functools.wraps(inner)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        model: Any = given.get("model")
+        attached = isinstance(model, nn.Module) and attachment_of(model) is not None
+        if attached:
+            without_reentrant(given.get("args"))
+        inner(self, *args, **kwargs)
+        if attached:
+            join(self)
+
+    __init__._covft = True  # type: ignore[attr-defined]
+    transformers.Trainer.__init__ = __init__  # type: ignore[method-assign]
+
+
+def _refuse_original_tower(model: Any) -> None:
+    """Refuse to run a model whose folder has an adapted tower with the original one."""
+    info = getattr(model, "model_info", None)
+    if info is not None and (Path(info.model_dir) / FOLDER).is_dir():
+        raise ConfigError(
+            "The model was saved with an adapted tower, and is run with the original one.",
+            expected=f"--adapters {info.model_dir}",
+            got=f"--model {info.model_dir} alone",
+            fix=f"swift infer --model {info.model_dir} --adapters {info.model_dir}",
+        )

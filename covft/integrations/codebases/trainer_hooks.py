@@ -27,13 +27,20 @@ from covft.integrations.training.trainable import check_trainable
 from covft.surgery.overrides import Override
 
 
-def join_trainer(trainer: Any) -> None:
-    """Add covft's callback and its loading to the Trainer of an attached model, before training."""
+def join_trainer(trainer: Any, callback: TowerCallback | None = None) -> None:
+    """Add covft's callback and its loading to the Trainer of an attached model, before training.
+
+    Args:
+        trainer: The Trainer.
+        callback: By default a `LauncherCallback`.
+    """
     attachment = attachment_of(trainer.model)
     assert attachment is not None, "attached by the launcher"
     check_tower(attachment.encoder.vit, trainer.args)
     attachment.encoder.conditioning.reentrant_key = key_of(trainer.args)
     widened = train_in_float32(trainer.model)
+    if attachment.saved_in is not None:  # loaded into half precision, which has rounded it
+        load_into(attachment.encoder, attachment.saved_in)
     if trainer.args.process_index == 0:
         encoder = attachment.encoder
         print(f"covft: {encoder.spec}; adapted: {', '.join(map(str, encoder.layers))}")
@@ -41,7 +48,7 @@ def join_trainer(trainer: Any) -> None:
         if widened:
             print(f"covft: {widened} trained tensors of the tower are kept in float32, for the optimizer")
     # Before the reporters, which then see its figures.
-    trainer.callback_handler.callbacks.insert(0, LauncherCallback())
+    trainer.callback_handler.callbacks.insert(0, LauncherCallback() if callback is None else callback)
     trainer._load_from_checkpoint = partial(_load_from_checkpoint, trainer._load_from_checkpoint, attachment)
     trainer._save_checkpoint = partial(_save_checkpoint, trainer._save_checkpoint, trainer)
     trainer._load_rng_state = partial(_load_rng_state, trainer._load_rng_state)
@@ -84,6 +91,18 @@ class LauncherCallback(TowerCallback):
         if hasattr(model, "peft_config"):
             self._hidden = WithoutTower(model)
             self._hidden.install()
+
+
+class PluginCallback(LauncherCallback):
+    """Watches the training of the tower, and marks checkpoints complete, where a plug-in saves the tower itself."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Mark the checkpoint complete."""
+        seal_when_all_have_written(args, checkpoint_folder(args, state), state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop watching."""
+        self._stop_watching()
 
 
 class WithoutTower(Override):

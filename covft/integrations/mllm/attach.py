@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from covft.integrations.mllm.prompt import PromptReader
 from covft.surgery.packed import naming_tower
 from covft.surgery.skipping import check_read
 from covft.utils.arguments import check_kinds
+from covft.utils.transformers_names import check_release
 from covft.wrapping import WrapPlan, plan_load, plan_wrap, unwrap
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -71,10 +73,13 @@ def attach(
         ConfigError: If a setting cannot work.
         UnsupportedViTError: If the model is attached already, or has no tower that covft can wrap.
         CheckpointError: If `pretrained` does not fit.
+        UnsupportedVersionError: If transformers is older than 4.57.
 
     Example:
         >>> covft.attach(llava, "bert-base-uncased", tokenizer=processor)  # doctest: +SKIP
     """
+    if "transformers" in sys.modules:  # else `find_tower` refuses the model
+        check_release("attach()")
     # Look
     target = unattached(model)
     tower, family = find_tower(target, adapter)

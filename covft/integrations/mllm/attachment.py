@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,7 +35,6 @@ class Attachment:
         encoder: The wrapped tower.
         reader: Reads instructions from `input_ids`.
         family: How images reach the tower.
-        saved_in: The folder that holds the tower's present weights; None if they changed since the last save.
         overrides: What has replaced methods of the model.
         balanced: Whether the load-balancing loss of sparse routing was ever added to the model's loss.
         balancing: Whether a call is running that adds it.
@@ -46,7 +44,6 @@ class Attachment:
     encoder: ContextEncoder
     reader: PromptReader
     family: MLLMFamily
-    saved_in: Path | None = None
     overrides: list[Override] = field(default_factory=list)
     balanced: bool = False
     balancing: bool = False

@@ -166,10 +166,7 @@ class SaveOverride(MethodOverride):
                 got="push_to_hub=True",
                 fix="model.push_to_hub(repo_id)",
             )
-        attachment = self.attachment
-        folder = pretrained.save(attachment.encoder, attachment.model, self.inner, given)
-        if folder is not None:
-            attachment.saved_in = folder
+        pretrained.save(self.attachment.encoder, self.attachment.model, self.inner, given)
 
 
 class LayerOverride(MethodOverride):

@@ -26,6 +26,7 @@ from covft.integrations.training.gradients import GradientWatch
 from covft.integrations.training.monitor import RoutingMonitor
 from covft.integrations.training.movement import MovementWatch
 from covft.integrations.training.parts import parts_of
+from covft.integrations.training.peft_saving import save_with_adapters
 from covft.integrations.training.precision import keeps_float32_copies, train_in_float32
 from covft.integrations.training.reentrant import check_tower, key_of, without_reentrant
 from covft.integrations.training.resuming import watch_resuming
@@ -33,6 +34,7 @@ from covft.integrations.training.trainable import after_peft, check_trainable
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 from covft.utils.sharding import is_sharded
+from covft.utils.transformers_names import check_trainer
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -68,7 +70,7 @@ class TowerCallback(TrainerCallback):
 
     def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Forget the last saved folder, whose tensors are outdated."""
-        _attachment(kwargs["model"]).saved_in = None
+        _attachment(kwargs["model"]).encoder.saved_in = None
         if self._movement is not None:
             self._movement.after_step()
         self._check_gradients(kwargs["model"])  # old Trainers have no on_pre_optimizer_step
@@ -135,13 +137,13 @@ class TowerCallback(TrainerCallback):
         """Save the tower, unless the model's own `save_pretrained` just has, which the process that writes knows."""
         from accelerate.utils import broadcast_object_list
 
-        attachment = _attachment(model)
-        saved_in = attachment.saved_in
+        encoder = _attachment(model).encoder
+        saved_in = encoder.saved_in
         # transformers 4.37 saves to tmp-checkpoint-N and renames it.
         named = saved_in is not None and (saved_in == folder or saved_in.parent.name == f"tmp-{folder.parent.name}")
         missing = broadcast_object_list([not (named and folder.is_dir())])[0]
-        if missing and (args.should_save or any(map(is_sharded, attachment.encoder.vit.parameters()))):
-            attachment.encoder.save_pretrained(folder)  # every process takes part if weights are sharded
+        if missing and (args.should_save or any(map(is_sharded, encoder.vit.parameters()))):
+            encoder.save_pretrained(folder)  # every process takes part if weights are sharded
 
 
 class CoVFTCallback(TowerCallback):
@@ -190,6 +192,7 @@ class CoVFTCallback(TowerCallback):
         **settings: Any,
     ) -> None:
         import_library("transformers", "train", needed_by="CoVFTCallback")
+        check_trainer()
         known = set(inspect.signature(attach).parameters) - {"model"}
         if unknown := sorted(set(settings) - known):
             raise ConfigError(
@@ -226,6 +229,7 @@ class CoVFTCallback(TowerCallback):
         check_tower(encoder.vit, args)
         encoder.conditioning.reentrant_key = key_of(args)
         after_peft(model)
+        save_with_adapters(model)
         train_in_float32(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             check_trainable(model)  # the optimizer would fail, and not say why

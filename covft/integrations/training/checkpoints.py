@@ -18,22 +18,21 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from covft.checkpoints.folder import check_trained_weights, compare_tensors
+from covft.checkpoints import trained
+from covft.checkpoints.folder import compare_tensors
 from covft.checkpoints.loading import load_into
 from covft.checkpoints.pretrained import FOLDER
+from covft.encoder import ContextEncoder
 from covft.errors import CheckpointError
 from covft.integrations.mllm.attachment import attachment_of
 from covft.utils.arguments import check_kinds
-from covft.utils.files import Pair, is_temporary, read_pair, write_json, write_pair
-from covft.utils.sharding import assign, full, shape_of
+from covft.utils.files import is_temporary, write_json
+from covft.utils.sharding import assign, shape_of
 from covft.utils.strict_json import read_strictly
 
 SEAL = "complete.json"
-TRAINED = "trained.safetensors"
-TRAINED_NAMES = "trained.json"
-_PAIR = Pair(TRAINED, TRAINED_NAMES)
 
 
 def checkpoint_folder(args: Any, state: Any) -> Path:
@@ -57,14 +56,9 @@ def write_trained(model: nn.Module, folder: Path, *, main: bool = True) -> None:
     Raises:
         CheckpointError: If a tensor has no values.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in trained_outside(model).items():
-        tensor = full(parameter)
-        if main:
-            tensors[name] = tensor.cpu()
-    if main:
-        names = {"names": sorted(tensors), "tower": sorted(_trained_inside(model))}
-        write_pair(folder, _PAIR, tensors, lambda stated: {"format": 1, **names, **stated})
+    attachment = attachment_of(model)
+    assert attachment is not None, "checked by the callback"
+    trained.write_trained(attachment.encoder, model, folder, main=main)
 
 
 def restore(model: nn.Module, checkpoint: str | Path) -> None:
@@ -82,40 +76,16 @@ def restore(model: nn.Module, checkpoint: str | Path) -> None:
     attachment = attachment_of(model)
     assert attachment is not None, "checked by the callback"
     folder = checkpoint / FOLDER
-    tensors = _read_trained(folder)
+    tensors = trained.read_trained(folder)
     wanted = trained_outside(model)
     compare_tensors(
         {name: shape_of(parameter) for name, parameter in wanted.items()},
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        f"{folder / TRAINED}",
+        f"{folder / trained.TRAINED}",
     )
     load_into(attachment.encoder, folder)
     for name, parameter in wanted.items():
         assign(parameter, tensors[name])
-
-
-def load_trained(model: nn.Module, folder: str | Path) -> None:
-    """Load all trained tensors outside the tower into a model that has parameters of their names.
-
-    Args:
-        model: The model, built as the saved one was.
-        folder: The `covft/` folder of a checkpoint. One without these tensors, as `encoder.save_pretrained` writes it,
-            changes nothing.
-
-    Raises:
-        CheckpointError: If the file is damaged, or its tensors do not fit the model.
-    """
-    folder = Path(folder)
-    if not (folder / TRAINED_NAMES).is_file():
-        return
-    tensors, parameters = _read_trained(folder), dict(model.named_parameters())
-    compare_tensors(
-        {name: shape_of(parameters[name]) for name in tensors if name in parameters},
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        f"{folder / TRAINED}",
-    )
-    for name, tensor in tensors.items():
-        assign(parameters[name], tensor)
 
 
 def check_trained(model: nn.Module, checkpoint: str | Path) -> None:
@@ -128,29 +98,22 @@ def check_trained(model: nn.Module, checkpoint: str | Path) -> None:
     Raises:
         CheckpointError: If other parameters are trained now.
     """
-    path = Path(checkpoint) / FOLDER / TRAINED_NAMES
-    index = _read_index(path)
+    path = Path(checkpoint) / FOLDER / trained.TRAINED_NAMES
+    index = trained.read_names(path)
     now, then = set(trained_outside(model)), set(index["names"])
     if index["tower"] is not None:
-        now, then = now | _trained_inside(model), then | set(index["tower"])
+        now, then = now | trained.trained_inside(_encoder(model), model), then | set(index["tower"])
     compare_tensors(dict.fromkeys(now, ()), dict.fromkeys(then, ()), str(path))
 
 
 def trained_outside(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trained parameters outside the tower of an attached model, by their names in the running model."""
-    inside = _tower(model)
-    return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
+    return trained.trained_outside(_encoder(model), model)
 
 
-def _trained_inside(model: nn.Module) -> set[str]:
-    inside = _tower(model)
-    named = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters())
-    return {name for name, p in named if p.requires_grad and id(p) in inside}
-
-
-def _tower(model: nn.Module) -> set[int]:
+def _encoder(model: nn.Module) -> ContextEncoder | None:
     attachment = attachment_of(model)
-    return set() if attachment is None else {id(parameter) for parameter in attachment.encoder.parameters()}
+    return None if attachment is None else attachment.encoder
 
 
 def unseal(checkpoint: str | Path) -> None:
@@ -246,24 +209,6 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
             fix="resume_from_checkpoint=None, which starts from scratch",
         )
     return None
-
-
-def _read_trained(folder: Path) -> dict[str, Tensor]:
-    def read_index() -> tuple[dict[str, Any], dict[str, Any]]:
-        index = _read_index(folder / TRAINED_NAMES)
-        return index, index
-
-    tensors: dict[str, Tensor] = read_pair(folder, _PAIR, read_index)[0]
-    check_trained_weights(tensors, str(folder / TRAINED))
-    return tensors
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    try:
-        index = read_strictly(path)
-        return {"tower": index.get("tower"), **{name: index[name] for name in ("names", "bytes", "sha256")}}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is missing or damaged.", got=str(error)) from error
 
 
 def _files(folder: Path) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from covft.surgery.activation_checkpointing import training_field
+from covft.utils.transformers_names import counts_warmup_in_steps, training_field
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,8 @@ class Recipe:
     @property
     def arguments(self) -> dict[str, Any]:
         """Fields of `MLLMTrainingArguments`, as the installed release of transformers names them."""
-        from transformers import TrainingArguments
-
         arguments = {**self.settings, training_field(): True} if self.recompute else dict(self.settings)
-        if TrainingArguments.__dataclass_fields__["warmup_steps"].type is int:  # before release 5
+        if counts_warmup_in_steps():
             arguments["warmup_ratio"] = arguments.pop("warmup_steps")
         return arguments
 

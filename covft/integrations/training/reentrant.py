@@ -14,7 +14,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from covft.errors import ReentrantCheckpointError
-from covft.surgery.activation_checkpointing import NAMES
+from covft.utils.transformers_names import CHECKPOINTING
 
 # How each trainer is told, by the package of the class of its arguments.
 _KEYS = {
@@ -35,7 +35,7 @@ def key_of(arguments: Any) -> str:
     """
     packages = [cls.__module__.partition(".")[0] for cls in type(arguments).__mro__]
     own = [_KEYS[package] for package in packages if package in _KEYS]
-    field = next((name for name in NAMES if hasattr(arguments, name)), NAMES[-1])
+    field = next((name for name in CHECKPOINTING if hasattr(arguments, name)), CHECKPOINTING[-1])
     return own[0] if own else f"{field}_kwargs={{'use_reentrant': False}}"
 
 
@@ -45,7 +45,7 @@ def without_reentrant(arguments: Any) -> None:
     Raises:
         ReentrantCheckpointError: If they ask for the reentrant kind.
     """
-    for name in NAMES:
+    for name in CHECKPOINTING:
         options = getattr(arguments, f"{name}_kwargs", None)
         if isinstance(options, dict) and options.get("use_reentrant"):
             raise _refused("use_reentrant=True", key_of(arguments))
@@ -59,7 +59,7 @@ def check_tower(vit: nn.Module, arguments: Any) -> None:
     Raises:
         ReentrantCheckpointError: If there is a block with it.
     """
-    if any(getattr(arguments, name, False) for name in NAMES):
+    if any(getattr(arguments, name, False) for name in CHECKPOINTING):
         return
     for module in vit.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)

@@ -25,11 +25,13 @@ from covft.integrations.training.reentrant import without_reentrant
 from covft.integrations.training.resuming import check_resumed
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
+from covft.utils.transformers_names import check_trainer
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 else:
     _transformers = import_library("transformers", "train", needed_by="MLLMTrainer")
+    check_trainer()
     Trainer, TrainingArguments = _transformers.Trainer, _transformers.TrainingArguments
 
 # The collator's columns for the tower, which models that are not attached do not take.

@@ -8,6 +8,7 @@ from torch import nn
 
 from covft.errors import ConfigError, UnsupportedViTError
 from covft.integrations import build_internvl, build_llava, image_text_of, llava_processor, load_image_processor
+from covft.utils.transformers_names import saved_names
 from tests.helpers.building import (
     GRID,
     LANGUAGE,
@@ -21,11 +22,12 @@ from tests.helpers.building import (
     published,
     save_published,
 )
+from tests.helpers.releases import skip_before
 
 
 def naive_logits(model, tower, llm, batch, *, dropped, layer, projector):
     """LLaVA written out: a hidden state of the tower, through the projector, in the places of the image tokens."""
-    states = tower(batch["pixel_values"], output_hidden_states=True)
+    states = tower(batch["pixel_values"], **({} if layer == -1 else {"output_hidden_states": True}))
     state = states.last_hidden_state if layer == -1 else states.hidden_states[layer]
     features = projector(state[:, dropped:])
     embeddings = llm.get_input_embeddings()(batch["input_ids"]).clone()
@@ -52,16 +54,18 @@ def two_layers(model):
 def test_llava_is_its_parts(parts, tokenizer, tmp_path, vision, language):
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    if vision == "internvit":
+        skip_before((5, 0), "an InternViT that gives LLaVA hidden states")
     model = build_llava(parts / vision, parts / language, tokenizer)
     loaded = TOWERS[vision](None)[0]
     whole = type(loaded).from_pretrained(parts / vision)
     tower = getattr(whole, "vision_model", whole)
     llm = AutoModelForCausalLM.from_pretrained(parts / language)
     for saved, ours in ((tower, model.model.vision_tower), (llm.base_model, model.model.language_model)):
-        ours = ours.state_dict()
+        ours = {saved_names(ours)(name): tensor for name, tensor in ours.state_dict().items()}
         for name, tensor in saved.state_dict().items():
             if "embed_tokens" not in name:
-                torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0)
+                torch.testing.assert_close(ours[saved_names(saved)(name)], tensor, rtol=0, atol=0)
     rows = LANGUAGE["vocab_size"]
     for saved, ours in (
         (llm.get_input_embeddings(), model.get_input_embeddings()),
@@ -258,3 +262,17 @@ def test_a_part_of_another_class_is_refused(parts, tokenizer):
     tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION))
     with pytest.raises(UnsupportedViTError, match="CLIPVisionModelWithProjection as its vision part"):
         build_llava(tower, parts / "llama", tokenizer)
+
+
+def test_a_tower_that_gives_no_hidden_states_is_refused(parts, tokenizer):
+    """As the InternViT of transformers 4.57; LLaVA would fail at its first image."""
+    from transformers import AutoModelForCausalLM, CLIPVisionModel
+
+    tower = CLIPVisionModel.from_pretrained(parts / "clip")
+    plain = tower.forward
+    tower.forward = lambda pixel_values: plain(pixel_values)
+    llm = AutoModelForCausalLM.from_pretrained(parts / "llama")
+    before = len(tokenizer)
+    with pytest.raises(UnsupportedViTError, match="cannot be the tower of a LLaVA"):
+        build_llava(tower, llm, tokenizer)
+    assert len(tokenizer) == before

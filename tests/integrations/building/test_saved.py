@@ -16,6 +16,7 @@ from covft.errors import CheckpointError, ConfigError
 from covft.integrations import MLLMTrainer, train_only
 from tests.helpers.attached import CUP, PEOPLE, TEXTS
 from tests.helpers.mllms import BY_NAME, Row
+from tests.helpers.releases import untied
 from tests.helpers.towers import perturb
 from tests.helpers.training import arguments, dataset, write_folder
 
@@ -68,7 +69,7 @@ def test_it_is_the_model_that_was_saved(name, tmp_path):
     assert processor.get_vocab() == BY_NAME[model.config.model_type].tokenizer.get_vocab()
     # The plain model is another one, and transformers says so.
     plain, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
-    assert info["unexpected_keys"] == {MARK}
+    assert set(info["unexpected_keys"]) == {MARK}
     assert not torch.equal(outputs(plain, batch)[0], outputs(model, batch)[0])
 
 
@@ -169,6 +170,7 @@ def test_a_checkpoint_of_the_trainer(tmp_path):
     assert_same(covft.load_model(folder)[0], model, batch)
 
 
+@untied
 def test_a_checkpoint_with_lora_on_its_base(tmp_path):
     model, batch, base, folder = checkpoint(tmp_path, lora=True)
     loaded, _ = covft.load_model(folder, base=base)

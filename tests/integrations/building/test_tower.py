@@ -13,6 +13,7 @@ from covft.integrations.building.tower import of_timm
 from covft.testing import HashTextEncoder
 from tests.helpers.building import VISION, prompt, shaken
 from tests.helpers.recomputing import recompute
+from tests.helpers.towers import image_features
 
 pytestmark = pytest.mark.usefixtures("quiet")
 TINY = "img_size=32&patch_size=8&embed_dim=32&depth=4&num_heads=2&num_classes=0"
@@ -92,7 +93,7 @@ def test_build_attach_train_save_load_and_infer(case, parts, tokenizer, tmp_path
         found = tower(images, output_hidden_states=True).hidden_states
         for ours, theirs in zip(found[1:], states, strict=True):
             torch.testing.assert_close(ours, theirs)
-        features = torch.stack(tuple(model.get_image_features(images).pooler_output))
+        features = torch.stack(tuple(image_features(model.get_image_features(images))))
         torch.testing.assert_close(features, model.model.multi_modal_projector(states[-2]))
         plain = model(**batch).logits
 

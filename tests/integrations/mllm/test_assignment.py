@@ -12,6 +12,7 @@ from covft.errors import CoVFTError, ShapeError, TextEncoderError
 from covft.integrations import get_encoder
 from tests.helpers.attached import CUP, DOG, attached, changed, forward
 from tests.helpers.mllms import Row
+from tests.helpers.towers import image_features
 
 pytestmark = pytest.mark.usefixtures("quiet")
 BATCHES = [[1], [2], [1, 1], [2, 0], [0, 1], [1, 0, 2], [2, 1]]
@@ -122,10 +123,10 @@ def test_index__in_generate_and_get_image_features():
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 2}
     with encoder.condition(["one", "two", "three"], [2, 0, 1]):
         wanted = model.generate(**batch.inputs, **options)
-        features = model.get_image_features(batch.inputs["pixel_values"]).pooler_output
+        features = image_features(model.get_image_features(batch.inputs["pixel_values"]))
     given = {"context_text": ["one", "two", "three"], "context_index": [2, 0, 1]}
     assert torch.equal(model.generate(**batch.inputs, **given, **options), wanted)
-    found = model.get_image_features(batch.inputs["pixel_values"], **given).pooler_output
+    found = image_features(model.get_image_features(batch.inputs["pixel_values"], **given))
     assert not any(changed(found, features))
     with pytest.raises(ShapeError, match="leaves out a text"):
         model.generate(**batch.inputs, context_text=["one", "two", "three"], context_index=[0, 1, 1], **options)

@@ -15,6 +15,7 @@ from covft.errors import (
     UnsupportedViTError,
 )
 from covft.integrations import attach, detach, get_encoder
+from covft.integrations.mllm.families import base_of
 from tests.helpers.attached import MIXED, TEXTS, attached, changed, every_mllm, forward
 from tests.helpers.mllms import BY_NAME
 from tests.helpers.towers import perturb
@@ -43,7 +44,8 @@ def test_attach__leaves_out_what_the_model_does_not_read_and_nothing_else(mllm):
     encoder = get_encoder(attach(model, TEXTS, tokenizer=mllm.tokenizer, layers=[0]))
     perturb(encoder)
     logits, _ = forward(model, batch)
-    read = getattr(model.config, "vision_feature_layer", -1)
+    named = (getattr(model.config, name, None) for name in ("vision_feature_layer", "vision_feature_layers"))
+    read = next((layers for layers in named if layers is not None), -1)
     last = max(read) if isinstance(read, list | tuple) else read
     vit, depth = encoder.vit, encoder.spec.depth
     detach(model)
@@ -120,8 +122,8 @@ def test_signature__is_the_models_own_and_context_text():
     assert "image_flags" not in inspect.signature(model.generate).parameters
     assert inspect.signature(model.forward).parameters["context_text"].default is None
     assert (
-        list(inspect.signature(model.base_model.get_image_features).parameters)
-        == list(inspect.signature(type(model.base_model).get_image_features).parameters)[1:]
+        list(inspect.signature(base_of(model).get_image_features).parameters)
+        == list(inspect.signature(type(base_of(model)).get_image_features).parameters)[1:]
     )
 
 

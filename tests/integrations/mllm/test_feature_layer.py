@@ -12,6 +12,7 @@ from covft.errors import ConfigError
 from covft.integrations import attach, detach, get_encoder
 from tests.helpers.attached import CUP, TEXTS, attached
 from tests.helpers.mllms import BY_NAME, Row
+from tests.helpers.towers import image_features
 
 pytestmark = pytest.mark.usefixtures("quiet")
 # After feature_layer=-2 of four blocks, or up to it; -5 are the embeddings.
@@ -69,9 +70,9 @@ def test_earlier_layers_are_what_a_plain_model_reads(layer):
     model = mllm.build()
     pixels = mllm.batch(model, [Row(1, CUP)]).inputs["pixel_values"]
     with torch.no_grad():
-        wanted = model.get_image_features(pixels, vision_feature_layer=layer).pooler_output
+        wanted = image_features(model.get_image_features(pixels, vision_feature_layer=layer))
         attach(model, TEXTS, tokenizer=mllm.tokenizer, layers=[0, 1], feature_layer=-2)
-        found = model.get_image_features(pixels, vision_feature_layer=layer, context_text="what?").pooler_output
+        found = image_features(model.get_image_features(pixels, vision_feature_layer=layer, context_text="what?"))
     torch.testing.assert_close(found, wanted)
 
 

@@ -9,9 +9,10 @@ from covft.errors import (
     ShapeError,
 )
 from covft.integrations import attach, detach, get_encoder
+from covft.integrations.mllm.families import base_of
 from tests.helpers.attached import CUP, DOG, MIXED, PEOPLE, TEXTS, alone, attached, changed, every_mllm, forward
 from tests.helpers.mllms import BY_NAME, Batch, Row
-from tests.helpers.towers import perturb
+from tests.helpers.towers import image_features, perturb
 from tests.helpers.watching import watch
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -45,12 +46,12 @@ def test_forward__asking_one_row_something_else_changes_its_images_only(mllm):
 
 def test_onevision__samples_of_several_images_are_not_tiled():
     model, _ = attached("llava_onevision", [Row(1, CUP)])
-    base = model.base_model
+    base = base_of(model)
     pixels = torch.randn(3, 3, 3, 32, 32)
     sizes = torch.tensor([(30, 60), (30, 60), (60, 20)])
     given = {"pixel_values": pixels, "image_sizes": sizes, "batch_num_images": torch.tensor([1, 2])}
     with get_encoder(model).condition("any"):
-        lengths = [len(f) for f in base.get_image_features(**given, return_dict=True).pooler_output]
+        lengths = [len(f) for f in image_features(base.get_image_features(**given))]
     assert lengths[0] > lengths[1] == lengths[2]
     mllm = BY_NAME["llava_onevision"]
     texts = [mllm.prompt(Row(1, CUP), lengths[:1]), mllm.prompt(Row(2, PEOPLE), lengths[1:])]
@@ -86,7 +87,7 @@ def test_forward__of_the_model_without_its_head():
     mllm = BY_NAME["llava"]
     whole = mllm.build()
     batch = mllm.batch(whole, MIXED)
-    model = whole.base_model
+    model = base_of(whole)
     attach(model, TEXTS, tokenizer=mllm.tokenizer)
     perturb(get_encoder(model))
     with torch.no_grad():
@@ -101,7 +102,11 @@ def test_videos__one_text_for_all_frames():
     video = model.config.video_token_id
     frames = torch.randn(1, 2, 3, 32, 32)
     with torch.no_grad(), get_encoder(model).condition("any"):
-        length = len(model.get_video_features(frames).pooler_output[0])
+        # Named, as release 4 of transformers needs them here.
+        reads = {
+            name: getattr(model.config, name) for name in ("vision_feature_layer", "vision_feature_select_strategy")
+        }
+        length = len(image_features(model.get_video_features(frames, **reads))[0])
     ids = torch.cat([torch.full((1, length), video), mllm_ids(mllm, CUP)], dim=1)
     with torch.no_grad():
         _, runs = watch(get_encoder(model).vit, lambda: model(ids, pixel_values_videos=frames))

@@ -17,6 +17,7 @@ from covft.errors import (
 from covft.integrations import attach, detach, get_encoder
 from tests.helpers.attached import CUP, TEXTS, alone, attached, changed, forward
 from tests.helpers.mllms import BY_NAME, Row
+from tests.helpers.releases import found
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -43,27 +44,27 @@ def test_refused__and_nothing_is_changed():
 
 
 def test_refused__models_without_a_tower_that_can_be_served():
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        MiniCPMV4_6Config,
-        MiniCPMV4_6ForConditionalGeneration,
-    )
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     with pytest.raises(UnsupportedViTError, match="not a model of transformers"):
         attach(nn.Linear(2, 2), TEXTS, tokenizer=None)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     with pytest.raises(UnsupportedViTError, match="no vision tower"):
         attach(LlamaForCausalLM(LlamaConfig(vocab_size=32, **small)), TEXTS, tokenizer=None)
-    with torch.device("meta"):
-        text = {**small, "model_type": "qwen3_5_text", "vocab_size": 32}
-        packed = MiniCPMV4_6ForConditionalGeneration(MiniCPMV4_6Config(vision_config=small, text_config=text))
-    with pytest.raises(UnsupportedViTError, match="target_sizes="):
-        attach(packed, TEXTS, tokenizer=None)
     towerless = BY_NAME["llava"].build()
     towerless.model.vision_tower = nn.Linear(2, 2)
     with pytest.raises(UnsupportedViTError, match="covft cannot wrap"):
         attach(towerless, TEXTS, tokenizer=None)
+
+
+def test_refused__a_tower_whose_argument_of_sizes_is_not_known():
+    kind, config = found("MiniCPMV4_6ForConditionalGeneration"), found("MiniCPMV4_6Config")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.device("meta"):
+        text = {**small, "model_type": "qwen3_5_text", "vocab_size": 32}
+        packed = kind(config(vision_config=small, text_config=text))
+    with pytest.raises(UnsupportedViTError, match="target_sizes="):
+        attach(packed, TEXTS, tokenizer=None)
 
 
 def test_refused__images_without_any_placeholder():

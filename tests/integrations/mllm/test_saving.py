@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from covft.errors import (
 )
 from covft.integrations import attach, detach, get_encoder
 from tests.helpers.attached import CUP, MIXED, TEXTS, alone, attached, changed, forward
+from tests.helpers.hub import without_repositories
 from tests.helpers.mllms import BY_NAME
 from tests.helpers.towers import perturb
 from tests.helpers.watching import watch
@@ -74,9 +76,7 @@ def test_push_to_hub__takes_the_tower_along(monkeypatch):
         seen.update(str(file.relative_to(folder)) for file in Path(folder).rglob("*"))
 
     monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.create_repo", lambda self, repo_id, **kwargs: type("Repo", (), {"repo_id": repo_id})
-    )
+    without_repositories(monkeypatch)
     model.push_to_hub("me/mine")
     assert {"config.json", "model.safetensors", "covft/covft_config.json", "covft/model.safetensors"} <= seen
 
@@ -89,9 +89,11 @@ def test_pipeline__asks_about_a_picture():
     mllm = BY_NAME["llava"]
     model, _ = attached("llava")
     size = {"height": 32, "width": 32}
+    tokenizer = copy.deepcopy(mllm.tokenizer)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # LLaVA takes no types of tokens
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(size=size, crop_size=size),
-        tokenizer=mllm.tokenizer,
+        tokenizer=tokenizer,
         patch_size=8,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

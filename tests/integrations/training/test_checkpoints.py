@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from covft.checkpoints.trained import load_trained
 from covft.errors import CheckpointError
 from covft.integrations import (
     CoVFTCallback,
@@ -25,7 +26,7 @@ from covft.integrations import (
     parts_of,
     train_only,
 )
-from covft.integrations.training.checkpoints import load_trained, write_trained
+from covft.integrations.training.checkpoints import write_trained
 from covft.utils.files import write_tensors
 from tests.helpers.towers import perturb
 from tests.helpers.training import (

@@ -13,7 +13,8 @@ import covft
 from covft.errors import MissingGradientError, UnsupportedViTError
 from covft.integrations import CoVFTCallback, MLLMTrainer, attach, detach, get_encoder, parts_of, train_only
 from tests.helpers.mllms import BY_NAME, Row
-from tests.helpers.training import COVFT_PARTS, TEXTS, arguments, build
+from tests.helpers.releases import untied
+from tests.helpers.training import COVFT_PARTS, TEXTS, arguments, build, tower_name
 
 pytestmark = pytest.mark.usefixtures("quiet")
 peft = pytest.importorskip("peft")
@@ -103,7 +104,7 @@ def test_train_only__of_a_part_that_peft_adapts_means_its_adapters(targets, firs
     else:
         model = lora(build(), targets)
     parts = parts_of(model)
-    unread = ".vision_tower.encoder.layers.3."  # LLaVA reads hidden_states[-2]
+    unread = f"{tower_name(model)}.encoder.layers.3."  # LLaVA reads hidden_states[-2]
     adapters = {name for name in parts if "lora_" in name and unread not in name}
     for part in ("vision", "llm", "projector", "covft"):
         train_only(model, [part])
@@ -141,6 +142,7 @@ def test_train_only__of_prompts():
     assert {name.split(".")[0] for name in trained(model)} == {"prompt_encoder"}
 
 
+@untied
 def test_detach__of_adapters_on_the_attention_that_were_merged(batch):
     model = build(attached=False)
     adapted = lora(model, TOWER, init_lora_weights=False)

@@ -2,4 +2,4 @@
 
 from covft.integrations.codebases.ms_swift import register
 
-CovftTuner = register()
+TUNERS = register()
