@@ -37,10 +37,10 @@ def run(bench: Bench) -> None:
     bench.part("tiny.py", "data", "data", title="make 8 questions about 4 pictures")
     settings = bench.file(GUIDE, "settings", _SMALL)
     (bench.folder / "train.yaml").write_text(settings, encoding="utf-8")
+    _refusals(bench)
+    _qwen2_vl(bench, settings)
     _in_full(bench)
     _with_lora(bench)
-    _qwen2_vl(bench, settings)
-    _refusals(bench)
 
 
 def _in_full(bench: Bench) -> None:

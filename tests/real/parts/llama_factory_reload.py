@@ -21,7 +21,7 @@ PARTS = (".experts.", ".router.", ".context.")
 def load(folder: str, base: str) -> Any:
     """Load the model of a folder; one of adapters needs the model below them."""
     adapters = (Path(folder) / "adapter_config.json").is_file()
-    return covft.load_model(folder, **({"base": base} if adapters else {}))[0]
+    return covft.load_model(folder, base=base if adapters else None)[0]
 
 
 def tower(base: str, earlier: str, later: str) -> dict[str, Any]:
@@ -79,6 +79,7 @@ def loss(base: str, folder: str, settings: str) -> dict[str, float]:
     plain = transformers.TrainingArguments(
         "reloaded",
         use_cpu=True,
+        bf16=training_args.bf16,
         report_to=[],
         remove_unused_columns=False,
         per_device_eval_batch_size=training_args.per_device_eval_batch_size,

@@ -1,4 +1,4 @@
-"""Compare the weights of two folders: `python same.py ONE OTHER FILE ...` prints the largest difference of any tensor."""
+"""Compare the weights of two folders: `python same.py ONE OTHER FILE ...` prints each file's largest difference."""
 
 import json
 import sys
