@@ -39,8 +39,8 @@ def join_trainer(trainer: Any, callback: TowerCallback | None = None) -> None:
     check_tower(attachment.encoder.vit, trainer.args)
     attachment.encoder.conditioning.reentrant_key = key_of(trainer.args)
     widened = train_in_float32(trainer.model)
-    if attachment.saved_in is not None:  # loaded into half precision, which has rounded it
-        load_into(attachment.encoder, attachment.saved_in)
+    if attachment.encoder.saved_in is not None:  # loaded into half precision, which has rounded it
+        load_into(attachment.encoder, attachment.encoder.saved_in)
     if trainer.args.process_index == 0:
         encoder = attachment.encoder
         print(f"covft: {encoder.spec}; adapted: {', '.join(map(str, encoder.layers))}")

@@ -212,7 +212,7 @@ def _note_source(model: nn.Module, folder: Path) -> None:
     """Note where the tower's weights are: a trainer reads them again, once it has made the tower float32."""
     attachment = attachment_of(model)
     assert attachment is not None, "attached a moment ago"
-    attachment.saved_in = folder
+    attachment.encoder.saved_in = folder
 
 
 def _flags() -> Flags:
