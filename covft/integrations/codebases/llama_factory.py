@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from covft.errors import ConfigError, MissingDependencyError
-from covft.integrations.codebases.launch import parse
+from covft.integrations.codebases.launch import parse, run
 from covft.integrations.training.callback import CoVFTCallback
 
 _PROGRAM = "covft.integrations.codebases.llama_factory"
@@ -52,4 +52,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
