@@ -187,7 +187,7 @@ main = _CODEBASE.main
 
 if __name__ == "__main__":
     # Import main by name: a model must not keep classes of __main__, which their script becomes.
-    from covft.integrations.codebases.llava import main as _main
     from covft.integrations.codebases.launch import run as _run
+    from covft.integrations.codebases.llava import main as _main
 
     _run(_main)
