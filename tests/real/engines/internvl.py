@@ -16,15 +16,17 @@ REQUIREMENTS = (
     "numpy<2",
     "transformers==4.37.2",
     "tokenizers==0.15.1",
-    "accelerate==0.21.0",
+    "accelerate==0.34.2",
     "peft==0.10.0",
     "deepspeed==0.16.9",
 )
 EXTRAS = ()
 SHIM = PARTS / "without_cuda.py"
+PROCESSES = "--nproc_per_node 8 -m"
+LAST_FLAGS = "--dataloader_num_workers 4 --deepspeed zero_stage1_config.json --report_to tensorboard"
 # Model, data and sizes of the command of the guide.
 TINY = {
-    "--nproc_per_node 8 -m": f"--nproc_per_node 1 {SHIM}",
+    PROCESSES: f"--nproc_per_node 1 {SHIM}",
     "bert-base-uncased": "bert",
     "11-22": "1-3",
     "./pretrained/InternVL2_5-1B": "base",
@@ -34,7 +36,7 @@ TINY = {
     "--per_device_train_batch_size 4 --save_steps 200 --save_total_limit 1": "--per_device_train_batch_size 2 "
     "--save_steps 2",
     "--max_seq_length 8192": "--max_seq_length 2048",
-    "--dataloader_num_workers 4 --deepspeed zero_stage1_config.json --report_to tensorboard": "--report_to none",
+    LAST_FLAGS: "--report_to none",
 }
 
 
@@ -58,10 +60,10 @@ def run(bench: Bench) -> None:
     refused = train(bench, tree, "refused", {"torchrun": "! torchrun", "--use_packed_ds False": "--use_packed_ds True"})
     message = line_of(refused, "ConfigError")
     bench.check("packed rows are refused before anything is loaded", bool(message), message)
-    recorded = {f"{SHIM} covft": f"{SHIM} original_reload train logits.pt covft"}
+    recorded = {PROCESSES: f"{TINY[PROCESSES]} original_reload train logits.pt"}
     shutil.copy(PARTS / "original_reload.py", bench.folder)
     output = train(bench, tree, "out", recorded)
-    bench.check("the tower is wrapped", "adapted: 1, 2, 3" in output, line_of(output, "covft: InternVisionModel"))
+    bench.check("the tower is wrapped", "adapted: 1, 2, 3" in output, line_of(output, "covft: internvl"))
     bench.check("no part is reported as standing still", "Few elements have changed" not in output)
     first, last = "out/checkpoint-2/covft", "out/checkpoint-12/covft"
     moved = value_of(bench.part("compare_files.py", "moved", first, last, title="what moved in 10 steps"))
@@ -74,6 +76,9 @@ def run(bench: Bench) -> None:
     same = value_of(bench.part("compare_files.py", "same", "out", "cut", title="compared"))
     bench.check("a resumed run ends with the weights of an uninterrupted one", same == 0, f"difference {same}")
 
+    train(bench, tree, "zero1", {LAST_FLAGS: f"{TINY[LAST_FLAGS]} --deepspeed {tree}/zero_stage1_config.json"})
+    bench.check("with DeepSpeed the tower is saved", (bench.folder / "zero1/covft/model.safetensors").is_file())
+
     own = {'"work_dirs/covft"': '"out"', "attach(model,": 'attach(model, "bert",', "448, 448": "56, 56"}
     bench.documented("guides/internvl-chat.md", "load", own, env=path, title="loaded and asked in the way of the guide")
     copied = {"./pretrained/InternVL2_5-1B": "base", "work_dirs/covft": "out"}
@@ -82,7 +87,7 @@ def run(bench: Bench) -> None:
     difference = line_of(bench.call(*load, env=path, title="loaded with remote code"), "difference")
     bench.check("the loaded model gives the logits of the trained one", difference == "difference 0.0", difference)
     evaluate = {
-        "--nproc_per_node 8 -m": f"--nproc_per_node 1 {SHIM}",
+        PROCESSES: f"--nproc_per_node 1 {SHIM}",
         "-- eval": f"--covft_text_encoder bert -- {tree}/eval",
         "work_dirs/covft": "out",
     }
