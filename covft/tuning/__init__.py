@@ -8,6 +8,10 @@
     tuned.py        TunedViT: what tune() returns
     saving.py       the saved folder
     loading.py      and back
+    texts.py        the base of new modules that read the text
+    attentions.py   which attentions take more tokens
+    vpt.py, qa_vit.py, adaln.py, cross_attention.py
+    budget.py       budget() and match(): what a method costs
     api.py          tune(), untune(), load()
 
 A method says what it would change; `change.py` alone changes ViTs. So applying, undoing, saving, loading and counting
@@ -15,9 +19,24 @@ are the same for every method, and a method of your own is one class.
 """
 
 from covft.tuning.api import load, tune, untune
+from covft.tuning.budget import Budget, budget, match
 from covft.tuning.change import Change, Hook
 from covft.tuning.method import Method, Tower
 from covft.tuning.registry import methods, register_method
 from covft.tuning.tuned import TunedViT
 
-__all__ = ["Change", "Hook", "Method", "Tower", "TunedViT", "load", "methods", "register_method", "tune", "untune"]
+__all__ = [
+    "Budget",
+    "Change",
+    "Hook",
+    "Method",
+    "Tower",
+    "TunedViT",
+    "budget",
+    "load",
+    "match",
+    "methods",
+    "register_method",
+    "tune",
+    "untune",
+]

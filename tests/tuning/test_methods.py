@@ -1,0 +1,179 @@
+"""Every method on one tower per family: what changes at the start, what trains, what is saved, what comes back."""
+
+import copy
+
+import pytest
+import torch
+
+from covft.errors import CoVFTError, MissingContextError, UnsupportedViTError
+from covft.tuning import load, methods, tune, untune
+from tests.helpers.recomputing import recompute
+from tests.helpers.snapshots import assert_unchanged, snapshot
+from tests.helpers.towers import TEXT_DIM, features
+from tests.helpers.tuned import (
+    CHANGED_AT_START,
+    FAMILIES,
+    OPTIONS,
+    READS_TEXT,
+    REFUSED,
+    answer,
+    cases,
+    expected_parameters,
+    texts,
+    tower_of,
+)
+
+METHODS = list(methods())
+# What the first call of a tower of transformers changes: it installs hooks that capture hidden states.
+CALLED = ("hooks", "attributes")
+
+
+def tuned_of(method, vit):
+    return tune(vit, method, text_encoder=TEXT_DIM, **OPTIONS.get(method, {}))
+
+
+def train(tuned, tower, images, text, steps=3):
+    """Take steps in double precision, so that every parameter with a gradient moves."""
+    optimizer = torch.optim.SGD(tuned.param_groups(lr=0.1))
+    target = torch.randn_like(answer(tuned, tower, images, text))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (answer(tuned, tower, images, text) - target).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("method", "name"), cases(METHODS))
+def test_start_training_text_saving_and_undoing(method, name, tmp_path):
+    tower, vit = tower_of(name)
+    vit.double().requires_grad_(True)
+    images, one, other = tower.images(3, torch.float64), texts().double(), texts().double()
+    plain = answer(vit, tower, images)
+    before = snapshot(vit)
+    twin = copy.deepcopy(vit)
+
+    tuned = tuned_of(method, vit)
+    trained = {name for name, p in tuned.vit.named_parameters() if p.requires_grad}
+    assert trained == set(tuned.trained_names())
+    assert sum(p.numel() for p in tuned.trainable_parameters()) == expected_parameters(method, twin)
+    start = answer(tuned, tower, images, one)
+    assert type(features(tuned(images, one, **tower.inputs(3)))) is type(plain)
+    if method in CHANGED_AT_START:
+        assert not torch.allclose(start, plain)
+    else:
+        torch.testing.assert_close(start, plain)
+
+    values = {name: p.detach().clone() for name, p in tuned.vit.named_parameters()}
+    if method != "frozen":
+        train(tuned, tower, images, one)
+    moved = {name for name, p in tuned.vit.named_parameters() if not torch.equal(p, values[name])}
+    unread = {name for name in trained - moved if tuned.vit.get_parameter(name).grad is None}
+    assert moved == trained - unread
+    assert all("pool" in name or "head" in name or "post_" in name or "proj" in name for name in unread), unread
+    last = answer(tuned, tower, images, one)
+    assert torch.equal(last, answer(tuned, tower, images, other)) == (method not in READS_TEXT)
+
+    tuned.save_pretrained(tmp_path)
+    again = load(tmp_path, vit=twin)
+    assert again.method == tuned.method
+    assert torch.equal(answer(again, tower, images, one), last)
+    copied = copy.deepcopy(again)
+    assert torch.equal(answer(copied, tower, images, one), last)
+    for parameter in again.trainable_parameters():
+        parameter.data.zero_()  # the copy has its own
+    assert torch.equal(answer(copied, tower, images, one), last)
+
+    assert untune(tuned) is vit
+    assert_unchanged(vit, before, without=CALLED)
+    assert torch.equal(answer(vit, tower, images), plain)
+    with pytest.raises(UnsupportedViTError, match="already"):
+        untune(tuned)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", ["lora", "vpt", *READS_TEXT])
+def test_recomputing_changes_no_gradient(method, name):
+    if (method, name) in REFUSED:
+        return
+    tower, vit = tower_of(name)
+    tuned = tuned_of(method, vit.double()).train()
+    images, one, other = tower.images(3, torch.float64), texts().double(), texts().double()
+    gradients = []
+    for on in (False, True):
+        if on and hasattr(vit, "set_grad_checkpointing"):
+            vit.set_grad_checkpointing(True)
+        elif on:
+            recompute(vit)
+        tuned.zero_grad()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            losses = [answer(tuned, tower, images, text).square().sum() for text in (one, other)]
+        (losses[0] + 2 * losses[1]).backward()  # both forwards come before either is recomputed
+        gradients.append({n: p.grad.clone() for n, p in tuned.vit.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient)
+
+
+@pytest.mark.parametrize(("method", "name"), REFUSED)
+def test_what_cannot_be_used_says_why_and_changes_nothing(method, name):
+    _, vit = tower_of(name)
+    before = snapshot(vit)
+    with pytest.raises(UnsupportedViTError, match=REFUSED[method, name]):
+        tuned_of(method, vit)
+    assert_unchanged(vit, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_is_finite(method):
+    tower, vit = tower_of("hf-clip")
+    tuned = tuned_of(method, vit.bfloat16())
+    output = answer(tuned, tower, tower.images(3, torch.bfloat16), texts().bfloat16())
+    assert output.dtype == torch.bfloat16
+    assert bool(output.isfinite().all())
+
+
+@pytest.mark.parametrize("method", READS_TEXT)
+def test_a_call_without_text_is_refused(method):
+    tower, vit = tower_of("timm-clip")
+    with pytest.raises(CoVFTError, match="text"):
+        tune(vit, method)
+    tuned = tuned_of(method, vit)
+    with pytest.raises(MissingContextError):
+        tuned(tower.images(3))
+    with tuned.condition(texts()):
+        tuned(tower.images(3))
+
+
+def test_shallow_prompts_go_from_block_to_block():
+    """The oracle: prompts beside the tokens through all blocks, by hand."""
+    tower, vit = tower_of("timm-clip")
+    images = tower.images(3)
+    hidden = {}
+    vit.blocks[0].register_forward_pre_hook(lambda block, args: hidden.update(first=args[0]))
+    vit(images)
+    tuned = tune(vit, "vpt", prompts=2, deep=False)
+    prompts = next(p for n, p in vit.named_parameters() if "prompts" in n).detach()
+    assert sum(p.numel() for p in tuned.trainable_parameters()) == prompts.numel()
+    seen = []
+    vit.norm.register_forward_pre_hook(lambda norm, args: seen.append(args[0]))
+    tuned(images)
+    untune(tuned)
+    tokens = torch.cat([hidden["first"], prompts.expand(3, -1, -1)], dim=1)
+    for block in vit.blocks:
+        tokens = block(tokens)
+    torch.testing.assert_close(seen[0], tokens[:, :-2])
+
+
+def test_strength_is_a_dial_from_the_frozen_tower_to_the_trained_one():
+    tower, vit = tower_of("timm-clip")
+    images, text = tower.images(3), texts()
+    plain = answer(vit, tower, images)
+    tuned = tuned_of("cross_attention", vit)
+    train(tuned, tower, images, text)
+    full = answer(tuned, tower, images, text)
+    tuned.strength = 0.0
+    assert torch.equal(answer(tuned, tower, images, text), plain)
+    tuned.strength = 1.0
+    assert torch.equal(answer(tuned, tower, images, text), full)
+    with pytest.raises(CoVFTError, match="no strength"):
+        tune(tower_of("timm-clip")[1], "lora").strength  # noqa: B018
