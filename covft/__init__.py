@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from covft import nn as nn
     from covft import testing as testing
     from covft import text as text
+    from covft import tuning as tuning
     from covft.adapters.registry import describe as describe
     from covft.adapters.spec import ViTSpec as ViTSpec
     from covft.compression import compress as compress
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
     from covft.integrations.mllm.attach import get_encoder as get_encoder
     from covft.integrations.training.callback import CoVFTCallback as CoVFTCallback
     from covft.integrations.training.trainable import lora_exclude as lora_exclude
-    from covft.wrapping import load as load
+    from covft.tuning.api import load as load
+    from covft.tuning.api import tune as tune
+    from covft.tuning.api import untune as untune
+    from covft.tuning.budget import budget as budget
+    from covft.tuning.budget import match as match
     from covft.wrapping import unwrap as unwrap
     from covft.wrapping import wrap as wrap
 
@@ -39,18 +44,22 @@ _HOMES = {
     "ContextEncoder": "covft.encoder",
     "ViTSpec": "covft.adapters.spec",
     "attach": "covft.integrations.mllm.attach",
+    "budget": "covft.tuning.budget",
     "compress": "covft.compression",
     "describe": "covft.adapters.registry",
     "detach": "covft.integrations.mllm.attach",
     "get_encoder": "covft.integrations.mllm.attach",
-    "load": "covft.wrapping",
+    "load": "covft.tuning.api",
     "load_model": "covft.integrations.building.saved",
     "lora_exclude": "covft.integrations.training.trainable",
+    "match": "covft.tuning.budget",
     "skip_experts": "covft.compression",
+    "tune": "covft.tuning.api",
+    "untune": "covft.tuning.api",
     "unwrap": "covft.wrapping",
     "wrap": "covft.wrapping",
 }
-_SUBMODULES = ("adapters", "checkpoints", "data", "errors", "integrations", "nn", "testing", "text")
+_SUBMODULES = ("adapters", "checkpoints", "data", "errors", "integrations", "nn", "testing", "text", "tuning")
 
 __all__ = [
     "CoVFTCallback",
@@ -60,6 +69,7 @@ __all__ = [
     "__version__",
     "adapters",
     "attach",
+    "budget",
     "checkpoints",
     "compress",
     "data",
@@ -71,10 +81,14 @@ __all__ = [
     "load",
     "load_model",
     "lora_exclude",
+    "match",
     "nn",
     "skip_experts",
     "testing",
     "text",
+    "tune",
+    "tuning",
+    "untune",
     "unwrap",
     "wrap",
 ]

@@ -84,6 +84,10 @@ class World:
         return encoder
 
     @functools.cached_property
+    def tuned(self) -> torch_nn.Module:
+        return covft.tune(testing.ToyViT(), "bitfit")
+
+    @functools.cached_property
     def images(self) -> torch.Tensor:
         return torch.rand(2, 3, 16, 16)
 
@@ -185,6 +189,10 @@ ints = "one negative huge"
 public(covft, "wrap", lambda w: {"vit": w.vit, "text_encoder": 8, "layers": [1]}, text_encoder="one")
 public(covft, "unwrap", lambda w: {"encoder": w.encoder})
 public(covft, "load", lambda w: {"folder_or_repo_id": w.saved, "vit": w.vit, "text_encoder": 8})
+public(covft, "tune", lambda w: {"vit": w.vit, "method": "bitfit"}, text_encoder=ANY)
+public(covft, "untune", lambda w: {"tuned": w.tuned})
+public(covft, "budget", lambda w: {"vit": w.vit, "method": "bitfit"})
+public(covft, "match", lambda w: {"vit": w.vit, "parameters": 100, "methods": ["lora"]})
 public(covft, "describe", lambda w: {"vit": w.vit})
 public(covft, "compress", lambda w: {"encoder": w.encoder, "rank": 2}, images="none", text=ANY)
 public(covft, "skip_experts", lambda w: {"encoder": w.encoder, "below": 0.1})

@@ -22,7 +22,7 @@ def test_parameters_are_those_of_the_formula(method):
 
 
 def test_the_flops_of_low_rank_updates_are_counted():
-    tower, vit = tower_of("timm-clip")
+    _, vit = tower_of("timm-clip")
     found = budget(vit, "lora", r=2, targets="ffn")
     tokens = (32 // 8) ** 2 + 1
     assert found.forward_flops == 4 * 2 * tokens * 2 * 2 * (32 + 128)

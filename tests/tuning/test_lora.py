@@ -19,7 +19,7 @@ def test_is_that_of_peft_to_the_last_bit(name, dora):
     images, twin = tower.images(3), copy.deepcopy(vit)
     torch.manual_seed(7)
     tuned = tune(vit, "dora" if dora else "lora", r=2, alpha=4.0)
-    paths = [path for path in tuned.change.replaced]
+    paths = list(tuned.change.replaced)
     torch.manual_seed(7)
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules="|".join(map(re.escape, paths)), use_dora=dora)
     theirs = peft.get_peft_model(twin, config)
