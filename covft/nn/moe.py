@@ -173,7 +173,8 @@ class ContextualMoE(nn.Module):
         Returns:
             Tokens, same shape as `x`, in the type of the FFN's output.
         """
-        tokens = in_type_of(x, next(self.experts.parameters(), x))
+        weights = [*self.experts.parameters()]  # next() has no graph in torch 2.8's compiler
+        tokens = in_type_of(x, weights[0] if weights else x)
         if segments is None:
             mixed = self.experts(tokens, routing, *args, **kwargs)
         else:

@@ -246,6 +246,7 @@ public(checkpoints, "import_reference", lambda w: {"encoder": w.encoder, "path_o
 
 public(integrations, "train_only", lambda w: {"model": w.attached.model, "parts": ["covft"]})
 public(integrations, "parts_of", lambda w: {"model": w.attached.model})
+public(integrations, "watch_movement", lambda w: {"module": w.attached.model})
 public(integrations, "freeze_unread", lambda w: {"model": w.tiny.model})
 public(
     integrations,

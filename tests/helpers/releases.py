@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.coverage import transformers_cases as cases
 from covft.utils.transformers_names import OLDEST_TRAINED, release
 
 
@@ -18,6 +19,20 @@ def found(name: str) -> Any:
         return getattr(importlib.import_module(f"transformers.{module}" if module else "transformers"), attribute)
     except (AttributeError, ImportError):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
+
+
+def build(name: str) -> Any:
+    """A small model of a class in the table of coverage; the test is skipped where the release lacks the class."""
+    folder, file, _ = cases.all_cases()[name]
+    found(f"models.{folder}.modeling_{file or folder}.{name}")
+    return cases.build(name)
+
+
+def needs(owner: Any, name: str) -> None:
+    """Skip the test where something of the installed release lacks an attribute."""
+    if not hasattr(owner, name):
+        version = pytest.importorskip("transformers").__version__
+        pytest.skip(f"{type(owner).__name__} of transformers {version} has no {name}")
 
 
 def skip_before(oldest: tuple[int, int], what: str) -> None:
