@@ -1,1 +1,0 @@
-"""Bytes per GPU of LLaVA with covft, counted on the meta device."""
