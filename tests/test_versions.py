@@ -9,7 +9,7 @@ import yaml
 
 from tests.versions.floors import floors, normal, parts, project, requirements, version
 from tests.versions.page import PAGE, page, results
-from tests.versions.rows import FEATURES, ROWS
+from tests.versions.rows import FEATURES, ROWS, WEIGHTS
 from tests.versions.running import OUTCOMES, RESULTS, read, write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +86,11 @@ def test_what_a_row_names_exists(row):
     paths = [*row.tests(), *(path.partition("::")[0] for path in row.without)]
     assert [path for path in paths if not (ROOT / path).exists()] == []
     assert [pin for pin in row.pins if not re.fullmatch(r"[\w.-]+==[\d.]+", pin)] == []
+
+
+def test_weights_are_those_of_the_makefile():
+    [line] = re.findall(r"^WEIGHTS +:= (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)
+    assert set(WEIGHTS) <= set(line.split())
 
 
 # ----------------------------------------------------------------------------------------- results

@@ -198,11 +198,12 @@ def _reported(kind: str, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_root_logger() -> Iterator[None]:
-    """Drop open_clip's warning that weights are random, which it sends to the root logger."""
+    """Drop open_clip's warning that weights are random, or some of them in 3.0, which it sends to the root logger."""
     root, handler = logging.getLogger(), logging.NullHandler()
 
     def not_about_weights(record: logging.LogRecord) -> bool:
-        return "No pretrained weights loaded" not in record.getMessage()
+        text = record.getMessage()
+        return "No pretrained weights loaded" not in text and "initialized partially" not in text
 
     root.addFilter(not_about_weights)
     root.addHandler(handler)  # else the first message would set logging up for the whole process

