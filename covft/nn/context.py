@@ -19,7 +19,7 @@ from torch.nn.functional import layer_norm
 from typing_extensions import Unpack
 
 from covft.errors import ConfigError
-from covft.nn.functional import Place, in_type_of, masked_mean, wide_softmax
+from covft.nn.functional import Place, autocasts, in_type_of, masked_mean, wide_softmax, without_autocast
 from covft.nn.fused import can_mix, mix
 from covft.nn.plan import FFNPlan, identity_of, run_ffn
 from covft.nn.segments import Segments
@@ -101,10 +101,10 @@ class TextRefinement(ResidualRefinement):
     def forward(self, v: Tensor) -> Tensor:
         """Refine and normalise; shape `(..., dim)` in and out."""
         kind = v.device.type
-        types = (self.up.weight.dtype, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+        types = (self.up.weight.dtype, torch.get_autocast_dtype(kind) if autocasts(kind) else None)
         if torch.float16 not in types or not _PLAN.applies_to(self):
             return super().forward(v)
-        with torch.autocast(kind, enabled=False):
+        with without_autocast(kind):
             v, norm = v.float(), self.norm
             weights = [tensor.float() for tensor in _PLAN.weights(self)]
             refined = v + run_ffn(v, weights, self.act)

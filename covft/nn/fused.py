@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from covft.nn.functional import per_image
+from covft.nn.functional import autocasts, per_image, without_autocast
 from covft.nn.plan import Between, FFNPlan, pairs, run_ffn
 from covft.utils.torch_internals import is_transformed
 
@@ -55,7 +55,7 @@ def mix(
     Backward recomputes the pre-activations unless they are kept. With `kernels="triton"`, Triton kernels run between
     the matrix products where they can.
     """
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocasts(x.device.type)
     weights = [tensor for expert in experts for tensor in plan.weights(expert)]
     settings = Settings(
         tuple(plan.between(expert) for expert in experts),
@@ -94,7 +94,7 @@ class _Mixture(torch.autograd.Function):
         blocks, weights_TE = _blocks(tokens_TD), per_token(weights_BE, tokens_TD)
         kept: list[Tensor] = []
         mixed_TD: Any = None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             for e, own in enumerate(per_expert(weights, settings)):
                 *first, last, bias = map(settings.cast, own)
                 layers, between = pairs(first), settings.between[e]
@@ -131,7 +131,7 @@ class _Mixture(torch.autograd.Function):
         grad_routing_TE = torch.zeros_like(weights_TE, dtype=wide) if needs_routing else None
         grad_weights: list[Tensor | None] = []
         scratch = _Scratch(blocks)
-        with torch.autocast(grad_TD.device.type, enabled=False):
+        with without_autocast(grad_TD.device.type):
             for e, own in enumerate(per_expert(weights, settings)):
                 *first, last, bias = map(settings.cast, own)
                 layers, between = pairs(first), settings.between[e]
