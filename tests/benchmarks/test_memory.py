@@ -18,7 +18,7 @@ from tests.distributed import processes
 def test_states__are_16_bytes_per_trained_parameter_on_one_gpu():
     """The sum that the ZeRO paper gives for mixed precision with Adam; a frozen one is 2 bytes."""
     for strategy in STRATEGIES:
-        found = states(Counts(trained=1000, frozen=10), strategy, 1)
+        found = states(Counts(trained=1000, frozen=10, block=100, root=10), strategy, 1)
         assert found.weights + found.gradients + found.copies + found.optimizer == 16_020
         assert found.total > 16_020
 
