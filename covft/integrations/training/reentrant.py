@@ -47,7 +47,7 @@ def without_reentrant(arguments: Any) -> None:
         ReentrantCheckpointError: If they ask for the reentrant kind.
     """
     of_tower = getattr(arguments, "vit_gradient_checkpointing", False)  # ms-swift's, with the options of the other
-    for name in NAMES:
+    for name in CHECKPOINTING:
         options = getattr(arguments, f"{name}_kwargs", None)
         if isinstance(options, dict) and options.get("use_reentrant"):
             raise _refused("use_reentrant=True", key_of(arguments))
