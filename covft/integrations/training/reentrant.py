@@ -46,11 +46,12 @@ def without_reentrant(arguments: Any) -> None:
     Raises:
         ReentrantCheckpointError: If they ask for the reentrant kind.
     """
+    of_tower = getattr(arguments, "vit_gradient_checkpointing", False)  # ms-swift's, with the options of the other
     for name in CHECKPOINTING:
         options = getattr(arguments, f"{name}_kwargs", None)
         if isinstance(options, dict) and options.get("use_reentrant"):
             raise _refused("use_reentrant=True", key_of(arguments))
-        if getattr(arguments, name, False):
+        if getattr(arguments, name, False) or (of_tower and name == "gradient_checkpointing"):
             setattr(arguments, f"{name}_kwargs", {**(options or {}), "use_reentrant": False})
 
 
