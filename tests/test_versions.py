@@ -9,7 +9,7 @@ import yaml
 
 from tests.versions.floors import floors, normal, parts, project, requirements, version
 from tests.versions.page import PAGE, page, results
-from tests.versions.rows import FEATURES, ROWS, WEIGHTS
+from tests.versions.rows import FEATURES, ROWS, SLOW, WEIGHTS
 from tests.versions.running import OUTCOMES, RESULTS, read, write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +83,7 @@ def test_every_floor_of_what_users_install_is_installed_by_a_row():
 def test_what_a_row_names_exists(row):
     assert set(row.extras) <= set(EXTRAS)
     assert set(row.features) <= set(FEATURES)
-    paths = [*row.tests(), *(path.partition("::")[0] for path in row.without)]
+    paths = [*row.tests(), *(path.partition("::")[0] for path in [*SLOW, *row.without])]
     assert [path for path in paths if not (ROOT / path).exists()] == []
     assert [pin for pin in row.pins if not re.fullmatch(r"[\w.-]+==[\d.]+", pin)] == []
 

@@ -53,19 +53,17 @@ def budget(
     method: str,
     *,
     text_dim: int = 768,
-    inputs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Budget:
     """Return what a method would cost, on a twin of the ViT without values: nothing is built, the ViT is not changed.
 
     FLOPs and bytes are counted in a run of the twin. They are None for a ViT whose input size is not known, and for
-    packed ones, unless `inputs` are given.
+    packed and padded ones.
 
     Args:
         vit: The ViT.
         method: Name of a method.
         text_dim: Width C of the text features, for methods that read text.
-        inputs: Arguments of a call of the ViT with one image; only their shapes and types matter, except for integers.
         **options: Options of the method.
 
     Raises:
@@ -82,10 +80,9 @@ def budget(
         tuned: Any = tune(twin, method, text_encoder=text_dim, **options)
     trained = count(tuned.trainable_parameters())
     cost = (None, None, None)
-    given = _inputs(vit) if inputs is None else dict(inputs)
+    given = _inputs(vit)
     if given is not None:
-        text = torch.empty(1, text_dim, device="meta")
-        cost = _measured(_twin(vit), tuned, {name: _meta(value) for name, value in given.items()}, text)
+        cost = _measured(_twin(vit), tuned, given, torch.empty(1, text_dim, device="meta"))
     return Budget(method, dict(options), trained, count(twin.parameters()) - total, *cost)
 
 
@@ -194,11 +191,7 @@ def _inputs(vit: nn.Module) -> dict[str, Any] | None:
         return None
     name = next(iter(inspect.signature(vit.forward).parameters))
     dtype = next(vit.parameters()).dtype
-    return {name: torch.empty(1, 3, spec.image_size, spec.image_size, dtype=dtype)}
-
-
-def _meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) and value.is_floating_point() else value
+    return {name: torch.empty(1, 3, spec.image_size, spec.image_size, dtype=dtype, device="meta")}
 
 
 def _measured(

@@ -18,6 +18,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -223,6 +224,14 @@ def check_transforms() -> None:
 
 @functools.cache
 def _check_transforms(problem: str) -> None:
+    # In a thread of its own, which has no saved-tensor hooks of the caller: torch.func.grad refuses those.
+    with ThreadPoolExecutor(1) as pool:
+        seen = pool.submit(_seen_in_transforms).result()
+    if seen != [True, True, True, False]:
+        raise _unsupported(problem, f"seen in vmap, grad, a dual level and outside: {seen}")
+
+
+def _seen_in_transforms() -> list[bool]:
     seen: list[bool] = []
 
     def look(x: torch.Tensor) -> torch.Tensor:
@@ -235,8 +244,7 @@ def _check_transforms(problem: str) -> None:
         with forward_ad.dual_level():
             look(torch.ones(1))
     look(torch.ones(1, device="cpu"))
-    if seen != [True, True, True, False]:
-        raise _unsupported(problem, f"seen in vmap, grad, a dual level and outside: {seen}")
+    return seen
 
 
 def _unsupported(problem: str, found: str) -> UnsupportedVersionError:

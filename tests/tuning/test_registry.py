@@ -61,7 +61,7 @@ def test_other_base_weights_are_refused(tmp_path):
 
 def test_unknown_methods_name_the_closest():
     _, vit = tower_of("timm-clip")
-    with pytest.raises(ConfigError, match=r'covft.tune\(vit, "lora"\)'):
+    with pytest.raises(ConfigError, match=r"covft.tune\(vit, 'lora'\)"):
         tune(vit, "lorra")
 
 

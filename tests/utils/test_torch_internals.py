@@ -234,6 +234,15 @@ def test_is_transformed__waits_with_its_check_inside_of_a_transform():
     assert not internals.is_transformed()
 
 
+def test_is_transformed__is_checked_where_the_caller_has_saved_tensor_hooks():
+    """As in a checkpointed region that is the first thing to run; torch.func.grad refuses to run there."""
+    internals._check_transforms.cache_clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        with pytest.raises(RuntimeError, match="saved tensor hooks"):
+            torch.func.grad(torch.sum)(torch.ones(1))
+        assert not internals.is_transformed()
+
+
 def test_names__are_those_of_torchs_wrappers():
     part = nn.Linear(2, 2)
     compiled, checkpointed = torch.compile(part, backend="eager"), nn.Sequential(checkpoint_wrapper(part))

@@ -100,7 +100,8 @@ class Environment:
         words = [str(word) for word in command]
         start, last = time.monotonic(), []
         clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-        with self.log.open("a", encoding="utf-8") as log:
+        clean["PYTHONUNBUFFERED"] = "1"
+        with self.log.open("a", encoding="utf-8", buffering=1) as log:
             log.write(f"::: {shlex.join(words)}\n")
             process = subprocess.Popen(
                 words,

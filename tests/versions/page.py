@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from tests.versions.floors import ROOT, floors, project, version
-from tests.versions.rows import FEATURES, ROWS
+from tests.versions.rows import FEATURES, ROWS, SLOW
 from tests.versions.running import OUTCOMES, RESULTS
 
 PAGE = ROOT / "docs" / "versions.md"
@@ -33,6 +34,8 @@ Each row is an environment of its own, filled by pip, on CPU. A cell has the tes
 {notes}The other packages of each row:
 
 {packages}
+
+The tests, in `tests/`:
 
 - wrap: {wrap}
 - text: {text}
@@ -100,21 +103,27 @@ def packages(result: dict) -> list[str]:
 
 def notes(rows: list[dict]) -> str:
     """Say what a row left out, where it ran on another Python, and what failed."""
-    found = []
+    found = left_out("No row runs", SLOW)
     for result in rows:
         row = ROWS[result["row"]]
         ran = result["versions"].get("python", row.python)
         if not f"{ran}.".startswith(f"{row.python}."):
             found.append(f"`{row.name}` is meant for Python {row.python}; it ran on {ran}.")
-        found += [f"`{row.name}` leaves out `{path}`: {why}." for path, why in row.without.items()]
+        found += left_out(f"`{row.name}` leaves out", row.without)
         found += [f"`{row.name}` failed: `{failure}`" for failure in result["failures"][:10]]
         found += [f"`{row.name}` failed in {len(result['failures']) - 10} more."] * (len(result["failures"]) > 10)
-    return "".join(f"- {line}\n" for line in found) + "\n" * bool(found)
+    return "".join(f"- {line}\n" for line in found) + "\n"
 
 
-def listed(folders: tuple[str, ...]) -> str:
-    """Name folders of tests."""
-    return ", ".join(f"`{folder}`" for folder in folders)
+def left_out(begin: str, tests: dict[str, str]) -> list[str]:
+    """Say which tests are left out, one line per reason."""
+    reasons = dict.fromkeys(tests.values())
+    return [f"{begin} {listed([test for test in tests if tests[test] == why])}: {why}." for why in reasons]
+
+
+def listed(paths: Iterable[str]) -> str:
+    """Name files and folders of tests."""
+    return ", ".join(f"`{path.removeprefix('tests/')}`" for path in paths)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

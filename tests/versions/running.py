@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.versions.environment import FOLDER, Environment, StepError
 from tests.versions.floors import unreached
-from tests.versions.rows import Row
+from tests.versions.rows import SLOW, Row
 
 RESULTS = Path(__file__).with_name("results")
 OUTCOMES: tuple[str, ...] = ("passed", "failed", "skipped")
@@ -47,10 +47,9 @@ def run(row: Row, keep: bool) -> bool:
     except (StepError, RuntimeError) as error:
         print(error)
         result["failures"].append(str(error).partition("\n")[0])
-    finally:
-        if not keep:
-            environment.remove()
     write(result)
+    if not keep:
+        environment.remove()
     return not result["failures"]
 
 
@@ -61,7 +60,7 @@ def test(environment: Environment) -> tuple[dict[str, dict[str, int]], list[str]
     command = [environment.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1"]
     command += [f"--junitxml={report}", *shlex.split(os.environ.get("PYTEST_ARGS", ""))]
     # A file or a test; --deselect takes both.
-    command += [f"--deselect={path}" for path in row.without]
+    command += [f"--deselect={path}" for path in {**SLOW, **row.without}]
     code = environment.call("tests", *command, *row.tests(), may_fail=True)
     if not report.exists():
         raise StepError(f"tests: exit status {code}, and no report; see {environment.log.name}")

@@ -76,9 +76,6 @@ def run(bench: Bench) -> None:
     same = value_of(bench.part("compare_files.py", "same", "out", "cut", title="compared"))
     bench.check("a resumed run ends with the weights of an uninterrupted one", same == 0, f"difference {same}")
 
-    train(bench, tree, "zero1", {LAST_FLAGS: f"{TINY[LAST_FLAGS]} --deepspeed {tree}/zero_stage1_config.json"})
-    bench.check("with DeepSpeed the tower is saved", (bench.folder / "zero1/covft/model.safetensors").is_file())
-
     own = {'"work_dirs/covft"': '"out"', "attach(model,": 'attach(model, "bert",', "448, 448": "56, 56"}
     bench.documented("guides/internvl-chat.md", "load", own, env=path, title="loaded and asked in the way of the guide")
     copied = {"./pretrained/InternVL2_5-1B": "base", "work_dirs/covft": "out"}
@@ -94,6 +91,9 @@ def run(bench: Bench) -> None:
     output = bench.documented("guides/internvl-chat.md", "evaluate", evaluate, env=path, title="evaluate_vqa.py")
     score = line_of(output, "textvqa_val ")
     bench.check("every question is answered and scored", bool(score), score)
+
+    train(bench, tree, "zero1", {LAST_FLAGS: f"{TINY[LAST_FLAGS]} --deepspeed {tree}/zero_stage1_config.json"})
+    bench.check("with DeepSpeed the tower is saved", (bench.folder / "zero1/covft/model.safetensors").is_file())
 
 
 def train(bench: Bench, tree: Path, output: str, more: dict[str, str]) -> str:

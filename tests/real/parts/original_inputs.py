@@ -57,7 +57,9 @@ def internvl(folder: Path) -> None:
     from transformers import Qwen2Config
 
     tokenizer = qwen_tokenizer(folder / "base")
-    llm = Qwen2Config(**LLM, num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=4096)
+    start, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    sizes = {**LLM, "num_key_value_heads": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 4096}
+    llm = Qwen2Config(**sizes, bos_token_id=start, eos_token_id=end)
     vit = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 5}
     vit |= {"image_size": 56, "patch_size": 14, "qk_normalization": False, "norm_type": "layer_norm", "qkv_bias": True}
     config = InternVLChatConfig(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import runpy
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ def train(file: str, *command: str) -> None:
         result = run(self, *args, **kwargs)
         batch = self.data_collator([self.train_dataset[number] for number in (1, 7)])
         # Training runs under autocast, which loaded models do not.
-        model = as_loaded(self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False))
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if isinstance(model.forward, types.MethodType):  # accelerate has bound it, and a copy would call the original
+            model.forward = model.forward.__func__
+        model = as_loaded(model)
         torch.save({"batch": dict(batch), "logits": logits_of(model, batch)}, file)
         return result
 
