@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,9 +34,9 @@ CHANGED_AT_START = ("vpt",)
 READS_TEXT = ("qa_vit", "adaln", "cross_attention")
 
 
-def cases(methods: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield every method on every family that takes it."""
-    return ((method, name) for name in FAMILIES for method in methods if (method, name) not in REFUSED)
+def cases(methods: list[str]) -> list[tuple[str, str]]:
+    """Every method on every family that takes it."""
+    return [(method, name) for name in FAMILIES for method in methods if (method, name) not in REFUSED]
 
 
 def tower_of(name: str) -> tuple[Tower, nn.Module]:
@@ -57,8 +56,10 @@ def answer(model: nn.Module, tower: Tower, images: Tensor, text: Tensor | None =
     return features(model(images, *given, **tower.inputs(3)))
 
 
-def texts() -> Tensor:
-    return torch.randn(3, TEXT_DIM)
+def texts(method: str) -> Tensor:
+    """Return features of three texts, or states of five tokens each where the method reads those."""
+    shape = (3, 5, TEXT_DIM) if method in ("qa_vit", "cross_attention") else (3, TEXT_DIM)
+    return torch.randn(shape, dtype=torch.float64)
 
 
 def expected_parameters(method: str, vit: nn.Module) -> int:
