@@ -145,6 +145,7 @@ def _observed(
 
 
 def _features(output: Any) -> Tensor | None:
+    output = output[0] if isinstance(output, tuple) else output  # of Qwen3-VL's tower before transformers 5
     if isinstance(output, Tensor):
         return output
     found = getattr(output, "last_hidden_state", None)

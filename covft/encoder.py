@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from covft.adapters.spec import ViTSpec
 from covft.checkpoints import saving
 from covft.conditioning import Conditioning, Generator, Scope
 from covft.config import CoVFTConfig
-from covft.errors import MergeError, MissingContextError, ShapeError, TextEncoderError
+from covft.errors import ConfigError, MergeError, MissingContextError, ShapeError, TextEncoderError
 from covft.nn.losses import load_balance_loss
 from covft.surgery.activation_checkpointing import set_activation_checkpointing
 from covft.surgery.precision import widen
@@ -309,6 +310,28 @@ class ContextEncoder(WrappedViT):
         self.covft_config = dataclasses.replace(self.covft_config, recompute=recompute)
         for slot in self.slots().values():
             slot.set_recompute(recompute)
+
+    @check_kinds
+    def set_kernels(self, kernels: str) -> None:
+        """Choose what runs between the matrix products of experts and contexts: activations, weights, sums.
+
+        Triton kernels read and write each tensor once. They need `recompute="activation"` or `"all"`, a GPU, and an
+        activation that they know (GELU, its tanh form, QuickGELU, SiLU; plain or gated); elsewhere, torch's
+        operations run. They were never measured on a GPU, so they are off by default. The setting is not saved.
+
+        Args:
+            kernels: `"eager"`, torch's operations; `"triton"`, kernels of its own.
+
+        Raises:
+            ConfigError: If it is not known, or Triton is not installed.
+        """
+        if kernels not in ("eager", "triton"):
+            raise ConfigError(f"kernels={kernels!r} is not known.", expected="'eager' or 'triton'", got=repr(kernels))
+        if kernels == "triton" and importlib.util.find_spec("triton") is None:
+            fix = "encoder.set_kernels('eager'), or pip install triton, which torch for CUDA brings along"
+            raise ConfigError("Triton is not installed.", expected="the package triton", got="none", fix=fix)
+        for slot in self.slots().values():
+            slot.set_kernels(kernels)
 
     def merge(self) -> None:
         """Refuse: there is no exact merge.

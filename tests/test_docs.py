@@ -84,8 +84,21 @@ def printed(expected, *values):
     assert " ".join(map(str, values)) == expected
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name_of)
+# Pages about a library that takes long, and warns of its own code; skipped where it is not installed.
+LONG = {"lightning.md": "lightning"}
+
+
+def pages_with_code():
+    for page in PAGES:
+        if python_blocks(page):
+            marks = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")] if page.name in LONG else []
+            yield pytest.param(page, marks=marks, id=name_of(page))
+
+
+@pytest.mark.parametrize("page", list(pages_with_code()))
 def test_code_of_the_page_runs(page, reader, capsys):
+    if page.name in LONG:
+        pytest.importorskip(LONG[page.name], reason=f"{LONG[page.name]} is not installed")
     namespace = {"__name__": "__docs__", "_printed": printed}
     ran = 0
     for block in python_blocks(page):
@@ -263,7 +276,15 @@ def test_every_setting_that_the_text_names_exists():
     )
     faces += (covft.data.PadToSquare, covft.data.NoTiling)
     known |= {name for face in faces for name in inspect.signature(face).parameters}
-    known |= {"modules_to_save", "weights_only", "exclude_modules", "target_modules", "state_dict"}  # of others
+    known |= {
+        "modules_to_save",
+        "weights_only",
+        "exclude_modules",
+        "target_modules",
+        "state_dict",
+        "ckpt_path",
+        "precision",
+    }  # of others
     pages = [FENCE.sub("", page.read_text(encoding="utf-8")) for page in PAGES]
     named = {name for text in pages for name in re.findall(r"`(?:[^`]*[ (,])?(\w+)=[^`=]*`", text)}
     assert len(named) > 8

@@ -52,12 +52,28 @@ def test_the_blocks_that_an_engine_runs_are_in_the_guides(name):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in {"documented", "file"}
     ]
     assert calls, "no command of a guide is run"
+    engine = importlib.import_module(f"tests.real.engines.{name}")
     for call in calls:
-        page, block = (ast.literal_eval(argument) for argument in call.args[:2])
+        page, block = (constant(argument, engine) for argument in call.args[:2])
         text = guides.block(page, block).text
         for replace in call.args[2:3]:
-            keys = replace.keys if isinstance(replace, ast.Dict) else []
-            guides.replaced(text, {key.value: "" for key in keys if isinstance(key, ast.Constant)})
+            guides.replaced(text, dict.fromkeys(keys(replace, engine), ""))
+
+
+def constant(node, engine):
+    """The value of a literal, or of a name of the engine's module; None for what is known at run time only."""
+    if isinstance(node, ast.Name):
+        return getattr(engine, node.id, None)
+    return node.value if isinstance(node, ast.Constant) else None
+
+
+def keys(node, engine):
+    """What is replaced in the block, as far as the source says it."""
+    if not isinstance(node, ast.Dict):
+        return list(constant(node, engine) or {})
+    found = [constant(key, engine) for key in node.keys if key is not None]
+    unpacked = [constant(value, engine) for key, value in zip(node.keys, node.values, strict=True) if key is None]
+    return [key for key in [*found, *(key for part in unpacked for key in part or {})] if key is not None]
 
 
 def test_the_page_shows_what_failed():
@@ -103,6 +119,12 @@ def test_a_step_that_fails_shows_its_last_lines(bench):
         bench.call("bash", "-c", "echo no such model; exit 3", title="try")
     with pytest.raises(StepFailed, match="over 0 s"):
         bench.call("python", "-c", "import threading; threading.Event().wait(60)", title="wait", limit=0.1)
+
+
+def test_a_step_that_has_to_fail_gives_its_output(bench):
+    assert bench.refused("bash", "-c", "echo not like this; exit 2", title="wrong") == "not like this\n"
+    with pytest.raises(StepFailed, match="though it had to fail"):
+        bench.refused("bash", "-c", "exit 0", title="right")
 
 
 def test_what_is_replaced_has_to_be_in_the_block():

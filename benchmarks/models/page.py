@@ -10,6 +10,7 @@ from typing import Any
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "models"
 RESULTS = Path(__file__).parent / "results.json"
 _TABLE = re.compile(r"(<!-- table: python -m benchmarks\.models -->\n)(.*?)(<!-- end of the table -->)", re.DOTALL)
+_WORDS = r"(?<=/)|(?<=\w)(?=For|Vision|Transformer|Model\b|Generation)"
 _ROWS = {
     "plain": "a row per image or tile",
     "anyres": "a row per tile",
@@ -49,8 +50,8 @@ def facts(rows: list[dict[str, Any]]) -> str:
         rows: The results of the page.
     """
     lines = {
-        "class": [f"`{row['model']}`" for row in rows],
-        "tower": [f"`{row['tower']}`" for row in rows],
+        "class": [_breakable(row["model"]) for row in rows],
+        "tower": [_breakable(row["tower"]) for row in rows],
         "its size": [_size(row) for row in rows],
         "its batch": [_ROWS[row["layout"]] for row in rows],
         "what is read": [_read(row) for row in rows],
@@ -58,7 +59,7 @@ def facts(rows: list[dict[str, Any]]) -> str:
         "parameters added": [f"{row['added']:,}" for row in rows],
         "trained in the tower": [f"{row['trained']:,}" for row in rows],
     }
-    heads = ["<br>".join(f"`{name}`" for name in row["names"]) for row in rows]
+    heads = ["<br>".join(_breakable(name) for name in row["names"]) for row in rows]
     table = [f"| | {' | '.join(heads)} |", "|---" * (len(rows) + 1) + "|"]
     return "\n".join(table + [f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items()])
 
@@ -69,11 +70,18 @@ def index(rows: list[dict[str, Any]]) -> str:
     Args:
         rows: All results.
     """
-    lines = ["| such as | tower | `layers=None` | parameters added |", "|---|---|---|---:|"]
+    lines = ["| such as | blocks | width | parameters | `layers=None` | added |", "|---|---:|---:|---:|---:|---:|"]
     for row in rows:
         name = row["names"][0].partition("/")[2]
-        lines.append(f"| [{name}]({row['page']}.md) | {_size(row)} | {_chosen(row)} | {row['added']:,} |")
+        chosen = _chosen(row).removeprefix("blocks ").replace(" to ", "&ndash;")
+        cells = (row["blocks"], row["width"], f"{row['parameters']:,}", chosen, f"{row['added']:,}")
+        lines.append(f"| [{name}]({row['page']}.md) | {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def _breakable(name: str) -> str:
+    """Let a long name break after a slash and before its words, as a narrow column needs it."""
+    return f"<code>{re.sub(_WORDS, '<wbr>', name)}</code>"
 
 
 def _size(row: dict[str, Any]) -> str:

@@ -58,9 +58,12 @@ class Run:
 
 
 def _blocks(run: Run) -> Iterator[Record]:
+    names = ["plain", "baseline", "none", "activation", "all"]
+    if run.cuda and importlib.util.find_spec("triton"):
+        names += ["activation, triton", "all, triton"]
     for dtype in run.dtypes:
         common = {"batch": run.batch, "experts": 4, "dtype": dtype, "runs": run.runs, "device": run.device}
-        yield from measure_block(run.size, **common)
+        yield from measure_block(run.size, names=tuple(names), **common)
         if run.cuda or run.quick:
             yield from measure_products(run.size, **common)
 

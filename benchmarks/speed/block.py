@@ -44,6 +44,8 @@ class Block:
     def ways(self, names: tuple[str, ...], backend: str | None = None) -> dict[str, Callable[[], Tensor]]:
         """Return forwards by name: `plain` (the FFN alone), `baseline`, and covft by what backward recomputes.
 
+        After that may come which kernels run between the matrix products, as in `all, triton`.
+
         Args:
             names: Of the ways.
             backend: Of `torch.compile`; None runs eagerly.
@@ -59,7 +61,9 @@ class Block:
         if name == "plain":
             return run(self.x)
         if name != "baseline":
-            self.moe.set_recompute(name)
+            recompute, _, kernels = name.partition(", ")
+            self.moe.set_recompute(recompute)
+            self.moe.set_kernels(kernels or "eager")
         return run(self.x, self.text)
 
     def parameters(self) -> list[Tensor]:

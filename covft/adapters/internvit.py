@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from covft.utils.transformers_names import named_class
+
 MODEL_TYPE = "intern_vit_6b"  # of all sizes, 300M among them
 _NAMES = (
     ("class_embedding", "cls_token"),
@@ -45,9 +47,7 @@ def published_weights(name: str, *, subfolder: str = "", **hub: Any) -> dict[str
 
 def internvit_config(published: Mapping[str, Any]) -> Any:
     """Return transformers' config for what the published `config.json` says."""
-    from transformers import InternVLVisionConfig
-
-    return InternVLVisionConfig(
+    return named_class("InternVLVisionConfig", "An InternViT")(
         **{key: published[key] for key in _SAME if key in published},
         # Defaults are those of the published configuration class.
         attention_bias=published.get("qkv_bias", False),

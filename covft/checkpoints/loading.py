@@ -184,7 +184,7 @@ class SavedEncoder:
         state, named = wrapped.vit.state_dict(keep_vars=True), saved_names(wrapped.vit)
         own = {named(name): name for name in state}
         for name in sorted(own[name] for name in self.extra):
-            wrapped.original.values[name] = full(state[name]).clone()
+            wrapped.original.values.setdefault(name, full(state[name]).clone())
             if isinstance(state[name], nn.Parameter):
                 state[name].requires_grad_(True)
         for name, tensor in self.tensors.items():
@@ -229,7 +229,10 @@ def load_into(wrapped: WrappedViT, folder: str | Path) -> None:
     apart = difference(saved.base["fingerprint"], found)
     if apart is not None:
         raise CheckpointError(f"{folder} was made for other base weights than those of this encoder.", got=apart)
-    saved.check_tensors(wrapped.vit, adapted_tensors(wrapped), wrapped.vit.state_dict(keep_vars=True))
+    named = saved_names(wrapped.vit)
+    others = saved.extra & (set(base) - set(map(named, wrapped.norms)))  # may be trained here, too
+    wanted = {name: tensor for name, tensor in adapted_tensors(wrapped).items() if named(name) not in others}
+    saved.check_tensors(wrapped.vit, wanted, wrapped.vit.state_dict(keep_vars=True))
     saved.fill(wrapped)
 
 

@@ -232,4 +232,7 @@ def _refuse(what: str, source: str, expected: str, got: str, fix: str) -> None:
     if source.startswith(f"{LOCAL}:"):
         problem = f"The {what} was in a folder of the machine that saved: {source.removeprefix('local:')[:200]!r}."
         expected, got = f"the {what} as an argument", "its name alone"
-    raise CheckpointError(problem, expected=expected, got=got, fix=f"if you trust it: covft.load(folder, {fix}...)")
+    fix = f"if you trust it: covft.load(folder, {fix}...)"
+    if what == "text encoder":
+        fix += ", or --covft_text_encoder of a launcher"
+    raise CheckpointError(problem, expected=expected, got=got, fix=fix)

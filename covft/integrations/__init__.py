@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from covft.integrations.training.callback import CoVFTCallback as CoVFTCallback
     from covft.integrations.training.checkpoints import check_checkpoint as check_checkpoint
     from covft.integrations.training.checkpoints import last_checkpoint as last_checkpoint
+    from covft.integrations.training.movement import watch_movement as watch_movement
     from covft.integrations.training.parts import freeze_unread as freeze_unread
     from covft.integrations.training.parts import parts_of as parts_of
     from covft.integrations.training.parts import train_only as train_only
@@ -86,6 +87,7 @@ _HOMES = {
     "tile_image": "data",
     "train_only": "integrations.training.parts",
     "vit_tower": "integrations.building.tower",
+    "watch_movement": "integrations.training.movement",
     "whole_weights": "integrations.building.loading",
 }
 
@@ -124,6 +126,7 @@ __all__ = [
     "tile_image",
     "train_only",
     "vit_tower",
+    "watch_movement",
     "whole_weights",
 ]
 

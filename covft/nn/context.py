@@ -19,9 +19,9 @@ from torch.nn.functional import layer_norm
 from typing_extensions import Unpack
 
 from covft.errors import ConfigError
-from covft.nn.functional import Place, in_type_of, masked_mean, wide_softmax
+from covft.nn.functional import Place, autocasts, in_type_of, masked_mean, wide_softmax, without_autocast
 from covft.nn.fused import can_mix, mix
-from covft.nn.plan import FFNPlan, run_ffn
+from covft.nn.plan import FFNPlan, identity_of, run_ffn
 from covft.nn.segments import Segments
 from covft.utils.arguments import check_kinds, check_sizes
 
@@ -35,7 +35,10 @@ class QuickGELU(nn.Module):
 
 
 _ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
-_PLAN = FFNPlan(first=("up",), last="down", activation="act", kind="plain", quick_gelu=QuickGELU)
+_PLAN = FFNPlan(
+    first=("up",), last="down", activation="act", kind="plain",
+    functions=((identity_of(nn.GELU()), "gelu"), (identity_of(QuickGELU()), "quick_gelu")),
+)  # fmt: skip
 
 
 class RefinementOptions(Place, total=False):
@@ -69,7 +72,7 @@ class ResidualRefinement(nn.Module):
         if activation not in _ACTIVATIONS:
             known = " | ".join(_ACTIVATIONS)
             raise ConfigError(f"activation={activation!r} is not known.", expected=known, got=repr(activation))
-        self.recompute = "none"
+        self.recompute, self.kernels = "none", "eager"
         self.up = nn.Linear(dim, 2 * dim, **place)
         self.act = _ACTIVATIONS[activation]()
         self.down = nn.Linear(2 * dim, dim, **place)
@@ -84,7 +87,8 @@ class ResidualRefinement(nn.Module):
         v = in_type_of(v, self.up.weight)
         alone_B1 = torch.ones(len(v), 1, device=v.device, dtype=v.dtype)
         keep = self.recompute == "activation"
-        return self._normalised(v + mix(v, alone_B1, [self], _PLAN, keep_pre_activations=keep))
+        mixed = mix(v, alone_B1, [self], _PLAN, keep_pre_activations=keep, kernels=self.kernels)
+        return self._normalised(v + mixed)
 
     def _normalised(self, refined: Tensor) -> Tensor:
         wide = in_type_of(refined, self.norm.weight)
@@ -97,10 +101,10 @@ class TextRefinement(ResidualRefinement):
     def forward(self, v: Tensor) -> Tensor:
         """Refine and normalise; shape `(..., dim)` in and out."""
         kind = v.device.type
-        types = (self.up.weight.dtype, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+        types = (self.up.weight.dtype, torch.get_autocast_dtype(kind) if autocasts(kind) else None)
         if torch.float16 not in types or not _PLAN.applies_to(self):
             return super().forward(v)
-        with torch.autocast(kind, enabled=False):
+        with without_autocast(kind):
             v, norm = v.float(), self.norm
             weights = [tensor.float() for tensor in _PLAN.weights(self)]
             refined = v + run_ffn(v, weights, self.act)

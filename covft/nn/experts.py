@@ -31,12 +31,14 @@ class Experts(nn.ModuleList):
     Attributes:
         recompute: What backward recomputes: `"none"`; `"activation"`, all but the products of the first linear layers,
             which are kept; `"all"`, where only the tokens are kept.
+        kernels: What runs between the matrix products: `"eager"` operations of torch, or `"triton"` where it can.
         plan: How the experts compute, if it is known.
         unfused_reason: Why it is not known.
         skip_below: In eval mode, experts with smaller weights are skipped for an image; 0 skips none.
     """
 
     recompute: str = "none"
+    kernels: str = "eager"
     skip_below: float = 0.0
     plan: FFNPlan | None = None
     unfused_reason: str = "it was not looked for"
@@ -106,7 +108,8 @@ class Experts(nn.ModuleList):
     def _mix(self, x: Tensor, weights_BE: Tensor, experts: Sequence[nn.Module], *args: Any, **kwargs: Any) -> Tensor:
         if self.recompute != "none" and not args and not kwargs and can_mix(self.plan, experts):
             assert self.plan is not None
-            return mix(x, weights_BE, experts, self.plan, keep_pre_activations=self.recompute == "activation")
+            keep = self.recompute == "activation"
+            return mix(x, weights_BE, experts, self.plan, keep_pre_activations=keep, kernels=self.kernels)
         mixed: Any = None
         for weight_B, expert in zip(weights_BE.unbind(-1), experts, strict=True):
             if self.recompute == "all" and torch.is_grad_enabled() and not needs_plain_operations():

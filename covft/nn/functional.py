@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
 from typing import Any, TypedDict
 
 import torch
@@ -31,6 +33,16 @@ def per_image(weight_B: Tensor, like: Tensor) -> Tensor:
     return weight_B.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
+def autocasts(kind: str) -> bool:
+    """Return whether autocast is on for a type of device; the meta device has none."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Return a context in which autocast is off for a type of device."""
+    return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+
+
 def in_type_of(x: Tensor, other: Any) -> Tensor:
     """Cast an input to the type of a weight, where a model has weights of several types.
 
@@ -38,7 +50,7 @@ def in_type_of(x: Tensor, other: Any) -> Tensor:
     """
     if not isinstance(other, Tensor) or x.dtype == other.dtype or not other.is_floating_point():
         return x
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(other.dtype)
+    return x if autocasts(x.device.type) else x.to(other.dtype)
 
 
 def masked_mean(tokens_BND: Tensor, mask_BN: Tensor | None) -> Tensor:

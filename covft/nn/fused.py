@@ -9,6 +9,7 @@ Shapes: B images, T tokens of all images, D embed_dim, F ffn_dim, E experts.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from covft.nn.functional import per_image
+from covft.nn.functional import autocasts, per_image, without_autocast
 from covft.nn.plan import Between, FFNPlan, pairs, run_ffn
 from covft.utils.torch_internals import is_transformed
 
@@ -41,24 +42,39 @@ def needs_plain_operations() -> bool:
 
 
 def mix(
-    x: Tensor, weights_BE: Tensor, experts: Sequence[nn.Module], plan: FFNPlan, *, keep_pre_activations: bool
+    x: Tensor,
+    weights_BE: Tensor,
+    experts: Sequence[nn.Module],
+    plan: FFNPlan,
+    *,
+    keep_pre_activations: bool,
+    kernels: str = "eager",
 ) -> Tensor:
     """Run experts of one plan on tokens of shape `(B, ..., D)`, and mix their outputs, same shape.
 
-    Backward recomputes the pre-activations unless they are kept.
+    Backward recomputes the pre-activations unless they are kept. With `kernels="triton"`, Triton kernels run between
+    the matrix products where they can.
     """
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocasts(x.device.type)
     weights = [tensor for expert in experts for tensor in plan.weights(expert)]
-    settings = _Settings(
+    settings = Settings(
         tuple(plan.between(expert) for expert in experts),
         keep_pre_activations and torch.is_grad_enabled(),
         torch.get_autocast_dtype(x.device.type) if autocast else None,
     )
-    return _Mixture.apply(x, weights_BE, settings, *weights)  # type: ignore[no-any-return]
+    mixture: Any = _Mixture
+    if kernels == "triton" and importlib.util.find_spec("triton"):
+        from covft.nn import kernel_mixture
+
+        if kernel_mixture.can_run(x, settings.between):
+            mixture = kernel_mixture.KernelMixture
+    return mixture.apply(x, weights_BE, settings, *weights)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
-class _Settings:
+class Settings:
+    """What a mixture needs besides tensors."""
+
     between: tuple[Between, ...]
     keep_pre_activations: bool
     autocast_dtype: torch.dtype | None
@@ -72,14 +88,14 @@ class _Settings:
 
 class _Mixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights_BE: Tensor, settings: _Settings, *weights: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weights_BE: Tensor, settings: Settings, *weights: Tensor | None) -> Tensor:
         tokens = settings.cast(x)
         tokens_TD = tokens.reshape(-1, x.shape[-1])
-        blocks, weights_TE = _blocks(tokens_TD), _per_token(weights_BE, tokens_TD)
+        blocks, weights_TE = _blocks(tokens_TD), per_token(weights_BE, tokens_TD)
         kept: list[Tensor] = []
         mixed_TD: Any = None
-        with torch.autocast(x.device.type, enabled=False):
-            for e, own in enumerate(_per_expert(weights, settings)):
+        with without_autocast(x.device.type):
+            for e, own in enumerate(per_expert(weights, settings)):
                 *first, last, bias = map(settings.cast, own)
                 layers, between = pairs(first), settings.between[e]
                 to_keep = layers if settings.keep_pre_activations else []
@@ -88,9 +104,9 @@ class _Mixture(torch.autograd.Function):
                 for rows in blocks:
                     x_TD, outs = tokens_TD[rows], [all_rows[rows] for all_rows in own_kept] or [None] * len(layers)
                     pre = [
-                        _affine(x_TD, *layer, between.scale, out=out) for layer, out in zip(layers, outs, strict=True)
+                        affine(x_TD, *layer, between.scale, out=out) for layer, out in zip(layers, outs, strict=True)
                     ]
-                    output = _affine(between.scaled(*pre), last, bias, 1, 1 / between.scale)
+                    output = affine(between.scaled(*pre), last, bias, 1, 1 / between.scale)
                     if mixed_TD is None:
                         mixed_TD = output.new_zeros(len(tokens_TD), output.shape[-1])
                     mixed_TD[rows].addcmul_(output, weights_TE[rows, e : e + 1].to(output.dtype))
@@ -102,21 +118,21 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, grads[0])
-        settings: _Settings = ctx.settings
+            return differentiable_backward(ctx, grads[0])
+        settings: Settings = ctx.settings
         tokens, weights_BE, *saved = ctx.saved_tensors
         tokens_TD = tokens.reshape(-1, tokens.shape[-1])
-        weights, kept = _unpack(saved, ctx.present)
+        weights, kept = unpack(saved, ctx.present)
         needs_x, needs_routing, _, *needs = ctx.needs_input_grad
         grad_TD = grads[0].reshape(-1, grads[0].shape[-1])
-        blocks, weights_TE = _blocks(tokens_TD), _per_token(weights_BE, tokens_TD)
+        blocks, weights_TE = _blocks(tokens_TD), per_token(weights_BE, tokens_TD)
         grad_x_TD = torch.zeros_like(tokens_TD) if needs_x else None
         wide = torch.promote_types(weights_TE.dtype, torch.float32)
         grad_routing_TE = torch.zeros_like(weights_TE, dtype=wide) if needs_routing else None
         grad_weights: list[Tensor | None] = []
         scratch = _Scratch(blocks)
-        with torch.autocast(grad_TD.device.type, enabled=False):
-            for e, own in enumerate(_per_expert(weights, settings)):
+        with without_autocast(grad_TD.device.type):
+            for e, own in enumerate(per_expert(weights, settings)):
                 *first, last, bias = map(settings.cast, own)
                 layers, between = pairs(first), settings.between[e]
                 *needed, last_needed, bias_needed = needs[e * len(own) : (e + 1) * len(own)]
@@ -125,7 +141,7 @@ class _Mixture(torch.autograd.Function):
                     if settings.keep_pre_activations:
                         pre = [all_rows[rows] for all_rows in kept[e * len(layers) : (e + 1) * len(layers)]]
                     else:
-                        pre = [_affine(tokens_TD[rows], *layer, between.scale) for layer in layers]
+                        pre = [affine(tokens_TD[rows], *layer, between.scale) for layer in layers]
                     with torch.enable_grad():
                         leaves = [p.detach().requires_grad_() for p in pre]
                         hidden = between.scaled(*leaves)
@@ -151,7 +167,7 @@ class _Mixture(torch.autograd.Function):
                 grad_weights.append(weighed_TD.sum(0) * between.scale if bias_needed else None)
         return (
             None if grad_x_TD is None else grad_x_TD.to(ctx.dtype).view(ctx.shape),
-            None if grad_routing_TE is None else _sum_per_image(grad_routing_TE, weights_BE),
+            None if grad_routing_TE is None else sum_per_image(grad_routing_TE, weights_BE),
             None,
             *(None if g is None or w is None else g.to(w.dtype) for g, w in zip(grad_weights, weights, strict=True)),
         )
@@ -172,17 +188,17 @@ class _Scratch(dict[Any, Tensor]):
         self[key][rows] = block
 
 
-def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Run backward for `create_graph=True`: the experts run one by one again, and autograd does the rest."""
-    settings: _Settings = ctx.settings
+    settings: Settings = ctx.settings
     if settings.autocast_dtype is not None:
         raise NotImplementedError(
             "A second derivative of fused experts is not available under autocast; wrap with recompute='none'."
         )
     x, weights_BE, *saved = ctx.saved_tensors
-    weights, _ = _unpack(saved, ctx.present)
+    weights, _ = unpack(saved, ctx.present)
     mixed: Any = 0
-    for e, own in enumerate(_per_expert(weights, settings)):
+    for e, own in enumerate(per_expert(weights, settings)):
         output = run_ffn(x, own, settings.between[e])
         mixed = mixed + output * per_image(weights_BE[:, e], output)
     inputs = [x, weights_BE, None, *weights]
@@ -192,18 +208,19 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     return tuple(grads.get(i) for i in range(len(inputs)))
 
 
-def _per_expert(weights: Sequence[Any], settings: _Settings) -> list[Sequence[Any]]:
+def per_expert(weights: Sequence[Any], settings: Settings) -> list[Sequence[Any]]:
+    """Return the weights of each expert."""
     size = len(weights) // len(settings.between)
     return [weights[start : start + size] for start in range(0, len(weights), size)]
 
 
-def _unpack(saved: Sequence[Tensor], present: Sequence[bool]) -> tuple[list[Tensor | None], list[Tensor]]:
+def unpack(saved: Sequence[Tensor], present: Sequence[bool]) -> tuple[list[Tensor | None], list[Tensor]]:
     """Return the weights, with None where a layer has no bias, and the pre-activations."""
     rest = iter(saved)
     return [next(rest) if there else None for there in present], list(rest)
 
 
-def _affine(
+def affine(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, product: float | None = None, out: Any = None
 ) -> Tensor:
     """Run a linear layer with its bias and its product scaled, which costs nothing."""
@@ -220,12 +237,12 @@ def _blocks(tokens_TD: Tensor) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)] or [slice(0, 0)]
 
 
-def _per_token(weights_BE: Tensor, tokens_TD: Tensor) -> Tensor:
+def per_token(weights_BE: Tensor, tokens_TD: Tensor) -> Tensor:
     """Give each token the weights of its image, shape `(T, E)`."""
     return weights_BE.repeat_interleave(len(tokens_TD) // max(len(weights_BE), 1), dim=0)
 
 
-def _sum_per_image(grad_TE: Tensor, weights_BE: Tensor) -> Tensor:
+def sum_per_image(grad_TE: Tensor, weights_BE: Tensor) -> Tensor:
     """Sum over the tokens of each image, shape `(B, E)`."""
     images, experts = weights_BE.shape
     return grad_TE.view(images, len(grad_TE) // max(images, 1), experts).sum(1).to(weights_BE.dtype)

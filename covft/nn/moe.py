@@ -103,9 +103,21 @@ class ContextualMoE(nn.Module):
         Args:
             recompute: `"none"`, `"activation"` or `"all"`.
         """
-        for module in (self.experts, getattr(self.context, "image", None)):
-            if isinstance(module, Experts | ResidualRefinement):
-                module.recompute = recompute
+        for module in self._fusible():
+            module.recompute = recompute
+
+    def set_kernels(self, kernels: str) -> None:
+        """Choose what runs between the matrix products of full experts and of the context.
+
+        Args:
+            kernels: `"eager"` or `"triton"`.
+        """
+        for module in self._fusible():
+            module.kernels = kernels
+
+    def _fusible(self) -> list[Experts | ResidualRefinement]:
+        modules = (self.experts, getattr(self.context, "image", None))
+        return [module for module in modules if isinstance(module, Experts | ResidualRefinement)]
 
     def extra_repr(self) -> str:
         """Say how the experts run, for `print`."""

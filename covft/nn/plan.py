@@ -10,13 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import gelu, linear, silu
 
 from covft.utils.sharding import is_zero
 from covft.utils.torch_internals import has_hooks
 
 _HALVES = "_halves"
 _QUICK = 1.702
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu,
+    "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(_QUICK * x),
+    "silu": silu,
+}
 _OTHER_FORM = "another form than linear, activation, linear"
 # Kinds by the number of the first linear layers, and their width relative to the input of the last one.
 _KINDS: dict[tuple[float, ...], tuple[str, ...]] = {
@@ -36,14 +42,15 @@ class FFNPlan:
         activation: Name of the activation.
         kind: What comes between: `"plain"`, act(p); `"gate_first"`, act(p) q; `"gate_last"`, p act(q). With the suffix
             `"_halves"`, p and q are the halves of one layer's output.
-        quick_gelu: Class of the activation, or the function, if it computes x sigmoid(1.702 x); None otherwise.
+        functions: Name of the function that an activation computes, by `identity_of` the activation; known ones are
+            `"gelu"`, `"gelu_tanh"`, `"quick_gelu"`, x sigmoid(1.702 x), and `"silu"`.
     """
 
     first: tuple[str, ...]
     last: str
     activation: str
     kind: str
-    quick_gelu: Any = None
+    functions: tuple[tuple[Any, str], ...] = ()
 
     @classmethod
     @torch.no_grad()
@@ -69,7 +76,7 @@ class FFNPlan:
         for plan in _candidates(trial, linears):
             found = run_ffn(tokens, plan.weights(trial), plan.between(trial))
             if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-4, atol=1e-5):
-                return replace(plan, quick_gelu=_if_quick_gelu(plan._activation_of(trial))), ""
+                return replace(plan, functions=_known(plan._activation_of(trial))), ""
         return None, _OTHER_FORM
 
     @staticmethod
@@ -88,9 +95,11 @@ class FFNPlan:
     def between(self, ffn: nn.Module) -> Between:
         """Return what an FFN computes between its linear layers, as a function of the first layers' outputs."""
         activation = self._activation_of(ffn)
-        quick = self.kind == "plain" and self.quick_gelu in (activation, type(activation))
+        identity = identity_of(activation)
+        names = (name for known, name in self.functions if known == identity)
         # Not called as a module: hooks on all modules (profilers set them) cannot follow what backward does with it.
-        return Between(activation.forward if isinstance(activation, nn.Module) else activation, self.kind, quick=quick)
+        call = activation.forward if isinstance(activation, nn.Module) else activation
+        return Between(call, self.kind, function=next(names, None))
 
     def _activation_of(self, ffn: nn.Module) -> Any:
         owner, _, name = self.activation.rpartition(".")
@@ -120,9 +129,9 @@ class Between:
     products before and after it apply and remove the factor. For other activations `scale` is 1.
     """
 
-    def __init__(self, activation: Callable[[Tensor], Tensor], kind: str, *, quick: bool = False) -> None:
-        self.activation, self.kind = activation, kind
-        self.scale = _QUICK if quick else 1.0
+    def __init__(self, activation: Callable[[Tensor], Tensor], kind: str, *, function: str | None = None) -> None:
+        self.activation, self.kind, self.function = activation, kind, function
+        self.scale = _QUICK if function == "quick_gelu" and kind == "plain" else 1.0
 
     def __call__(self, *pre: Tensor) -> Tensor:
         """Map the outputs of the first linear layers to the input of the last one."""
@@ -194,16 +203,22 @@ def _candidates(ffn: nn.Module, linears: dict[str, nn.Linear]) -> Iterator[FFNPl
             yield FFNPlan(tuple(first), last, activation, kind)
 
 
-def _if_quick_gelu(activation: Any) -> Any:
-    """Return the class of a module, or the function itself, if it computes QuickGELU; else None."""
+def identity_of(activation: Any) -> Any:
+    """Return the class of a module with its settings, or the function itself."""
+    return (type(activation), activation.extra_repr()) if isinstance(activation, nn.Module) else activation
+
+
+def _known(activation: Any) -> tuple[tuple[Any, str], ...]:
+    """Return the identity of an activation with the name of what it computes; nothing if that is unknown."""
     x = torch.linspace(-8, 8, 65, dtype=torch.float64, device="cpu")
     try:
         found = activation(x)
     except Exception:  # of a foreign activation that takes no such type
-        return None
-    if not torch.allclose(found, x * torch.sigmoid(_QUICK * x), rtol=1e-12, atol=1e-12):
-        return None
-    return type(activation) if isinstance(activation, nn.Module) else activation
+        return ()
+    for name, function in _FUNCTIONS.items():
+        if torch.allclose(found, function(x), rtol=1e-12, atol=1e-12):
+            return ((identity_of(activation), name),)
+    return ()
 
 
 def _is_watched(module: nn.Module) -> bool:

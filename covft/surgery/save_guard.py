@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from covft.errors import CheckpointError, UnsupportedVersionError
+from covft.utils.sharding import shape_of
 
 _PARAMETERS = ("self", "save_directory", "is_main_process", "state_dict")
 _PARAMETERS_OF_PEFT = ("self", "save_directory", "is_main_process", "kwargs")
@@ -81,7 +82,7 @@ def refuse_runtime_names(slot: nn.Module) -> None:
     if save is None or not save.state_dict:
         return
     path = next((name for name, module in save.model.named_modules() if module is slot), None)
-    found = [] if path is None else [name for name in save.state_dict if name.startswith(f"{path}.experts.")]
+    found = [] if path is None else _names_of(slot, path, save)
     if found:
         raise CheckpointError(
             f"{type(save.model).__name__} holds a context-aware ViT, and this state dict has names that "
@@ -108,6 +109,20 @@ def _code_of_adapter_save() -> CodeType | None:
         return None
     code: CodeType = inspect.unwrap(peft.PeftModel.save_pretrained).__code__
     return code if set(_PARAMETERS_OF_PEFT) <= set(code.co_varnames) else None
+
+
+def _names_of(slot: nn.Module, path: str, save: RunningSave) -> list[str]:
+    """Return the names of a slot's experts in a state dict; release 4 of transformers has replaced their prefix."""
+    assert save.state_dict is not None
+    shapes = {name: shape_of(p) for name, p in slot.named_parameters() if name.startswith("experts.")}
+    others = {name for name, _ in save.model.named_parameters()} - {f"{path}.{name}" for name in shapes}
+    end = ".".join(path.split(".")[-3:])
+    found = []
+    for name, tensor in save.state_dict.items():
+        _, here, inner = name.rpartition(f"{end}.")
+        if here and inner in shapes and name not in others and shape_of(tensor) == shapes[inner]:
+            found.append(name)
+    return found
 
 
 def _code_of_save() -> CodeType | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from covft.conditioning import Conditioning
 from covft.conditioning.scope import freeze_batch_norms, images_in
-from covft.nn.functional import HALF
+from covft.nn.functional import HALF, autocasts
 from covft.nn.moe import ContextualMoE
 from covft.nn.router import Routing
 from covft.surgery.layout import TokenLayout
@@ -101,7 +101,7 @@ class AdaptedFFN(ContextualMoE):
     def _computing_like(self, x: Tensor) -> AbstractContextManager[Any]:
         """Compute in the type of the tokens, if trained weights are kept wider for the optimizer."""
         kind = x.device.type
-        if x.dtype not in HALF or torch.is_autocast_enabled(kind):
+        if x.dtype not in HALF or autocasts(kind):
             return contextlib.nullcontext()
         parts = (self.router, self.experts)
         if not any(p.dtype == torch.float32 for part in parts for p in itertools.islice(part.parameters(), 1)):

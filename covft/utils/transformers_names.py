@@ -72,6 +72,18 @@ def training_field() -> str:
     return found
 
 
+def named_class(name: str, needed_by: str) -> Any:
+    """Return a class of transformers that came with a release between the oldest and the newest.
+
+    Raises:
+        UnsupportedVersionError: If the installed release does not have it.
+    """
+    found = getattr(_transformers(), name, None)
+    if found is None:
+        raise _unsupported(f"{needed_by} needs a newer transformers.", f"without {name}", OLDEST_TRAINED)
+    return found
+
+
 def counts_warmup_in_steps() -> bool:
     """Return whether `warmup_steps` of `TrainingArguments` cannot be a fraction of all steps, as before release 5."""
     return _transformers().TrainingArguments.__dataclass_fields__["warmup_steps"].type is int

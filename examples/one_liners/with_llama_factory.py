@@ -2,7 +2,8 @@
 
     python examples/one_liners/with_llama_factory.py llava1_5_lora_sft.yaml
 
-The YAML file is an ordinary one of LLaMA-Factory, with `freeze_vision_tower: true`: the callback trains the experts.
+The YAML file is an ordinary one of LLaMA-Factory. `freeze_vision_tower: true`: the callback trains the experts.
+`use_reentrant_gc: false`: with the default, the experts of a frozen tower would get no gradient.
 """
 
 from llamafactory.train.tuner import run_exp

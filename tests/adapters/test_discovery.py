@@ -8,6 +8,7 @@ import covft
 from covft.adapters import ViTFamily, describe
 from covft.adapters.discovery import find_blocks
 from covft.errors import UnknownViTError, UnsupportedViTError
+from tests.helpers.releases import found
 
 D, F = 8, 24
 
@@ -211,11 +212,10 @@ def tiny(name, **options):
 
 
 def hf(model_class, config_class, **options):
-    transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = getattr(transformers, config_class)(**{**sizes, "image_size": 32, "patch_size": 8, **options})
+    config = found(config_class)(**{**sizes, "image_size": 32, "patch_size": 8, **options})
     with torch.device("meta"):
-        return getattr(transformers, model_class)(config)
+        return found(model_class)(config)
 
 
 def test_pooling_heads_of_siglip_are_not_found():

@@ -1,5 +1,7 @@
 """InternViT in OpenGVLab's own layout."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -7,6 +9,13 @@ from covft.adapters.internvit import convert
 from covft.adapters.sources import load_vit, source_of
 from covft.errors import CheckpointError
 from tests.helpers.building import SIZE, WIDTH, published, published_forward, save_published
+from tests.helpers.releases import found
+
+
+@pytest.fixture(autouse=True)
+def _has_internvit(request):
+    if "load_vit" in inspect.getsource(request.function):
+        found("InternVLVisionModel")
 
 
 @pytest.mark.parametrize(("qk_norm", "norm"), [(False, "layer_norm"), (True, "rms_norm")], ids=["300M", "6B"])

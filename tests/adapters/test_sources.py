@@ -8,19 +8,21 @@ from torch import nn
 import covft
 from covft.adapters.sources import load_vit, source_of
 from covft.errors import MissingDependencyError, UnknownViTError, UnsupportedViTError
+from covft.utils.transformers_names import saved_names
+from tests.helpers.releases import found
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 PATCHES = {"image_size": 8, "patch_size": 4}
 
 
 def same(one, two):
-    one, two = one.state_dict(), two.state_dict()
+    one, two = ({saved_names(vit)(name): t for name, t in vit.state_dict().items()} for vit in (one, two))
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def pair(library, name):
     """A two-tower model of transformers with tiny towers."""
-    config = getattr(library, f"{name}Config")(
+    config = found(f"{name}Config")(
         text_config={**TOWER, "vocab_size": 20, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
         vision_config={**TOWER, **({"patch_size": 4, "num_patches": 4} if name == "Siglip2" else PATCHES)},
     )
@@ -121,12 +123,11 @@ def test_the_vision_model_of_a_pair_with_all_its_weights(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["ViT", "Dinov2", "Dinov2WithRegisters", "DINOv3ViT", "InternVLVision"])
 def test_vision_models_of_their_own(name, tmp_path):
-    import transformers
 
     settings = {**TOWER, **PATCHES}
     if name == "InternVLVision":
         settings = {**TOWER, "image_size": [8, 8], "patch_size": [4, 4]}
-    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**settings))
+    model = found(f"{name}Model")(found(f"{name}Config")(**settings))
     model.save_pretrained(tmp_path)
     vit = load_vit(f"hf:{tmp_path}")
     assert type(vit) is type(model)

@@ -12,6 +12,7 @@ import torch
 import covft
 from covft.checkpoints.folder import read_folder
 from covft.errors import CheckpointError, CoVFTError
+from covft.utils.transformers_names import saved_names
 from tests.helpers.checkpoints import WIDTH, clip_vit, wrapped
 from tests.helpers.snapshots import assert_unchanged, snapshot
 from tests.helpers.towers import perturb
@@ -101,7 +102,8 @@ def load_or_refuse(vit, before, folder, tensors):
     except CoVFTError:
         assert_unchanged(vit, before)
         return False
-    found = loaded.adapted_state_dict()
+    named = saved_names(loaded.vit)
+    found = {named(name): tensor for name, tensor in loaded.adapted_state_dict().items()}
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in found)
     assert_unchanged(covft.unwrap(loaded), before)

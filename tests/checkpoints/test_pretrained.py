@@ -199,14 +199,14 @@ def test_mllm__is_written_as_it_was_and_the_adapted_weights_beside_it(name, tmp_
     encoder = covft.wrap(tower, TEXTS)
     perturb(encoder)
     with torch.no_grad():
-        model.lm_head.weight.add_(1)
+        model.get_output_embeddings().weight.add_(1)
     running = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     assert any(".experts.0." in key for key in running)
     model.save_pretrained(tmp_path)
     loaded = load(model, tmp_path)
     assert loaded.state_dict().keys() == state.keys()
     for key, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, state[key] + 1 if key == "lm_head.weight" else state[key]), key
+        assert torch.equal(tensor, state[key] + 1 if key.endswith("lm_head.weight") else state[key]), key
     again = covft.load(tmp_path / "covft", find_tower(loaded)[0], TEXTS)
     assert again.adapted_state_dict().keys() == encoder.adapted_state_dict().keys()
     for key, tensor in loaded.state_dict().items():
@@ -220,6 +220,9 @@ def test_mllm__runtime_names_are_never_written(tmp_path):
     covft.wrap(find_tower(model)[0], TEXTS)
     with pytest.raises(CheckpointError, match=r"from_pretrained does not know.*(\n.*)*\.experts\.0\."):
         model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    state = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"\.experts\.0\."):
+        model.save_pretrained(tmp_path, state_dict=state)
     assert not list(tmp_path.rglob("*.safetensors"))
     model.save_pretrained(tmp_path / "main", is_main_process=False)
     assert not (tmp_path / "main" / "covft").exists()

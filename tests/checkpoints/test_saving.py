@@ -9,7 +9,9 @@ import torch
 import covft
 from covft import CoVFTConfig
 from covft.checkpoints.folder import read_folder
+from covft.checkpoints.loading import load_into
 from covft.errors import CheckpointError
+from covft.utils.transformers_names import saved_names
 from tests.helpers.checkpoints import TOWERS, WIDTH, Words, inputs, timm_vit, trained, wrapped
 from tests.helpers.towers import perturb
 
@@ -20,7 +22,8 @@ def test_only_what_was_added_or_trained_is_saved(tower, tmp_path):
     encoder = trained(wrapped(copy.deepcopy(base).train()))
     encoder.save_pretrained(tmp_path)
     tensors, _ = read_folder(tmp_path)
-    trainable = {name for name, p in encoder.vit.named_parameters() if p.requires_grad}
+    named = saved_names(encoder.vit)
+    trainable = {named(name) for name, p in encoder.vit.named_parameters() if p.requires_grad}
     assert set(tensors) == trainable
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "README.md",
@@ -77,6 +80,20 @@ def test_parameters_that_the_caller_trained_are_saved_and_restored(tmp_path):
     images, text = inputs()
     with torch.no_grad():
         assert torch.equal(loaded.eval()(images, text), encoder.eval()(images, text))
+
+
+def test_they_are_loaded_into_an_encoder_that_trains_them_too(tmp_path):
+    base = timm_vit()
+    encoder, other = wrapped(copy.deepcopy(base)), wrapped(copy.deepcopy(base))
+    for each in (encoder, other):
+        each.vit.head.weight.requires_grad_(True)
+    perturb(encoder)
+    encoder.save_pretrained(tmp_path)
+    for _ in range(2):  # as a run that is resumed, and then loads its best checkpoint
+        load_into(other, tmp_path)
+        state = encoder.vit.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in other.vit.state_dict().items())
+    assert torch.equal(covft.unwrap(other).head.weight, base.head.weight)
 
 
 def test_a_loaded_encoder_can_be_saved_and_loaded_again(tmp_path):

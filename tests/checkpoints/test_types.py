@@ -11,6 +11,7 @@ import torch
 import covft
 from covft.checkpoints.folder import read_folder, write_folder
 from covft.errors import CheckpointError
+from covft.utils.transformers_names import saved_names
 from tests.helpers.checkpoints import WIDTH, clip_vit, wrapped
 from tests.helpers.snapshots import assert_unchanged, snapshot
 
@@ -79,5 +80,5 @@ def test_the_types_are_written(tmp_path):
     encoder.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "covft_config.json").read_text(encoding="utf-8"))
     assert config["dtype"] == "float32"
-    assert config["other_dtypes"] == dict.fromkeys(encoder.norms[:2], "float64")
+    assert config["other_dtypes"] == dict.fromkeys(map(saved_names(vit), encoder.norms[:2]), "float64")
     covft.load(tmp_path, covft.unwrap(encoder), WIDTH)

@@ -67,7 +67,7 @@ def test_the_snippet_attaches__and_the_question_reaches_the_tower(family, here):
 
     made(family, here / "tiny")
     code = blocks(PAGE_OF[family], "python")[0]
-    name = re.findall(r"from_pretrained\(\"(.*?)\"\)", code)[0]
+    [name] = re.findall(r"^name = \"(.*?)\"$", code, flags=re.M)
     [[_, cls]] = re.findall(r"import (\w+, )?(\w+ForConditionalGeneration)\n", code)
     code = code.replace(name, "tiny/model").replace(cls, TINY[family].model).replace("bert-base-uncased", "hash:16")
     namespace = {}

@@ -31,18 +31,28 @@ def llava(tmp_path_factory):
 def test_no_example_has_the_name_of_a_library():
     """Python puts the folder of a program first on its path: `timm.py` would import itself."""
     names = [path.stem for path in FOLDER.parent.rglob("*.py")]
-    assert len(names) == 11
+    assert len(names) == 12
     assert [name for name in names if importlib.util.find_spec(name)] == []
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_they_are_short(path):
-    assert len(path.read_text().splitlines()) <= 36
+    assert len(path.read_text().splitlines()) <= 38
 
 
 def test_timm(monkeypatch, capsys):
     run(monkeypatch, "with_timm.py")
     assert "features (2, 64)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_lightning(monkeypatch, tmp_path):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    monkeypatch.chdir(tmp_path)
+    namespace = run(monkeypatch, "with_lightning.py")
+    assert (tmp_path / "covft" / "model.safetensors").is_file()
+    assert namespace["model"].trainer.global_step == 2
 
 
 def test_open_clip(monkeypatch, capsys):

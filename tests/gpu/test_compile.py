@@ -1,4 +1,4 @@
-"""torch.compile with inductor, and flash attention: equal outputs."""
+"""What compiles or replaces operations has equal outputs: torch.compile with inductor, Triton, flash attention."""
 
 from __future__ import annotations
 
@@ -36,6 +36,26 @@ def test_compile__has_no_graph_break_and_equal_outputs(name, device):
         gradients.append([p.grad for p in case.encoder.trainable_parameters()])
     for one, other in zip(*gradients, strict=True):
         assert (one - other).norm() < 1e-2 * one.norm() + 1e-6
+
+
+@pytest.mark.parametrize("recompute", ["activation", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["hf-clip", "hf-dinov2-swiglu", "hf-qwen2.5-vl", "hf-siglip"])
+def test_triton_kernels__have_the_outputs_and_gradients_of_eager_operations(name, dtype, recompute, device):
+    pytest.importorskip("triton")
+    if device.type != "cuda":
+        pytest.skip("on the CPU, tests/nn/test_kernels.py runs the kernels in Triton's interpreter")
+    case = Case(name, device=device, dtype=dtype, recompute=recompute)
+    results = []
+    for kernels in ("eager", "triton"):
+        case.encoder.set_kernels(kernels)
+        case.encoder.zero_grad()
+        output = case.output(case.images, case.texts[0])
+        output.float().square().mean().backward()
+        results.append([output, *(p.grad for p in case.encoder.trainable_parameters())])
+    rounding = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 8e-3}[dtype]
+    for one, other in zip(*results, strict=True):
+        assert (one - other).float().norm() <= rounding * one.float().norm() + rounding * 1e-4
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "qwen2.5-vl"])

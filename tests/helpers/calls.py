@@ -219,6 +219,7 @@ call("encoder.set_text_encoder", lambda w: w.encoder.set_text_encoder, lambda w:
 call("encoder.param_groups", lambda w: w.encoder.param_groups, lambda w: {"lr": 1e-3})
 call("encoder.gradient_checkpointing_enable", lambda w: w.encoder.gradient_checkpointing_enable)
 call("encoder.set_recompute", lambda w: w.encoder.set_recompute, lambda w: {"recompute": "all"})
+call("encoder.set_kernels", lambda w: w.encoder.set_kernels, lambda w: {"kernels": "eager"})
 call("encoder.save_pretrained", lambda w: w.encoder.save_pretrained, lambda w: {"folder": w.folder / "out"})
 
 public(text, "as_text_encoder", lambda w: {"obj": 8}, obj="one")
@@ -246,6 +247,7 @@ public(checkpoints, "import_reference", lambda w: {"encoder": w.encoder, "path_o
 
 public(integrations, "train_only", lambda w: {"model": w.attached.model, "parts": ["covft"]})
 public(integrations, "parts_of", lambda w: {"model": w.attached.model})
+public(integrations, "watch_movement", lambda w: {"module": w.attached.model})
 public(integrations, "freeze_unread", lambda w: {"model": w.tiny.model})
 public(
     integrations,

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from covft.utils.transformers_names import OLDEST_TRAINED
+from tests.helpers.releases import skip_before
+
 SIZE, PATCH, WIDTH, DEPTH = 32, 8, 32, 4
 VISION = {
     "hidden_size": WIDTH,
@@ -148,6 +151,7 @@ def qwen2_vl(text: dict[str, Any], image: int) -> Any:
 def qwen2_5_vl(text: dict[str, Any], image: int) -> Any:
     from transformers import Qwen2_5_VLConfig
 
+    skip_before(OLDEST_TRAINED, "a text config in Qwen2_5_VLConfig")
     windows = {"window_size": 4 * PATCH, "fullatt_block_indexes": [1, 3]}
     vision = {**PACKED_VISION, **windows, "intermediate_size": 2 * WIDTH, "out_hidden_size": 32}
     return Qwen2_5_VLConfig(vision_config=vision, text_config=mrope(text), **tokens(text, image))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import inspect
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import covft
 from covft.adapters import InputFormat, ViTFamily
 from covft.errors import ShapeError, UnsupportedViTError
 from tests.helpers import oracle
+from tests.helpers.releases import found
 from tests.helpers.towers import (
     BY_NAME,
     DEPTH,
@@ -21,6 +22,7 @@ from tests.helpers.towers import (
     TEXT_DIM,
     WIDTH,
     Tower,
+    exact,
     features,
     image_features,
     perturb,
@@ -75,9 +77,9 @@ def test_an_image_in_a_batch_is_the_image_alone(tower, settings):
         assert vectors[layer].shape[0] == 3
     for number in range(3):
         output = features(batch.alone(number)).flatten(0, -2)
-        torch.testing.assert_close(output, together[number], **EXACT)
+        torch.testing.assert_close(output, together[number], **exact(tower.name))
         for layer, own in batch.encoder.routing_weights().items():
-            torch.testing.assert_close(own[0], weights[layer][number], **EXACT)
+            torch.testing.assert_close(own[0], weights[layer][number], **exact(tower.name))
     # Images and texts differ so much that an exchange would show.
     assert all((one[0] - one[1]).abs().max() > 1e-3 for one in vectors.values())
 
@@ -159,10 +161,12 @@ def test_videos__a_row_of_the_grid_is_one_image(name):
     perturb(encoder)
     grid = torch.tensor([[3, 2, 4], [1, 4, 4], [2, 2, 2]])
     pixels, texts = torch.randn(48, 6 * PATCH * PATCH), torch.randn(3, TEXT_DIM)
-    together = encoder(pixels, texts, grid_thw=grid).last_hidden_state.split([24, 16, 8])
+    together = features(encoder(pixels, texts, grid_thw=grid))
+    merged = 48 // len(together)  # before release 5, Qwen's towers return one vector for a square of tokens
+    together = together.split([24 // merged, 16 // merged, 8 // merged])
     assert all(weights.shape == (3, 4) for weights in encoder.routing_weights().values())
     for number, part in enumerate(pixels.split([24, 16, 8])):
-        own = encoder(part, texts[number : number + 1], grid_thw=grid[number : number + 1]).last_hidden_state
+        own = features(encoder(part, texts[number : number + 1], grid_thw=grid[number : number + 1]))
         torch.testing.assert_close(own, together[number], rtol=1e-5, atol=1e-5)
 
 
@@ -175,6 +179,8 @@ def test_arguments__by_position_and_by_name():
         assert torch.equal(features(by_name), wanted)
     pixtral = Batch(BY_NAME["hf-pixtral"])
     full = torch.tensor([[4 * PATCH, 6 * PATCH]] * 3)
+    if inspect.signature(pixtral.encoder.vit.forward).parameters["image_sizes"].default is inspect.Parameter.empty:
+        return  # which this release needs
     wanted = features(pixtral.encoder(pixtral.images, pixtral.texts, image_sizes=full))
     assert torch.equal(features(pixtral.encoder(pixtral.images, pixtral.texts)), wanted)
     sizes = [tuple(size) for size in full.tolist()]
@@ -223,8 +229,7 @@ ALIKE = {
 @pytest.mark.parametrize("model", ALIKE)
 def test_towers_of_the_same_structure(model):
     name, options = ALIKE[model]
-    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-    kind = getattr(module, name)
+    kind = found(f"models.{model}.modeling_{model}.{name}")
     sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "out_hidden_size": WIDTH, "patch_size": PATCH}
 
     def build() -> nn.Module:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 import covft
-from benchmarks.coverage.transformers_cases import all_cases, build
+from benchmarks.coverage.transformers_cases import all_cases
 from benchmarks.coverage.transformers_inputs import GRIDS, Call
 from covft.adapters import InputFormat, ViTFamily
 from covft.errors import ShapeError
 from tests.helpers import oracle
+from tests.helpers.releases import build, found
 from tests.helpers.towers import BY_NAME, TEXT_DIM, features, image_features, perturb
 
 TOWERS = (
@@ -153,15 +154,14 @@ def test_a_mask_that_may_be_left_out():
 
 def test_lfm2_vl__the_tower_of_a_multimodal_llm():
     """Its tower is SigLIP 2's; it passes on the real tokens alone."""
-    from transformers import Lfm2VlConfig, Lfm2VlForConditionalGeneration
-
+    kind, config = found("Lfm2VlForConditionalGeneration"), found("Lfm2VlConfig")
     tower = build("Siglip2VisionModel").config
     text = {
         "model_type": "lfm2", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["full_attention", "conv"],
     }  # fmt: skip
     torch.manual_seed(0)
-    model: Any = Lfm2VlForConditionalGeneration(Lfm2VlConfig(vision_config=tower.to_dict(), text_config=text)).eval()
+    model: Any = kind(config(vision_config=tower.to_dict(), text_config=text)).eval()
     encoder = covft.wrap(model.model.vision_tower, TEXT_DIM)
     perturb(encoder)
     model.double()

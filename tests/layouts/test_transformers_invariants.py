@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import covft
+from tests.helpers.releases import needs
 from tests.helpers.towers import BY_NAME, SIZE, TEXT_DIM, features, perturb
 
 HF = ["hf-clip", "hf-siglip", "hf-dinov2"]
@@ -27,6 +28,7 @@ def wrapped(name, **settings):
 @hf
 def test_outputs__hidden_states_and_attentions_are_complete_and_tuples_equal_dicts(name):
     encoder, images, text = wrapped(name)
+    needs(encoder.vit, "set_attn_implementation")
     encoder.vit.set_attn_implementation("eager")
     depth, tokens = encoder.spec.depth, encoder(images, text).last_hidden_state.shape
     output = encoder(images, text, **ALL)
@@ -45,6 +47,7 @@ def test_outputs__hidden_states_and_attentions_are_complete_and_tuples_equal_dic
 @hf
 def test_attention_implementations_agree(name):
     encoder, images, text = wrapped(name)
+    needs(encoder.vit, "set_attn_implementation")
     found = {}
     for kind in ("eager", "sdpa"):
         encoder.vit.set_attn_implementation(kind)
@@ -81,9 +84,15 @@ def test_methods__signature_and_arguments_that_other_code_reads(name):
 @hf
 def test_device_maps_do_not_cut_an_adapted_block(name):
     accelerate = pytest.importorskip("accelerate")
-    vit = wrapped(name)[0].vit
+    transformers = pytest.importorskip("transformers")
+    encoder = wrapped(name)[0]
+    vit = encoder.vit
     size = sum(p.numel() * p.element_size() for p in vit.parameters())
     blocks = vit._no_split_modules
+    if type(vit.get_submodule(encoder.spec.blocks[0].path)).__name__ not in blocks:
+        pytest.skip(
+            f"transformers {transformers.__version__} lets device maps cut blocks of a plain {type(vit).__name__}"
+        )
     found = accelerate.infer_auto_device_map(vit, {0: size // 2, "cpu": 2 * size}, no_split_module_classes=blocks)
     assert {0, "cpu"} <= set(found.values())
     assert not any(".mlp" in part for part in found)
@@ -127,6 +136,7 @@ def test_state_dicts__go_into_another_tower_and_unwrapping_gives_the_keys_back(n
 def test_gradients_of_hidden_states_can_be_kept(name):
     """From the first block that trains; what comes before it is frozen."""
     encoder, images, text = wrapped(name, layers=[1, 2])
+    needs(encoder.vit, "set_attn_implementation")
     encoder.vit.set_attn_implementation("eager")
     output = encoder(images, text, **ALL)
     kept = [*output.hidden_states[1:], *output.attentions]

@@ -61,7 +61,10 @@ def test_plan__is_found_by_form_and_not_by_values():
         for parameter in ffn.parameters():
             parameter.zero_()
     plan, _ = FFNPlan.of(ffn)
-    assert plan == FFNPlan(("w12",), "w3", "act", "gate_last_halves")
+    assert plan == FFNPlan(("w12",), "w3", "act", "gate_last_halves", (((nn.GELU, "approximate='none'"), "gelu"),))
+    assert plan.between(ffn).function == "gelu"
+    ffn.act = nn.GELU(approximate="tanh")
+    assert plan.between(ffn).function is None
 
 
 class Scaled(nn.Module):

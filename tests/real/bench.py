@@ -36,6 +36,7 @@ class Bench:
 
     def __init__(self, python: Path, folder: Path, result: Result, console: Console) -> None:
         self.python, self.folder = python, folder
+        self.output = ""  # of the last step
         self._result, self._console = result, console
         self._shown = {f"{folder}/": "", str(folder): ".", f"{ROOT}/": "", str(ROOT): "."}
 
@@ -57,6 +58,14 @@ class Bench:
             StepFailed: If its exit status is not 0; with the last lines of the output.
         """
         return self._step([str(part) for part in command], env, limit, title=title)
+
+    def refused(self, *command: str | Path, env: Mapping[str, str] | None = None, title: str) -> str:
+        """Run a command that has to fail, as `call` does, and return its output."""
+        try:
+            self.call(*command, env=env, title=title)
+        except StepFailed:
+            return self.output
+        raise StepFailed(f"{title}: exit status 0, though it had to fail")
 
     def part(self, name: str, *arguments: str | Path, title: str) -> str:
         """Run a script of `tests/real/parts` with the environment's Python."""
@@ -143,7 +152,7 @@ class Bench:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
         seconds = time.monotonic() - start
-        text = log.read_text(encoding="utf-8", errors="replace").partition("\n\n")[2]
+        self.output = text = log.read_text(encoding="utf-8", errors="replace").partition("\n\n")[2]
         self._console.print(f"  {entry['title']}: {seconds:.1f} s", highlight=False)
         shown = [self._clean(part) for part in command]
         self._result.commands.append({"command": shown, "seconds": round(seconds, 1), **entry})

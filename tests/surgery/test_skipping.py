@@ -14,6 +14,7 @@ from covft.errors import ConfigError, LayerIndexError
 from covft.integrations import attach, detach, get_encoder
 from covft.surgery.skipping import run_all_blocks
 from tests.helpers.mllms import BY_NAME, Row
+from tests.helpers.releases import trained
 from tests.helpers.tiny_vits import TWO_FFNS, D, TwoFFNs
 from tests.helpers.towers import BY_NAME as TOWERS
 from tests.helpers.towers import body, features, perturb
@@ -157,8 +158,12 @@ class Identity(nn.Module):
 
     attention_type = None
 
+    def __init__(self, in_tuple):
+        super().__init__()
+        self.in_tuple = in_tuple  # as blocks of older releases return their tokens
+
     def forward(self, tokens, *args, **kwargs):
-        return tokens
+        return (tokens,) if self.in_tuple else tokens
 
 
 @pytest.mark.parametrize("feature_layer", [-2, -3])
@@ -166,9 +171,16 @@ class Identity(nn.Module):
 def test_never_runs__other_outputs_come_from_the_hidden_state_that_is_read(name, feature_layer):
     vit = TOWERS[name].build().eval()
     plain, images = copy.deepcopy(vit), TOWERS[name].images(2)
+    outputs = []
+    handle = vit.get_submodule(covft.describe(vit).blocks[0].path).register_forward_hook(
+        lambda _, __, output: outputs.append(output)
+    )
+    vit(images)
+    handle.remove()
+    in_tuple = isinstance(outputs[0], tuple)
     encoder = covft.wrap(vit, TEXTS, feature_layer=feature_layer)
     for block in encoder.spec.blocks[feature_layer + 1 :]:
-        plain.set_submodule(block.path, Identity())
+        plain.set_submodule(block.path, Identity(in_tuple))
     wanted = outputs_of(plain, images)
     for _ in range(2):
         assert_close(answers(encoder, images), wanted, wanted.keys() - {"hidden_states"}, rtol=1e-5, atol=1e-5)
@@ -328,6 +340,7 @@ def test_refused__before_anything_has_changed():
     assert all("forward" not in vars(module) for module in vit.modules())
 
 
+@trained
 def test_attach__of_a_model_that_reads_the_penultimate_layer():
     mllm = BY_NAME["llava"]
     model = mllm.build()

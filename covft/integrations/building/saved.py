@@ -24,6 +24,7 @@ from covft.checkpoints.sources import is_hub_id
 from covft.checkpoints.trained import load_trained
 from covft.errors import CheckpointError, ConfigError, CoVFTError
 from covft.integrations.mllm.attach import attach
+from covft.integrations.mllm.families import find_tower
 from covft.integrations.mllm.prompt import PromptReader
 from covft.integrations.training.parts import parts_of
 from covft.utils.arguments import check_kinds
@@ -104,9 +105,13 @@ def load_model(
         options = {name: value for name, value in options.items() if value is not None}
         model = _load_mllm(transformers, source, quantization_config, options)
     tokenizer, settings = (None, {}) if reading is None else (processor, reading)
+    in_tower = is_adapter and _adapts_tower(model, tower)
+    if in_tower:  # whose names the adapted tower has
+        model = _with_lora(model, folder)
     attach(model, text_encoder, tokenizer=tokenizer, pretrained=tower, adapter=adapter, **settings)
     if is_adapter:
-        model = _with_lora(model, folder)
+        model = model if in_tower else _with_lora(model, folder)
+        load_trained(model, tower)
         if merge_lora:
             model = model.merge_and_unload()
     return model.eval(), processor
@@ -280,9 +285,13 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _adapts_tower(model: nn.Module, tower: Path) -> bool:
+    """Return whether LoRA was in the tower too: its tensors were saved with it, and a plain tower has none of them."""
+    extra = read_config(tower).get("extra") or ()
+    return not set(extra) <= set(find_tower(model)[0].state_dict())
+
+
 def _with_lora(model: nn.Module, folder: Path) -> Any:
-    """Put the adapter of a folder, and what was trained next to it, into an attached model."""
+    """Put the adapter of a folder into a model."""
     peft = import_library("peft", "train", needed_by="This adapter")
-    model = peft.PeftModel.from_pretrained(model, os.fspath(folder))
-    load_trained(model, folder / FOLDER)
-    return model
+    return peft.PeftModel.from_pretrained(model, os.fspath(folder))

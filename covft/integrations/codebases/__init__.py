@@ -5,6 +5,7 @@ Classes and functions are patched by `patches`, methods on the instance are over
     llava          LLaVA, LLaVA-NeXT: `python -m covft.integrations.codebases.llava ... -- their_script ...`
       llava.model.builder.load_pretrained_model            patched while the launcher runs
       transformers.Trainer.__init__                        patched while the launcher runs
+      model.save_pretrained of a PeftModel                 overridden when the Trainer is constructed
       model.named_parameters of a PeftModel                overridden after training
       trainer._load_from_checkpoint, ._load_rng_state      overridden on that trainer
       model.prepare_inputs_labels_for_multimodal           overridden by attach()

@@ -75,7 +75,7 @@ class InternVL(Codebase):
         "generate": GenerateTilesOverride,
         "extract_feature": CheckpointingOverride,
     }
-    unread_fix = "attach(..., conversation='chatml')"
+    unread_fix = "--covft_chat_template chatml (conversation= of attach)"
 
     def find_tower(self, model: Any) -> tuple[nn.Module, int | None]:
         """Return the tower and the hidden state that the model reads."""
@@ -165,5 +165,6 @@ main = _CODEBASE.main
 if __name__ == "__main__":
     # Import main by name: a model must not keep classes of __main__, which their script becomes.
     from covft.integrations.codebases.internvl import main as _main
+    from covft.integrations.codebases.launch import run as _run
 
-    _main()
+    _run(_main)

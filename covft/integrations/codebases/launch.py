@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from covft.errors import CoVFTError
 from covft.integrations.codebases.patches import patched_loader, patched_trainers
 from covft.utils.options import add_options, given_options
 
@@ -147,3 +148,15 @@ def launch(
                 runpy.run_module(flags.script, run_name="__main__", alter_sys=True)
     finally:
         sys.argv, sys.path[:] = before, path
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a launcher as a program: an error of covft is its message on stderr and exit status 1, without a traceback.
+
+    Args:
+        main: The launcher's `main`.
+    """
+    try:
+        main()
+    except CoVFTError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

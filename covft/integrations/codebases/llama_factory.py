@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from covft.errors import ConfigError, MissingDependencyError, ReentrantCheckpointError
-from covft.integrations.codebases.launch import parse
+from covft.integrations.codebases.launch import parse, run
 from covft.integrations.training.callback import CoVFTCallback
 
 _PROGRAM = "covft.integrations.codebases.llama_factory"
@@ -80,4 +80,4 @@ def _is_true(value: Any) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -62,7 +62,10 @@ class LLaVA(Codebase):
     program = "covft.integrations.codebases.llava"
     loader = "llava.model.builder.load_pretrained_model"
     overrides: ClassVar = {_PREPARE: PrepareOverride, "forward": LossOverride}
-    unread_fix = "train stage 1 (plain captions) without covft, or give empty_instruction='Describe the image.'"
+    unread_fix = (
+        "train stage 1 (plain captions) without covft, or --covft_empty_instruction 'Describe the image.' "
+        "(empty_instruction= of attach)"
+    )
 
     def find_tower(self, model: Any) -> tuple[nn.Module, int | None]:
         """Return the tower and the hidden state that the model reads."""
@@ -184,6 +187,7 @@ main = _CODEBASE.main
 
 if __name__ == "__main__":
     # Import main by name: a model must not keep classes of __main__, which their script becomes.
+    from covft.integrations.codebases.launch import run as _run
     from covft.integrations.codebases.llava import main as _main
 
-    _main()
+    _run(_main)

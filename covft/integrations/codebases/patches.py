@@ -204,7 +204,7 @@ def joined_trainers(join: Callable[[Any], None]) -> None:
     """
     import transformers
 
-    from covft.integrations.training.callback import without_reentrant
+    from covft.integrations.training.reentrant import without_reentrant
 
     inner = transformers.Trainer.__init__
     if getattr(inner, "_covft", False):

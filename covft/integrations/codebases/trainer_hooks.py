@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from covft.checkpoints.loading import load_into
-from covft.checkpoints.pretrained import FOLDER
+from covft.checkpoints.pretrained import FOLDER, prefix_of
 from covft.integrations.mllm.attachment import Attachment, attachment_of
 from covft.integrations.training.callback import TowerCallback, seal_when_all_have_written
 from covft.integrations.training.checkpoints import check_checkpoint, checkpoint_folder, unseal
@@ -47,6 +47,8 @@ def join_trainer(trainer: Any, callback: TowerCallback | None = None) -> None:
         encoder.print_trainable_parameters()
         if widened:
             print(f"covft: {widened} trained tensors of the tower are kept in float32, for the optimizer")
+    if callback is None and hasattr(trainer.model, "peft_config"):
+        AdaptersWithoutTower(trainer.model).install()
     # Before the reporters, which then see its figures.
     trainer.callback_handler.callbacks.insert(0, LauncherCallback() if callback is None else callback)
     trainer._load_from_checkpoint = partial(_load_from_checkpoint, trainer._load_from_checkpoint, attachment)
@@ -103,6 +105,25 @@ class PluginCallback(LauncherCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop watching."""
         self._stop_watching()
+
+
+class AdaptersWithoutTower(Override):
+    """Overrides `save_pretrained` of a PeftModel, and leaves out its context-aware tower.
+
+    With `bias="all"`, peft saves every bias of the model along with its adapters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, "save_pretrained")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the adapters."""
+        attachment, state = attachment_of(self.owner), kwargs.get("state_dict")
+        if attachment is not None:
+            prefix = prefix_of(attachment.encoder.vit, self.owner)
+            state = self.owner.state_dict() if state is None else state
+            kwargs["state_dict"] = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+        return self.inner(*args, **kwargs)
 
 
 class WithoutTower(Override):

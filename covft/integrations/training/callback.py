@@ -34,7 +34,7 @@ from covft.integrations.training.trainable import after_peft, check_trainable
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 from covft.utils.sharding import is_sharded
-from covft.utils.transformers_names import check_trainer
+from covft.utils.transformers_names import check_release
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -175,6 +175,7 @@ class CoVFTCallback(TowerCallback):
 
     Raises:
         ConfigError: If a setting is not known.
+        UnsupportedVersionError: If transformers is older than 4.57.
 
     Example:
         >>> trainer = Trainer(model, args, callbacks=[CoVFTCallback("bert-base-uncased")])  # doctest: +SKIP
@@ -192,7 +193,7 @@ class CoVFTCallback(TowerCallback):
         **settings: Any,
     ) -> None:
         import_library("transformers", "train", needed_by="CoVFTCallback")
-        check_trainer()
+        check_release("CoVFTCallback")
         known = set(inspect.signature(attach).parameters) - {"model"}
         if unknown := sorted(set(settings) - known):
             raise ConfigError(

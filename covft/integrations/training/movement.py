@@ -10,6 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from covft.encoder import ContextEncoder
+from covft.errors import ConfigError
+from covft.integrations.mllm.attachment import KEY
+from covft.integrations.training.parts import parts_of
+from covft.utils.arguments import check_kinds
 from covft.utils.sharding import is_partitioned, is_sharded
 
 STEPS = 10
@@ -78,6 +83,46 @@ class MovementWatch:
         self._left = 0
 
 
+@check_kinds
+def watch_movement(module: nn.Module, steps: int = STEPS) -> MovementWatch:
+    """Watch whether everything that is trained changes, in a training loop of any library.
+
+    `CoVFTCallback` does this in the Trainer of transformers. Elsewhere, call this before the first step, and
+    `after_step()` after each optimizer step: after `steps` of them it warns of parts that do not change.
+
+    Args:
+        module: What is trained: an attached model, what `covft.wrap` returned, or a module around either.
+        steps: Optimizer steps after which it warns.
+
+    Returns:
+        The watch; `shares()` returns the share of each part's elements that have changed so far.
+
+    Raises:
+        ConfigError: If steps cannot be used.
+
+    Example:
+        >>> watch = watch_movement(torch.nn.Linear(2, 2))
+        >>> watch.after_step()
+    """
+    if steps < 1:
+        raise ConfigError(f"steps={steps} cannot be used.", expected="a whole number >= 1", got=steps)
+    return MovementWatch(module.named_parameters(), _parts_inside(module), steps)
+
+
+def _parts_inside(module: nn.Module) -> dict[str, str]:
+    """Return the part of each parameter; `"rest"` for those outside an attached model and a wrapped ViT."""
+    parts = {name: "rest" for name, _ in module.named_parameters()}
+    for path, inner in module.named_modules():
+        prefix = f"{path}." if path else ""
+        found: dict[str, str] = {}
+        if isinstance(inner, ContextEncoder):
+            found = {f"vit.{name}": inner.part_of(name) for name, _ in inner.vit.named_parameters()}
+        elif KEY in inner.__dict__:
+            found = parts_of(inner)
+        parts.update({prefix + name: "vision" if part == "other" else part for name, part in found.items()})
+    return parts
+
+
 class _Sample:
     """Elements of a parameter, evenly spread, and whether each has had a gradient."""
 
@@ -125,6 +170,7 @@ def _reason(types: list[str]) -> str:
     if {"bfloat16", "float16"} & set(types):
         return (
             "Half precision rounds an optimizer's small steps away. Fix: train_only(model, parts, dtype=torch.float32) "
-            "with bf16=True, before the trainer is constructed, or an optimizer that keeps float32 copies."
+            "with bf16=True, before the trainer is constructed; elsewhere encoder.train_in_float32() before "
+            "the optimizer is created; or an optimizer that keeps float32 copies."
         )
     return "Reasons: a learning rate of 0, or an optimizer that was created without these parameters."

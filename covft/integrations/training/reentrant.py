@@ -1,7 +1,8 @@
 """Activation checkpointing of trainers: made non-reentrant, or refused with the key of the trainer that runs.
 
 The reentrant kind runs the forward without gradients, so a block of a frozen ViT, whose input needs none, has none for
-its experts either. It is the default of LLaMA-Factory, of transformers 4, and of TRL with LoRA under ZeRO-3.
+its experts either. It is the default of LLaMA-Factory, of transformers 4, of ms-swift where it runs no DDP, and of TRL
+with LoRA under ZeRO-3.
 """
 
 from __future__ import annotations
@@ -45,11 +46,12 @@ def without_reentrant(arguments: Any) -> None:
     Raises:
         ReentrantCheckpointError: If they ask for the reentrant kind.
     """
+    of_tower = getattr(arguments, "vit_gradient_checkpointing", False)  # ms-swift's, with the options of the other
     for name in CHECKPOINTING:
         options = getattr(arguments, f"{name}_kwargs", None)
         if isinstance(options, dict) and options.get("use_reentrant"):
             raise _refused("use_reentrant=True", key_of(arguments))
-        if getattr(arguments, name, False):
+        if getattr(arguments, name, False) or (of_tower and name == "gradient_checkpointing"):
             setattr(arguments, f"{name}_kwargs", {**(options or {}), "use_reentrant": False})
 
 

@@ -10,7 +10,7 @@ import torch
 import covft
 from covft.config import CoVFTConfig
 from covft.errors import ConfigError
-from covft.integrations.codebases.launch import READING, launch, parse
+from covft.integrations.codebases.launch import READING, launch, parse, run
 from covft.integrations.mllm.prompt import PromptReader
 from tests.helpers.towers import BY_NAME, TEXT_DIM
 
@@ -148,3 +148,20 @@ def test_their_own_broken_imports_are_not_hidden(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
         launch("program", pytest.fail, loader="broken_package_of_theirs.load", arguments=["--", "this"])
+
+
+def test_an_error_of_covft_is_its_message_alone():
+    error = ConfigError("Packed rows.", fix="--use_packed_ds False")
+
+    def refuse():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run(refuse)
+    assert ended.value.code == f"ConfigError: {error}"  # which Python prints, with exit status 1
+
+    def broken():
+        raise ValueError("theirs")
+
+    with pytest.raises(ValueError, match="theirs"):
+        run(broken)

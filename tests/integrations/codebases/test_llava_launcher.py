@@ -253,9 +253,11 @@ def test_lora_of_the_language_model(bias, llava_code, llava_home, trainers):
     # What their loader puts into a model with the original tower: the projector, nothing of the tower.
     others = torch.load(llava_home / "out" / "non_lora_trainables.bin")
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in others} == {"mm_projector"}
-    adapters = load_file(llava_home / "out" / "adapter_model.safetensors")
-    assert adapters
-    assert not any("vision_tower" in name for name in adapters)
+    for folder in ("out", "out/checkpoint-1", "out/checkpoint-2"):
+        adapters = load_file(llava_home / folder / "adapter_model.safetensors")
+        assert any("lora_" in name for name in adapters)
+        assert any(name.endswith(".bias") for name in adapters) == (bias == "all")
+        assert not any("vision_tower" in name for name in adapters)
     encoder = covft.get_encoder(resumed.model)
     moved = 0
     for name, value in covft.get_encoder(first.model).adapted_state_dict().items():

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from covft.integrations import MLLMTrainer, train_only
+import covft
+from covft.errors import ConfigError
+from covft.integrations import MLLMTrainer, parts_of, train_only, watch_movement
 from covft.integrations.training.movement import MovementWatch
-from covft.integrations.training.parts import parts_of
 from tests.helpers.training import arguments, build, collator, same, state
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -126,3 +127,47 @@ def test_the_sample_is_bounded_and_the_hooks_are_removed():
     assert sum(sizes) <= 4096
     watch.close()
     assert not any(p._post_accumulate_grad_hooks for p in parameters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_watch_movement__of_a_module_around_a_wrapped_vit(dtype):
+    """In a loop without a trainer: parts by name, wherever the ViT is in the module."""
+    vit = covft.testing.ToyViT()
+    holder = nn.ModuleDict({"tower": covft.wrap(vit, 8, layers=[1, 2], context="cve"), "head": nn.Linear(16, 2)}).to(
+        dtype
+    )
+    watch = watch_movement(holder, steps=3)
+    optimizer = torch.optim.AdamW([p for p in holder.parameters() if p.requires_grad], lr=2e-5)
+    for step in range(3):
+        images, texts = torch.rand(4, 3, 16, 16, dtype=dtype), torch.rand(4, 8, dtype=dtype)
+        holder["head"](holder["tower"](images, texts).mean(1)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 2:
+            shares = watch.shares()
+            assert shares.keys() == {"experts", "context", "router", "norms", "rest"}
+            assert (min(shares.values()) > 0.75) == (dtype == torch.float32)
+        if step == 2 and dtype == torch.bfloat16:
+            with pytest.warns(UserWarning, match=r"Few elements have changed in 3 [\s\S]*train_in_float32"):
+                watch.after_step()
+        else:
+            watch.after_step()
+    assert watch.shares() == {}
+
+
+def test_watch_movement__of_a_module_around_an_attached_model():
+    holder = nn.ModuleDict({"assistant": build()})
+    parts = parts_of(holder["assistant"])
+    watch = watch_movement(holder)
+    named = {name.removeprefix("assistant."): p for name, p in holder.named_parameters()}
+    watched = {
+        "context" if p == "router" and ".context." in n else p for n, p in parts.items() if named[n].requires_grad
+    }
+    for parameter in named.values():
+        parameter.grad = None
+        if parameter.requires_grad:
+            parameter.sum().backward()
+    assert set(watch.shares()) == watched
+    watch.close()
+    with pytest.raises(ConfigError, match="steps=0"):
+        watch_movement(holder, steps=0)

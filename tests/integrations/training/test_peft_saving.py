@@ -23,14 +23,14 @@ ALL = {"adapter_config.json", "adapter_model.safetensors", "covft/covft_config.j
 ALL |= {"covft/trained.json", "covft/trained.safetensors"}
 
 
-def with_lora(**settings):
+def with_lora(parts=("projector", "llm", "covft"), **changes):
     """An attached LLaVA with LoRA whose projector, norms, experts and adapters differ from those it was built with."""
-    model = peft.get_peft_model(build(**settings), peft.LoraConfig(**LORA))
-    train_only(model, ["projector", "llm", "covft"])
+    model = peft.get_peft_model(build(), peft.LoraConfig(**{**LORA, **changes}))
+    train_only(model, parts)
     perturb(get_encoder(model))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "projector" in name:
+            if "projector" in name and parameter.requires_grad:
                 parameter.add_(0.1)
     return model.eval()
 
@@ -60,6 +60,13 @@ def assert_loads(folder, model):
 
 def test_save_pretrained__of_peft_takes_tower_and_projector_along(tmp_path):
     model = with_lora()
+    model.save_pretrained(tmp_path)
+    assert_loads(tmp_path, model)
+
+
+def test_save_pretrained__with_lora_in_the_tower_too(tmp_path):
+    model = with_lora(["llm", "vision", "covft"], target_modules=r".*self_attn\.(q|v)_proj")
+    assert any("vision_tower" in name and "lora_" in name for name, _ in model.named_parameters())
     model.save_pretrained(tmp_path)
     assert_loads(tmp_path, model)
 

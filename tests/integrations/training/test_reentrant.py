@@ -54,6 +54,11 @@ def test_a_default_becomes_non_reentrant_and_other_options_stay():
     off = SimpleNamespace(gradient_checkpointing=False, gradient_checkpointing_kwargs=None)
     without_reentrant(off)
     assert off.gradient_checkpointing_kwargs is None
+    tower_only = SimpleNamespace(
+        gradient_checkpointing=False, vit_gradient_checkpointing=True, gradient_checkpointing_kwargs=None
+    )  # as in ms-swift
+    without_reentrant(tower_only)
+    assert tower_only.gradient_checkpointing_kwargs == {"use_reentrant": False}
 
 
 class Rerun(torch.autograd.Function):

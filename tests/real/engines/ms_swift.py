@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.real.bench import Bench
+from tests.real.bench import Bench, StepFailed
 from tests.real.environments import ROOT
 
 REQUIREMENTS = ("ms-swift==4.6.0", "qwen_vl_utils", "torchvision")
@@ -128,6 +128,17 @@ def _merged(bench: Bench) -> None:
     )
     answers, merged = (_answers(bench.folder / name) for name in ("answers.jsonl", "merged.jsonl"))
     bench.check("the merged model answers as the adapters do", bool(answers) and answers == merged, len(answers))
+    _refused(bench, "is run with the original one", "infer", "--model", "merged", "--val_dataset", "data/train.jsonl")
+    _refused(bench, "no LoRA to merge", "export", "--adapters", "llava-full/checkpoint-4", "--merge_lora", "true")
+
+
+def _refused(bench: Bench, sentence: str, *command: str) -> None:
+    """Check that a command ends with a sentence of covft; the plug-in is named in the folder's `args.json`."""
+    try:
+        said = bench.call("swift", *command, title=f"refused: {sentence}")
+    except StepFailed as error:
+        said = str(error)
+    bench.check(f"swift {command[0]}: {sentence}", "covft.errors" in said and sentence in said)
 
 
 def _internvl(bench: Bench, output: str, more: str) -> None:
@@ -178,8 +189,10 @@ def _check_run(bench: Bench, kind: str, run: str, tuner: str) -> None:
     names = [name for figures in moved.values() for name in figures["tensors"]]
     projector = [name for name in names if "projector" in name or "merger" in name]
     bench.check(f"{run}: the projector is saved", bool(projector), len(projector))
-    adapters = moved.get("adapter_model.safetensors", {}).get("tensors", [])
-    bench.check(f"{run}: LoRA is on the language model alone", all(".language_model." in name for name in adapters))
+    if tuner == "covft_lora":
+        adapters = moved["adapter_model.safetensors"]["tensors"]
+        alone = bool(adapters) and all(".language_model." in name for name in adapters)
+        bench.check(f"{run}: LoRA is on the language model alone", alone, len(adapters))
 
     resumed = _result(
         bench.part("swift_compare.py", last, f"{run}-resumed/checkpoint-4", title=f"{run}: is the resumed run equal?")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-FILES = ("covft/model.safetensors", "adapter_model.safetensors", "aligner.safetensors", "model.safetensors")
+FILES = ("covft/model.safetensors", "adapter_model.safetensors", "covft/trained.safetensors", "model.safetensors")
 
 
 def main(one: str, other: str) -> None:

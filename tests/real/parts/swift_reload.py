@@ -36,12 +36,10 @@ def main(model: str, checkpoint: str, tuner: str, image: str) -> None:
         weights.append(next(iter(covft.get_encoder(theirs).routing_weights().values())))
     processor = AutoProcessor.from_pretrained(model)
     mine: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
-    others = [Path(checkpoint, name) for name in ("model.safetensors", "aligner.safetensors")]
-    for file in others:
-        if file.is_file():
-            mine.load_state_dict(load_file(file), strict=False)
-    if Path(checkpoint, "adapter_config.json").is_file():
+    if tuner == "covft_lora":
         mine = peft.PeftModel.from_pretrained(mine, checkpoint)
+    others = "covft/trained.safetensors" if tuner == "covft_lora" else "model.safetensors"
+    mine.load_state_dict(load_file(Path(checkpoint, others)), strict=False)
     covft.attach(mine, tokenizer=processor, pretrained=f"{checkpoint}/covft")
     inputs = _inputs(template, image)
     expected, found = _logits(theirs, inputs), _logits(mine, inputs)

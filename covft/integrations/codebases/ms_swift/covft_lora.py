@@ -1,7 +1,7 @@
 """ms-swift's `--tuner_type covft_lora`: trains the adapted tower, and LoRA on the language model.
 
-LoRA is ms-swift's own, with its arguments. A checkpoint holds the adapter as peft writes it, `covft/` and, if the
-projector is trained, `aligner.safetensors`.
+LoRA is ms-swift's own, with its arguments. A checkpoint holds the adapter as peft writes it, and `covft/`: the adapted
+tower, and in `trained.safetensors` all other trained tensors.
 """
 
 from __future__ import annotations
@@ -15,25 +15,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from covft.checkpoints.pretrained import FOLDER
+from covft.checkpoints.beside_adapters import write_beside_adapters
+from covft.checkpoints.folder import FOLDER
+from covft.checkpoints.trained import TRAINED_NAMES, load_trained, read_names
 from covft.errors import CheckpointError, ConfigError
 from covft.integrations.codebases.ms_swift.covft_tuner import (
-    assign_tensors,
     attach_new,
     attach_saved,
     flags_of_run,
-    read_tensors,
     refuse_incomplete,
-    save_tower,
     unfreeze,
 )
-from covft.integrations.mllm.attachment import without_peft
-from covft.integrations.training.checkpoints import trained_outside
-from covft.utils.files import write_tensors
+from covft.integrations.mllm.attachment import attachment_of
 from covft.utils.peft import adapter_parameters
 
 ADAPTER = "adapter_config.json"
-ALIGNER = "aligner.safetensors"
 # Arguments of ms-swift that would reach the tower, or are not peft's LoRA, and the value that each has to have.
 _NEEDED = {"freeze_llm": False, "lora_bias": "none", "tuner_backend": "peft", "use_swift_lora": False}
 
@@ -74,7 +70,7 @@ def save_pretrained(
     safe_serialization: bool = True,
     **kwargs: Any,
 ) -> None:
-    """Write the adapter as peft does, the adapted tower to `covft/`, and the projector if it is trained.
+    """Write the adapter as peft does, and `covft/` beside it, as for every PeftModel of an attached model.
 
     Args:
         model: A model that `prepare_model` returned.
@@ -86,16 +82,13 @@ def save_pretrained(
     Raises:
         CheckpointError: If weights are sharded (ZeRO-3).
     """
-    folder, gathered = Path(save_directory), state_dict or {}
+    attachment = attachment_of(model)
+    assert attachment is not None, "attached by prepare_model or from_pretrained"
     kwargs.setdefault("selected_adapters", ["default"])
     theirs: Any = model
     theirs.save_pretrained(save_directory, state_dict=state_dict, safe_serialization=safe_serialization, **kwargs)
-    save_tower(model, folder, gathered)
-    outer = {id(parameter): name for name, parameter in model.named_parameters()}
-    adapters = adapter_parameters(model)
-    trained = {n: p for n, p in trained_outside(without_peft(model)).items() if id(p) not in adapters}
-    if trained:
-        write_tensors(folder / ALIGNER, {name: gathered.get(outer[id(p)], p) for name, p in trained.items()})
+    if state_dict is not None:  # otherwise the tower notices that peft saves, and writes covft/
+        write_beside_adapters(attachment.encoder, model, Path(save_directory), state_dict)
 
 
 def from_pretrained(model: nn.Module, model_id: str, **kwargs: Any) -> nn.Module:
@@ -114,19 +107,25 @@ def from_pretrained(model: nn.Module, model_id: str, **kwargs: Any) -> nn.Module
     """
     folder, trained = Path(model_id), bool(kwargs.get("is_trainable"))
     adapter = (folder / ADAPTER).is_file()
-    if not (folder / FOLDER).is_dir() or (trained and not adapter):
+    others = folder / FOLDER / TRAINED_NAMES
+    if not (folder / FOLDER).is_dir() or (trained and not adapter) or (adapter and not others.is_file()):
         raise CheckpointError(
-            f"{folder} was not saved by the tuner covft_lora.", expected=f"{FOLDER}/, and {ADAPTER} to train from it"
+            f"{folder} was not saved by the tuner covft_lora.",
+            expected=f"{ADAPTER} and {FOLDER}/{TRAINED_NAMES}; of a merged model {FOLDER}/, to evaluate it",
         )
     if trained:
         refuse_incomplete(folder)
-    aligner = read_tensors(model, folder / ALIGNER) if (folder / ALIGNER).is_file() else {}
     adapted = model
     if adapter:
         tuner = importlib.import_module("swift.tuner_plugin").PeftTuner
         adapted = tuner.from_pretrained(model, model_id, **kwargs)
-    assign_tensors(model, aligner, trained)
     attach_saved(model, folder)
+    load_trained(adapted, folder / FOLDER)
+    if adapter:
+        parameters, adapters = dict(adapted.named_parameters()), adapter_parameters(adapted)
+        for name in read_names(others)["names"]:
+            if id(parameters[name]) not in adapters:  # those are peft's to train
+                parameters[name].requires_grad_(trained)
     return adapted
 
 

@@ -75,8 +75,12 @@ def save_pretrained(
     Raises:
         CheckpointError: If weights are sharded (ZeRO-3).
     """
-    folder, gathered = Path(save_directory), state_dict or {}
-    save_tower(model, folder, gathered)
+    attachment = attachment_of(model)
+    assert attachment is not None, "attached by prepare_model or from_pretrained"
+    folder, encoder, gathered = Path(save_directory), attachment.encoder, state_dict or {}
+    prefix = prefix_of(encoder.vit, model)
+    tower = {name.removeprefix(prefix): tensor for name, tensor in gathered.items() if name.startswith(prefix)}
+    saving.save(encoder, folder / FOLDER, gathered=tower, writes=True)
     tensors = {name: gathered.get(name, parameter) for name, parameter in trained_outside(model).items()}
     write_tensors(folder / WEIGHTS, tensors)
 
@@ -100,10 +104,10 @@ def from_pretrained(model: nn.Module, model_id: str, **kwargs: Any) -> nn.Module
         raise CheckpointError(f"{folder} was not saved by the tuner covft.", expected=f"{WEIGHTS} and {FOLDER}/")
     if trained:
         refuse_incomplete(folder)
-    tensors = read_tensors(model, folder / WEIGHTS)
+    tensors = _read_tensors(model, folder / WEIGHTS)
     model.requires_grad_(False)
     attach_saved(model, folder)
-    assign_tensors(model, tensors, trained)
+    _assign_tensors(model, tensors, trained)
     return model
 
 
@@ -166,24 +170,7 @@ def attach_saved(model: Any, folder: Path) -> None:
     _note_source(model, saved)
 
 
-def save_tower(model: nn.Module, folder: Path, gathered: Mapping[str, Tensor]) -> None:
-    """Write the adapted tower to `covft/`.
-
-    Args:
-        model: An attached model, inside a PeftModel or not.
-        folder: The checkpoint.
-        gathered: Tensors of `model` that another library has gathered.
-    """
-    attachment = attachment_of(model)
-    assert attachment is not None, "attached by prepare_model or from_pretrained"
-    encoder = attachment.encoder
-    prefix = prefix_of(encoder.vit, model)
-    tower = {name.removeprefix(prefix): tensor for name, tensor in gathered.items() if name.startswith(prefix)}
-    saving.save(encoder, folder / FOLDER, gathered=tower, writes=True)
-    _note_source(model, folder / FOLDER)
-
-
-def read_tensors(model: nn.Module, path: Path) -> dict[str, Tensor]:
+def _read_tensors(model: nn.Module, path: Path) -> dict[str, Tensor]:
     """Read trained tensors, and refuse those of another model.
 
     Raises:
@@ -199,7 +186,7 @@ def read_tensors(model: nn.Module, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor], trained: bool) -> None:
+def _assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor], trained: bool) -> None:
     """Copy tensors into a model, and train them or not."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():

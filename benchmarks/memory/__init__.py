@@ -1,0 +1,1 @@
+"""Bytes per GPU of LLaVA with covft, counted on the meta device."""
