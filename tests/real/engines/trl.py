@@ -9,7 +9,7 @@ from typing import Any
 from tests.real.bench import Bench
 from tests.real.environments import ROOT
 
-REQUIREMENTS = ("trl==1.16.0",)
+REQUIREMENTS = ("trl[vlm]==1.16.0",)
 
 _SMALL = "--use_cpu True --bf16 False --report_to none --max_steps 4 --save_steps 2 --learning_rate 1e-3"
 
