@@ -29,6 +29,7 @@ PACKAGES = (
     "timm",
     "open_clip_torch",
     "numpy",
+    "safetensors",
     "datasets",
     "pyarrow",
 )

@@ -110,8 +110,8 @@ def notes(rows: list[dict]) -> str:
         if not f"{ran}.".startswith(f"{row.python}."):
             found.append(f"`{row.name}` is meant for Python {row.python}; it ran on {ran}.")
         found += left_out(f"`{row.name}` leaves out", row.without)
-        found += [f"`{row.name}` failed: `{failure}`" for failure in result["failures"][:10]]
-        found += [f"`{row.name}` failed in {len(result['failures']) - 10} more."] * (len(result["failures"]) > 10)
+        found += [f"`{row.name}` failed: `{failure}`" for failure in result["failures"][:5]]
+        found += [f"`{row.name}` failed in {len(result['failures']) - 5} more."] * (len(result["failures"]) > 5)
     return "".join(f"- {line}\n" for line in found) + "\n"
 
 

@@ -12,6 +12,7 @@ import covft
 from covft.integrations import CoVFTCallback, MLLMTrainer, get_encoder, train_only
 from covft.integrations.training.peft_saving import save_with_adapters
 from tests.helpers.attached import CUP, PEOPLE
+from tests.helpers.hub import without_repositories
 from tests.helpers.mllms import BY_NAME, Row
 from tests.helpers.towers import perturb
 from tests.helpers.training import arguments, build, collator, same, state
@@ -152,8 +153,6 @@ def test_push_to_hub__of_peft_takes_the_tower_along(monkeypatch):
     monkeypatch.setattr(
         hub.PushToHubMixin, "_upload_modified_files", lambda self, folder, *args, **kwargs: seen.update(files(folder))
     )
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.create_repo", lambda self, repo_id, **kwargs: type("Repo", (), {"repo_id": repo_id})
-    )
+    without_repositories(monkeypatch)
     with_lora().push_to_hub("me/mine")
     assert seen >= ALL
