@@ -275,6 +275,7 @@ def test_every_setting_that_the_text_names_exists():
         covft.load_model,
     )
     faces += (covft.data.PadToSquare, covft.data.NoTiling)
+    faces += (covft.tuning.Change, covft.tuning.methods()["lora"], covft.tuning.methods()["vpt"])
     known |= {name for face in faces for name in inspect.signature(face).parameters}
     known |= {
         "modules_to_save",

@@ -17,7 +17,7 @@ from covft.adapters.registry import describe
 from covft.errors import ConfigError, CoVFTError
 from covft.tuning.api import COVFT, tune
 from covft.tuning.registry import methods
-from covft.utils.arguments import check_kinds
+from covft.utils.arguments import check_kinds, check_sizes
 from covft.utils.parameters import count
 
 _MOST = 1 << 16
@@ -74,6 +74,7 @@ def budget(
         >>> budget(timm.create_model("test_vit"), "lora", r=4).parameters
         21504
     """
+    check_sizes(text_dim=text_dim)
     twin = _twin(vit)
     total = count(twin.parameters())
     with torch.device("meta"):
@@ -115,6 +116,7 @@ def match(
         ConfigError: If a method has no size to choose.
         CoVFTError: As `covft.tune` does.
     """
+    check_sizes(text_dim=text_dim)
     if parameters < 1:
         raise ConfigError(f"parameters={parameters} leaves nothing to train.", expected="at least 1", got=parameters)
     return [_closest(vit, name, parameters, text_dim, dict((options or {}).get(name, {}))) for name in methods]
