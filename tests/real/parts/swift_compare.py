@@ -1,7 +1,7 @@
 """Compare two checkpoints of ms-swift: `python swift_compare.py ONE OTHER` prints a JSON object.
 
-Of each file of weights that both have: the largest difference, the share of elements that differ, the types, without those
-of a projector inside the tower.
+Of each file of weights that both have: the largest difference, the share of elements that differ, the types, but for a
+projector inside the tower.
 """
 
 import json
