@@ -1,7 +1,7 @@
 """Compare two checkpoints of ms-swift: `python swift_compare.py ONE OTHER` prints a JSON object.
 
-Of each file of weights that both have: the largest difference, the share of elements that differ, the types, but for a
-projector inside the tower.
+Of each file of weights that both have: the largest difference; but for a projector inside the tower, the share of
+elements that differ, and the types.
 """
 
 import json
@@ -24,11 +24,12 @@ def main(one: str, other: str) -> None:
             first, second = (load_file(Path(folder, name)) for folder in (one, other))
             if first.keys() != second.keys():
                 raise SystemExit(f"{name} of the two checkpoints has other tensors")
-            differing = sum(int((first[key] != second[key]).sum()) for key in first)
+            own = [key for key in first if not key.startswith(PROJECTOR)]
+            differing = sum(int((first[key] != second[key]).sum()) for key in own)
             result[name] = {
                 "difference": max(float((first[key].double() - second[key].double()).abs().max()) for key in first),
-                "changed": differing / sum(tensor.numel() for tensor in first.values()),
-                "types": sorted({str(tensor.dtype) for key, tensor in first.items() if not key.startswith(PROJECTOR)}),
+                "changed": differing / sum(first[key].numel() for key in own),
+                "types": sorted({str(first[key].dtype) for key in own}),
                 "tensors": sorted(first),
             }
     print(json.dumps(result))
