@@ -192,7 +192,7 @@ public(covft, "load", lambda w: {"folder_or_repo_id": w.saved, "vit": w.vit, "te
 public(covft, "tune", lambda w: {"vit": w.vit, "method": "bitfit"}, text_encoder=ANY)
 public(covft, "untune", lambda w: {"tuned": w.tuned})
 public(covft, "budget", lambda w: {"vit": w.vit, "method": "bitfit"})
-public(covft, "match", lambda w: {"vit": w.vit, "parameters": 100, "methods": ["lora"]})
+public(covft, "match", lambda w: {"vit": w.vit, "parameters": 1, "methods": ["last_layers"]})
 public(covft, "describe", lambda w: {"vit": w.vit})
 public(covft, "compress", lambda w: {"encoder": w.encoder, "rank": 2}, images="none", text=ANY)
 public(covft, "skip_experts", lambda w: {"encoder": w.encoder, "below": 0.1})
