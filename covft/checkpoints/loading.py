@@ -259,6 +259,23 @@ def load_into(wrapped: WrappedViT, folder: str | Path) -> None:
     saved.fill(wrapped)
 
 
+def read_settings(folder_or_repo_id: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Read the configuration of a saved folder, or of a repository of the Hugging Face Hub, with every field checked.
+
+    Returns:
+        The folder, and its configuration; the weights are not read.
+
+    Raises:
+        CheckpointError: As `read_saved` does, but for the weights.
+    """
+    patterns = (CONFIG_NAME, WEIGHTS_NAME, "README.md")
+    expected = "a folder that save_pretrained wrote, or a repository that can be reached"
+    folder = local_folder(folder_or_repo_id, patterns, expected)
+    config = read_config(folder)
+    check_fields(config, folder / CONFIG_NAME)
+    return folder, config
+
+
 def read_saved(folder_or_repo_id: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     """Read a saved folder, or a repository of the Hugging Face Hub, with every field and type checked.
 
@@ -269,10 +286,7 @@ def read_saved(folder_or_repo_id: str | Path) -> tuple[Path, dict[str, Tensor], 
         CheckpointError: If it is incomplete or damaged, or cannot be reached; or if its configuration has a value that
             no version writes.
     """
-    patterns = (CONFIG_NAME, WEIGHTS_NAME, "README.md")
-    expected = "a folder that save_pretrained wrote, or a repository that can be reached"
-    folder = local_folder(folder_or_repo_id, patterns, expected)
-    check_fields(read_config(folder), folder / CONFIG_NAME)
+    folder, _ = read_settings(folder_or_repo_id)
     tensors, saved = read_folder(folder)
     check_fields(saved, folder / CONFIG_NAME)  # again: another process may have saved meanwhile
     _check_values(tensors, saved["dtype"], saved.get("other_dtypes", {}), folder)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from covft.nn.functional import without_autocast
 from covft.nn.fused import (
     Settings,
     affine,
@@ -43,7 +44,7 @@ class KernelMixture(torch.autograd.Function):
         weights_ET = per_token(weights_BE, tokens_TD).t().contiguous()
         kept: list[Tensor] = []
         mixed_TD: Any = None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             for e, own in enumerate(per_expert(weights, settings)):
                 *first, last, bias = map(settings.cast, own)
                 between: Any = settings.between[e]
@@ -75,7 +76,7 @@ class KernelMixture(torch.autograd.Function):
         grad_x_TD = torch.zeros_like(tokens_TD) if needs_x else None
         grad_routing: list[Tensor] = []
         grad_weights: list[Tensor | None] = []
-        with torch.autocast(grad_TD.device.type, enabled=False):
+        with without_autocast(grad_TD.device.type):
             for e, own in enumerate(per_expert(weights, settings)):
                 *first, last, bias = map(settings.cast, own)
                 layers, between, weight_T = pairs(first), settings.between[e], weights_ET[e]

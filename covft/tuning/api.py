@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,10 @@ def install(method: Method, tower: Tower, change: Change, text_encoder: Any = No
     """
     if method.name != "full" and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in tower.vit.modules()):
         keeper = FrozenBatchNorms()
-        change = Change(
-            trained=change.trained,
+        change = dataclasses.replace(
+            change,
             added={**change.added, "covft_batch_norms": keeper},
-            replaced=change.replaced,
             hooks=(*change.hooks, Hook("", keeper.keep, before=True)),
-            conditioning=change.conditioning,
         )
     before = apply(tower.vit, change)
     tower.vit.__dict__[MARK] = method.name

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from covft.checkpoints.folder import compare_tensors
-from covft.checkpoints.loading import Saved, by_saved_name, read_saved
+from covft.checkpoints.loading import Saved, by_saved_name, read_saved, read_settings
 from covft.errors import CheckpointError, ConfigError
 from covft.tuning.method import Method
 from covft.tuning.registry import make_method
@@ -41,9 +41,10 @@ class SavedMethod(Saved):
         Raises:
             CheckpointError: If it is incomplete or damaged, cannot be reached, or names a method that is not installed.
         """
-        folder, tensors, saved = read_saved(folder_or_repo_id)
-        if "method" not in saved:
+        folder, config = read_settings(folder_or_repo_id)
+        if "method" not in config:
             return None
+        folder, tensors, saved = read_saved(folder)
         try:
             method = make_method(saved["method"]["name"], saved["method"]["options"])
         except ConfigError as error:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from covft.adapters.spec import ViTSpec
 from covft.conditioning.calls import CalledWithText
 from covft.conditioning.scope import freeze_batch_norms
-from covft.errors import ConfigError, MergeError, ShapeError
+from covft.errors import ConfigError, MergeError
 from covft.surgery.activation_checkpointing import set_activation_checkpointing
 from covft.text import TextEncoder
 from covft.tuning import saving
@@ -87,10 +87,8 @@ class TunedViT(CalledWithText, nn.Module):
             MissingContextError: If the method needs text and there is none.
             ShapeError: If texts and images do not fit together.
         """
-        if self.conditioning is None:
-            if index is not None and text is None:
-                raise ShapeError("index= was given without text.", expected="text= with index=", got="text=None")
-            return self.vit(*(() if images is None else (images,)), **kwargs)
+        if self.conditioning is None and text is not None:
+            text = index = None
         return super().forward(images, text, index=index, **kwargs)
 
     @property
