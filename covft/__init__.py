@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from covft.integrations.mllm.attach import get_encoder as get_encoder
     from covft.integrations.training.callback import CoVFTCallback as CoVFTCallback
     from covft.integrations.training.trainable import lora_exclude as lora_exclude
+    from covft.integrations.tuning.tune import merge as merge
+    from covft.integrations.tuning.tune import tune as tune
+    from covft.integrations.tuning.tune import untune as untune
     from covft.tuning.api import load as load
-    from covft.tuning.api import tune as tune
-    from covft.tuning.api import untune as untune
     from covft.tuning.budget import budget as budget
     from covft.tuning.budget import match as match
     from covft.wrapping import unwrap as unwrap
@@ -53,9 +54,10 @@ _HOMES = {
     "load_model": "covft.integrations.building.saved",
     "lora_exclude": "covft.integrations.training.trainable",
     "match": "covft.tuning.budget",
+    "merge": "covft.integrations.tuning.tune",
     "skip_experts": "covft.compression",
-    "tune": "covft.tuning.api",
-    "untune": "covft.tuning.api",
+    "tune": "covft.integrations.tuning.tune",
+    "untune": "covft.integrations.tuning.tune",
     "unwrap": "covft.wrapping",
     "wrap": "covft.wrapping",
 }
@@ -82,6 +84,7 @@ __all__ = [
     "load_model",
     "lora_exclude",
     "match",
+    "merge",
     "nn",
     "skip_experts",
     "testing",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 
 from covft.adapters.spec import ViTSpec
 from covft.checkpoints import saving
+from covft.checkpoints.loading import load_into
 from covft.conditioning import Conditioning
 from covft.conditioning.calls import CalledWithText
 from covft.config import CoVFTConfig
 from covft.errors import ConfigError, MergeError, MissingContextError
 from covft.nn.losses import load_balance_loss
-from covft.surgery.activation_checkpointing import set_activation_checkpointing
 from covft.surgery.precision import widen
 from covft.surgery.slot import Original
 from covft.surgery.wrapped import TextSource, WrappedViT
@@ -146,23 +147,6 @@ class ContextEncoder(CalledWithText, WrappedViT):
         return widen(self)
 
     @check_kinds
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute activations of the blocks during backward, by the ViT library's own switch.
-
-        Args:
-            gradient_checkpointing_kwargs: As transformers takes them; `use_reentrant` must not be True.
-
-        Raises:
-            ReentrantCheckpointError: If `use_reentrant=True` was asked for.
-            UnsupportedViTError: If the ViT has no such switch.
-        """
-        set_activation_checkpointing(self.vit, on=True, options=gradient_checkpointing_kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Undo `gradient_checkpointing_enable`."""
-        set_activation_checkpointing(self.vit, on=False)
-
-    @check_kinds
     def set_recompute(self, recompute: str) -> None:
         """Choose what backward recomputes of experts and contexts instead of keeping it.
 
@@ -233,6 +217,14 @@ class ContextEncoder(CalledWithText, WrappedViT):
             CheckpointError: If the folder is a file or cannot be written to, or weights are on the meta device.
         """
         saving.save(self, folder)
+
+    def write(self, folder: Path, gathered: Mapping[str, Tensor] | None = None, writes: bool | None = None) -> None:
+        """Write a saved folder, also from gathered weights."""
+        saving.save(self, folder, gathered=gathered, writes=writes)
+
+    def load_into(self, folder: str | Path) -> None:
+        """Put saved weights into this encoder, which has the same settings."""
+        load_into(self, folder)
 
     @check_kinds
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:

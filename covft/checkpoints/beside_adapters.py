@@ -10,16 +10,16 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from covft.checkpoints import saving
 from covft.checkpoints.folder import FOLDER
 from covft.checkpoints.trained import trained_outside, write_trained
 from covft.errors import CheckpointError
+from covft.surgery.adapted import AdaptedViT
 from covft.surgery.save_guard import RunningSave
-from covft.surgery.wrapped import WrappedViT, prefix_of
+from covft.surgery.wrapped import prefix_of
 from covft.utils.sharding import is_main_process, is_sharded
 
 
-def save_beside_adapters(encoder: WrappedViT, running: RunningSave) -> None:
+def save_beside_adapters(encoder: AdaptedViT, running: RunningSave) -> None:
     """Write `covft/` while peft collects the tensors of its adapters.
 
     Args:
@@ -41,7 +41,7 @@ def save_beside_adapters(encoder: WrappedViT, running: RunningSave) -> None:
         write_beside_adapters(encoder, running.model, Path(running.directory), {})
 
 
-def write_beside_adapters(encoder: WrappedViT, model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
+def write_beside_adapters(encoder: AdaptedViT, model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
     """Write the adapted ViT, and the trained tensors outside it, to the sub-folder `covft/`.
 
     Args:
@@ -52,11 +52,11 @@ def write_beside_adapters(encoder: WrappedViT, model: nn.Module, folder: Path, s
     """
     prefix = prefix_of(encoder.vit, model)
     vit = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    saving.save(encoder, folder / FOLDER, gathered=vit, writes=True)
+    encoder.write(folder / FOLDER, gathered=vit, writes=True)
     write_trained(encoder, model, folder / FOLDER, gathered=state)
 
 
-def ungathered(encoder: WrappedViT, model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+def ungathered(encoder: AdaptedViT, model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """Return the sharded tensors that `write_beside_adapters` needs and a state dict does not have.
 
     Args:

@@ -6,20 +6,19 @@ It writes a model that `from_pretrained` loads, with the original FFNs, and the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from covft.checkpoints import saving
 from covft.checkpoints.beside_adapters import save_beside_adapters
 from covft.checkpoints.folder import FOLDER
 from covft.errors import CheckpointError
+from covft.surgery.adapted import AdaptedViT
 from covft.surgery.overrides import Override
 from covft.surgery.save_guard import check_save_pretrained, running_adapter_save, running_save
-from covft.surgery.wrapped import WrappedViT, prefix_of
+from covft.surgery.wrapped import prefix_of
 from covft.utils.sharding import full, is_main_process, is_partitioned, is_sharded
 from covft.utils.torch_internals import remove_state_dict_hooks
 
@@ -33,7 +32,7 @@ _HUB_OPTIONS = ("commit_message", "private", "token", "create_pr", "revision", "
 class SaveViT(Override):
     """Overrides `save_pretrained` of the wrapped ViT itself."""
 
-    def __init__(self, encoder: WrappedViT) -> None:
+    def __init__(self, encoder: AdaptedViT) -> None:
         super().__init__(encoder.vit, "save_pretrained")
         self.encoder = encoder
 
@@ -53,7 +52,7 @@ class OriginalStateHook:
     For everything else, such as training and copying, a state dict has the names of the running model.
     """
 
-    def __init__(self, encoder: WrappedViT) -> None:
+    def __init__(self, encoder: AdaptedViT) -> None:
         self.encoder = encoder
         self._busy = False
 
@@ -76,13 +75,13 @@ class OriginalStateHook:
                 got=f"{len(sharded)} sharded tensors, such as {sharded[0]}",
                 fix="covft.attach(model, ...) instead of covft.wrap(tower, ...)",
             )
-        original = original_state(self.encoder, own, prefix)
+        original = self.encoder.original_state(own, prefix)
         for name in own:
             del state[name]
-        state.update(original if running.model is vit else marked(original))
+        state.update(original if running.model is vit else marked(original, self.encoder))
         if running.writes and is_main_process():
             with self._writing():
-                saving.save(self.encoder, Path(running.directory) / FOLDER)
+                self.encoder.write(Path(running.directory) / FOLDER)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -103,7 +102,7 @@ def check(vit: nn.Module) -> None:
         check_save_pretrained()
 
 
-def install(encoder: WrappedViT) -> None:
+def install(encoder: AdaptedViT) -> None:
     """Make the ViT, and models around it, save the original weights and the adapted ones."""
     if hasattr(type(encoder.vit), "save_pretrained"):
         SaveViT(encoder).install()
@@ -118,7 +117,7 @@ def remove(vit: nn.Module) -> None:
     remove_state_dict_hooks(vit, OriginalStateHook)
 
 
-def save(encoder: WrappedViT, model: nn.Module, save_pretrained: Any, given: dict[str, Any]) -> Path | None:
+def save(encoder: AdaptedViT, model: nn.Module, save_pretrained: Any, given: dict[str, Any]) -> Path | None:
     """Save a model that `from_pretrained` loads, and the adapted ViT in its sub-folder `covft/`.
 
     What was trained outside the ViT is saved as it is. As for any model of transformers, only the first process
@@ -149,51 +148,20 @@ def save(encoder: WrappedViT, model: nn.Module, save_pretrained: Any, given: dic
         state = _unsharded_state(model, writes=writes)
     prefix = prefix_of(encoder.vit, model)
     if state or writes:  # a process that only took part has nothing
-        original = original_state(encoder, state, prefix)
-        save_pretrained(**{**given, "state_dict": original if model is encoder.vit else marked(original)})
+        original = encoder.original_state(state, prefix)
+        save_pretrained(**{**given, "state_dict": original if model is encoder.vit else marked(original, encoder)})
     vit = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if not writes:
         return None
     folder = Path(given["save_directory"]) / FOLDER
-    saving.save(encoder, folder, gathered=vit, writes=True)
+    encoder.write(folder, gathered=vit, writes=True)
     return folder
 
 
-def original_state(encoder: WrappedViT, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """Return a state dict with the ViT's original weights, and all else as it is.
-
-    Args:
-        encoder: The wrapped ViT.
-        state: A state dict of the ViT or of a model around it, gathered if it was sharded.
-        prefix: Prefix of the ViT's names in it.
-    """
-    original, narrow = encoder.original, encoder.original.type_in(encoder.vit)
-    ffns = {f"{prefix}{path}.": ffn for path, ffn in original.ffns.items()}
-    values = {f"{prefix}{name}": value for name, value in original.values.items()}
-    result: dict[str, Tensor] = {}
-    done: dict[str, Tensor] = {}  # with the first tensor of the slot
-    for name, tensor in state.items():
-        place = next((place for place in ffns if name.startswith(place)), None)
-        if place is None:
-            result[name] = values[name].to(tensor.device, narrow or tensor.dtype) if name in values else tensor
-        elif place not in done and tensor.is_floating_point():
-            done[place] = tensor
-            result.update(_like(tensor, place, ffns[place], narrow))
-    for place, ffn in ffns.items():
-        if done and place not in done:  # the second half of a split FFN, which has no tensors now
-            result.update(_like(next(iter(done.values())), place, ffn, narrow))
-    return result
-
-
-def marked(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict with `MARK` in it; an empty one as it is."""
-    return {**state, MARK: next(iter(state.values())).new_zeros(1)} if state else state
-
-
-def _like(tensor: Tensor, place: str, ffn: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return the state of an original FFN, on the device of a tensor, in the given type or in the tensor's."""
-    state = {place + name: value.to(tensor.device) for name, value in ffn.state_dict().items()}
-    return {name: v.to(dtype or tensor.dtype) if v.is_floating_point() else v for name, v in state.items()}
+def marked(state: dict[str, Tensor], encoder: AdaptedViT) -> dict[str, Tensor]:
+    """Return a state dict with `MARK` in it, unless it has the trained tower itself; an empty one as it is."""
+    missing = state and not encoder.keeps_names
+    return {**state, MARK: next(iter(state.values())).new_zeros(1)} if missing else state
 
 
 def _unsharded_state(model: nn.Module, *, writes: bool) -> dict[str, Tensor]:

@@ -202,5 +202,6 @@ _FIELDS: dict[str, Any] = {
 }
 _METHOD_FIELDS: dict[str, Any] = {
     **_COMMON,
+    "reading?": _scalars,
     "method": {"name": _text(r"[a-z]\w{0,63}"), "options": _options},
 }

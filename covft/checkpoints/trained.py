@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from covft.checkpoints.folder import check_trained_weights, compare_tensors
 from covft.errors import CheckpointError
-from covft.surgery.wrapped import WrappedViT
+from covft.surgery.adapted import AdaptedViT
 from covft.utils.files import Pair, read_pair, write_pair
 from covft.utils.sharding import assign, full, is_sharded, shape_of
 from covft.utils.strict_json import read_strictly
@@ -26,7 +26,7 @@ _PAIR = Pair(TRAINED, TRAINED_NAMES)
 
 
 def write_trained(
-    encoder: WrappedViT,
+    encoder: AdaptedViT,
     model: nn.Module,
     folder: Path,
     *,
@@ -87,13 +87,13 @@ def load_trained(model: nn.Module, folder: str | Path) -> None:
         assign(parameters[name], tensor)
 
 
-def trained_outside(encoder: WrappedViT | None, model: nn.Module) -> dict[str, nn.Parameter]:
+def trained_outside(encoder: AdaptedViT | None, model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trained parameters outside the ViT, by their names in the running model."""
     inside = _tower(encoder)
     return {name: p for name, p in _trained(model) if id(p) not in inside}
 
 
-def trained_inside(encoder: WrappedViT | None, model: nn.Module) -> set[str]:
+def trained_inside(encoder: AdaptedViT | None, model: nn.Module) -> set[str]:
     """Return the names in the running model of the ViT's trained parameters."""
     inside = _tower(encoder)
     return {name for name, p in _trained(model) if id(p) in inside}
@@ -135,5 +135,5 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in named if p.requires_grad)
 
 
-def _tower(encoder: WrappedViT | None) -> set[int]:
+def _tower(encoder: AdaptedViT | None) -> set[int]:
     return set() if encoder is None else {id(parameter) for parameter in encoder.parameters()}

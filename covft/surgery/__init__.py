@@ -7,7 +7,8 @@ slot.py         the module that stands where an FFN stood
 skipping.py     the blocks that nobody reads
 checks.py       what cannot be wrapped, refused before anything changes
 ffns.py         builds the slots, puts them in, takes them out
-wrapped.py      WrappedViT: the changed ViT, and what is needed to save or restore it
+adapted.py      AdaptedViT: what every changed ViT can do, whatever the method
+wrapped.py      WrappedViT: one with mixtures of experts, and what is needed to save or restore it
 save_guard.py   recognises transformers' `save_pretrained` around the caller
 activation_checkpointing.py   the libraries' own switches
 """

@@ -75,6 +75,18 @@ def last_read(spec: ViTSpec, feature_layer: int | None) -> int:
     return last
 
 
+def last_of(spec: ViTSpec, read: Any) -> int:
+    """Return the index of the last block that a model reads; -1 if it reads the embeddings alone.
+
+    Args:
+        spec: What is known of the ViT.
+        read: The hidden state that the model reads, or several; None for the last.
+    """
+    layers: Iterable[int] = (-1,) if read is None else (read,) if isinstance(read, int) else read
+    embeddings = (0, -spec.depth - 1)
+    return max(-1 if layer in embeddings else last_read(spec, layer) for layer in layers)
+
+
 def check_layers(layers: tuple[int, ...], last: int, spec: ViTSpec) -> None:
     """Refuse to adapt blocks that will be skipped.
 
@@ -109,9 +121,7 @@ def check_read(spec: ViTSpec, feature_layer: int | None, read: Any) -> None:
     """
     if feature_layer is None:
         return
-    layers: Iterable[int] = (-1,) if read is None else (read,) if isinstance(read, int) else read
-    embeddings = (0, -spec.depth - 1)
-    wanted = max(-1 if layer in embeddings else last_read(spec, layer) for layer in layers)
+    wanted = last_of(spec, read)
     if last_read(spec, feature_layer) < wanted:
         raise ConfigError(
             f"feature_layer={feature_layer} would skip blocks that the model reads.",

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from covft.adapters.spec import ViTSpec
 from covft.conditioning import Conditioning
 from covft.config import CoVFTConfig
 from covft.errors import UnsupportedViTError
+from covft.surgery.adapted import AdaptedViT
 from covft.surgery.slot import AdaptedFFN, Original
 from covft.surgery.split import SecondHalf
-from covft.utils.parameters import count
 from covft.utils.peft import is_adapter
 
 
@@ -32,7 +33,7 @@ class TextSource(NamedTuple):
     revision: str | None = None
 
 
-class WrappedViT(nn.Module):
+class WrappedViT(AdaptedViT):
     """A ViT with adapted FFNs in the place of its own.
 
     Args:
@@ -46,12 +47,7 @@ class WrappedViT(nn.Module):
     Attributes:
         layers: Indices of the adapted blocks, ascending.
         norms: Names of the ViT's norm parameters that are trained.
-        reading: How `covft.attach` reads the text from prompts; None if nothing is read.
-        saved_in: The folder it was last saved to; a trainer sets it to None when the weights change.
     """
-
-    reading: Mapping[str, Any] | None = None
-    saved_in: Path | None = None
 
     def __init__(
         self,
@@ -72,7 +68,16 @@ class WrappedViT(nn.Module):
         self.layers: tuple[int, ...] = tuple(sorted(covft_config.layers or ()))
         self.norms: tuple[str, ...] = tuple(original.values)
         self.training = vit.training
-        self.chosen_parts: frozenset[str] | None = None  # of train_only, which may leave all of this out on purpose
+
+    @property
+    def feature_layer(self) -> int | None:
+        """The hidden state after which blocks are skipped; None if none are."""
+        return self.covft_config.feature_layer
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the ViT has run since it was wrapped."""
+        return any(slot.record is not None for slot in self.slots().values())
 
     @property
     def text_name(self) -> str | None:
@@ -127,10 +132,6 @@ class WrappedViT(nn.Module):
                 fix="remove or replace blocks before covft.wrap(...)",
             )
 
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters that are trained."""
-        return (parameter for parameter in self.parameters() if parameter.requires_grad)
-
     def adapted_parameters(self) -> dict[str, nn.Parameter]:
         """Return what `wrap` added or trains, by name in the ViT: experts, routers with their contexts, norms.
 
@@ -143,21 +144,33 @@ class WrappedViT(nn.Module):
             if self.part_of(name) != "other" and parameter.is_floating_point() and not name.startswith(replaced)
         }
 
-    def unfreeze(self) -> None:
-        """Train again what `wrap` trains, after other code has frozen the ViT.
+    def settings(self) -> dict[str, Any]:
+        """Return what decides which tensors there are, and what they compute."""
+        return settings_of(self.covft_config, self.text_dim)
 
-        `get_peft_model`, `prepare_model_for_kbit_training`, open_clip's `lock_image_tower` and `requires_grad_(False)`
-        freeze everything that exists when they are called.
+    def original_state(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        """Return a state dict with the ViT's original weights, and all else as it is.
+
+        Args:
+            state: A state dict of the ViT or of a model around it, gathered if it was sharded.
+            prefix: Prefix of the ViT's names in it.
         """
-        for parameter in self.adapted_parameters().values():
-            parameter.requires_grad_(True)
-        self.chosen_parts = None
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, of how many."""
-        trained, total = count(self.trainable_parameters()), count(self.parameters())
-        share = 100 * trained / total if total else 0.0
-        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f}")
+        original, narrow = self.original, self.original.type_in(self.vit)
+        ffns = {f"{prefix}{path}.": ffn for path, ffn in original.ffns.items()}
+        values = {f"{prefix}{name}": value for name, value in original.values.items()}
+        result: dict[str, Tensor] = {}
+        done: dict[str, Tensor] = {}  # with the first tensor of the slot
+        for name, tensor in state.items():
+            place = next((place for place in ffns if name.startswith(place)), None)
+            if place is None:
+                result[name] = values[name].to(tensor.device, narrow or tensor.dtype) if name in values else tensor
+            elif place not in done and tensor.is_floating_point():
+                done[place] = tensor
+                result.update(_like(tensor, place, ffns[place], narrow))
+        for place, ffn in ffns.items():
+            if done and place not in done:  # the second half of a split FFN, which has no tensors now
+                result.update(_like(next(iter(done.values())), place, ffn, narrow))
+        return result
 
     def part_of(self, name: str) -> str:
         """Return the part of a parameter: `"experts"`, `"router"` (with the context), `"norms"` or `"other"`.
@@ -173,6 +186,23 @@ class WrappedViT(nn.Module):
                     return "other"  # the pretrained FFN that low-rank experts share, which stays frozen
                 return "experts" if inner.startswith("experts.") else "router"
         return "norms" if name in self.norms else "other"
+
+
+def settings_of(config: CoVFTConfig, text_dim: int | None) -> dict[str, Any]:
+    """Return what decides which tensors a wrapped ViT has, and what they compute.
+
+    Args:
+        config: Its settings.
+        text_dim: Width C of the text features.
+    """
+    names = [field.name for field in dataclasses.fields(config) if field.metadata["changes_model"]]
+    return {"method": "covft", **{name: getattr(config, name) for name in names}, "text_dim": text_dim}
+
+
+def _like(tensor: Tensor, place: str, ffn: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the state of an original FFN, on the device of a tensor, in the given type or in the tensor's."""
+    state = {place + name: value.to(tensor.device) for name, value in ffn.state_dict().items()}
+    return {name: v.to(dtype or tensor.dtype) if v.is_floating_point() else v for name, v in state.items()}
 
 
 def module_at(root: nn.Module, path: str) -> Any:

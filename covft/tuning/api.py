@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ from torch import nn
 from covft import wrapping
 from covft.adapters.registry import describe
 from covft.adapters.spec import Adapter
+from covft.checkpoints import pretrained
 from covft.encoder import ContextEncoder
 from covft.errors import ConfigError, UnsupportedViTError
 from covft.surgery.checks import check_not_distributed, check_text_weights, check_vit
-from covft.text import as_text_encoder
+from covft.surgery.skipping import last_of
+from covft.text import TextEncoder, as_text_encoder
 from covft.tuning.change import Change, Hook, apply, check_in_place, undo
 from covft.tuning.loading import SavedMethod
 from covft.tuning.method import Method, Tower
 from covft.tuning.registry import make_method
-from covft.tuning.tuned import FrozenBatchNorms, TunedViT
+from covft.tuning.tuned import BATCH_NORMS, FrozenBatchNorms, TunedViT
 from covft.utils.arguments import check_kinds
 from covft.utils.sharding import in_engine, unpartitioned
 
@@ -67,16 +70,89 @@ def tune(
     """
     if method == COVFT:
         return wrapping.wrap(vit, text_encoder, adapter=adapter, **options)
-    chosen = _method(method, options)
+    return plan_tune(vit, as_method(method, options), text_encoder, adapter).install()
+
+
+@dataclass(frozen=True)
+class TunePlan:
+    """A checked plan of what a method changes in a ViT.
+
+    Attributes:
+        method: The method.
+        tower: The ViT, as it is.
+        change: What is going to change.
+        text_encoder: The text encoder of a method that needs text.
+        saved: Weights to start from; None starts as the method does.
+    """
+
+    method: Method
+    tower: Tower
+    change: Change
+    text_encoder: TextEncoder | None = None
+    saved: SavedMethod | None = None
+
+    def install(self) -> TunedViT:
+        """Change the ViT.
+
+        Raises:
+            CheckpointError: If the saved weights do not fit; the ViT is then as it was.
+        """
+        tuned = install(self.method, self.tower, self.change, self.text_encoder)
+        if self.saved is not None:
+            try:
+                self.saved.fill(tuned)
+            except BaseException:
+                untune(tuned)
+                raise
+        return tuned
+
+
+def plan_tune(vit: nn.Module, method: Method, text_encoder: Any, adapter: Adapter | None, read: Any = None) -> TunePlan:
+    """Check everything that a method needs; nothing of the ViT is changed.
+
+    Args:
+        vit: The ViT.
+        method: The method.
+        text_encoder: As for `tune`.
+        adapter: How the ViT is built.
+        read: The hidden state that a multimodal LLM reads, or several; None for the ViT's output.
+
+    Raises:
+        CoVFTError: As `tune` does.
+    """
     check_untuned(vit)
     check_text_weights(text_encoder)
     spec = describe(vit, adapter)
+    pretrained.check(vit)
     encoder = None
-    if chosen.needs_text and text_encoder is not None:
+    if method.needs_text and text_encoder is not None:
         with unpartitioned():
             encoder = as_text_encoder(text_encoder)
-    tower = Tower(vit, spec, spec.depth - 1, text_dim=None if encoder is None else encoder.text_dim)
-    return install(chosen, tower, chosen.plan(tower), encoder)
+    text_dim = None if encoder is None else encoder.text_dim
+    tower = Tower(vit, spec, last_of(spec, read), hidden=read is not None, text_dim=text_dim)
+    return TunePlan(method, tower, method.plan(tower), encoder)
+
+
+def plan_load(
+    saved: SavedMethod, vit: nn.Module | None, text_encoder: Any, adapter: Adapter | None, read: Any = None
+) -> TunePlan:
+    """Check everything that `load` of a tuned ViT needs; nothing of the ViT is changed.
+
+    Args:
+        saved: What was read of the folder.
+        vit: The base ViT; None builds it from the id that was saved.
+        text_encoder: As for `load`.
+        adapter: How the ViT is built.
+        read: As for `plan_tune`.
+
+    Raises:
+        CoVFTError: As `load` does.
+    """
+    vit = saved.build_vit() if vit is None else vit
+    check_untuned(vit)
+    saved.check_base(vit)
+    texts = saved.build_text_encoder() if text_encoder is None else text_encoder
+    return dataclasses.replace(plan_tune(vit, saved.method, texts, adapter, read), saved=saved)
 
 
 def install(method: Method, tower: Tower, change: Change, text_encoder: Any = None) -> TunedViT:
@@ -92,12 +168,14 @@ def install(method: Method, tower: Tower, change: Change, text_encoder: Any = No
         keeper = FrozenBatchNorms()
         change = dataclasses.replace(
             change,
-            added={**change.added, "covft_batch_norms": keeper},
+            added={**change.added, BATCH_NORMS: keeper},
             hooks=(*change.hooks, Hook("", keeper.keep, before=True)),
         )
     before = apply(tower.vit, change)
     tower.vit.__dict__[MARK] = method.name
-    return TunedViT(tower.vit, method, tower.spec, change, before, text_encoder)
+    tuned = TunedViT(tower.vit, method, tower.spec, change, before, text_encoder)
+    pretrained.install(tuned)
+    return tuned
 
 
 def check_untuned(vit: nn.Module) -> None:
@@ -118,7 +196,12 @@ def check_untuned(vit: nn.Module) -> None:
         )
 
 
-def _method(method: str | Method, options: dict[str, Any]) -> Method:
+def as_method(method: str | Method, options: dict[str, Any]) -> Method:
+    """Return a method by its name and options, or one that has its options already.
+
+    Raises:
+        ConfigError: If it is not known, or an option cannot work.
+    """
     if isinstance(method, str):
         return make_method(method, options)
     if options:
@@ -152,6 +235,7 @@ def untune(tuned: nn.Module) -> nn.Module:
     if MARK not in vit.__dict__:
         raise UnsupportedViTError("This ViT is restored already.", fix='covft.tune(vit, "lora")')
     check_in_place(vit, tuned.change)
+    pretrained.remove(vit)
     undo(vit, tuned.change, tuned.before)
     del vit.__dict__[MARK]
     return vit
@@ -186,15 +270,4 @@ def load(
     saved = SavedMethod.read(folder_or_repo_id)
     if saved is None:
         return wrapping.load(folder_or_repo_id, vit, text_encoder, adapter=adapter)
-    vit = saved.build_vit() if vit is None else vit
-    check_untuned(vit)
-    saved.check_base(vit)
-    texts = saved.build_text_encoder() if text_encoder is None else text_encoder
-    tuned = tune(vit, saved.method, text_encoder=texts, adapter=adapter)
-    assert isinstance(tuned, TunedViT)
-    try:
-        saved.fill(tuned)
-    except BaseException:
-        untune(tuned)
-        raise
-    return tuned
+    return plan_load(saved, vit, text_encoder, adapter).install()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from covft.checkpoints.fingerprint import difference, fingerprint
 from covft.checkpoints.folder import compare_tensors
 from covft.checkpoints.loading import Saved, by_saved_name, read_saved, read_settings
 from covft.errors import CheckpointError, ConfigError
 from covft.tuning.method import Method
 from covft.tuning.registry import make_method
-from covft.tuning.saving import tuned_tensors
-from covft.tuning.tuned import TunedViT
+from covft.tuning.saving import base_of, tuned_tensors
 from covft.utils.sharding import assign, full, shape_of
+
+if TYPE_CHECKING:
+    from covft.tuning.tuned import TunedViT
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,11 @@ class SavedMethod(Saved):
     def needs_text(self) -> bool:
         """Whether the method needs text."""
         return self.method.needs_text
+
+    @property
+    def others(self) -> Collection[str]:
+        """What is trained of the base ViT itself: the folder has it, whatever it was before."""
+        return self.tensors.keys()
 
     @classmethod
     def read(cls, folder_or_repo_id: str | Path) -> SavedMethod | None:
@@ -77,3 +86,28 @@ class SavedMethod(Saved):
         for name, tensor in self.tensors.items():
             assign(state[name], tensor)
         self.warn_other_text(tuned.text_name)
+
+
+def load_into(tuned: TunedViT, folder: str | Path) -> None:
+    """Put saved weights into a ViT that is tuned already.
+
+    Args:
+        tuned: Tuned by the method, and around the base weights, of the saved one.
+        folder: What `save_pretrained` wrote.
+
+    Raises:
+        CheckpointError: If the folder is incomplete or damaged, if it was made by another method or for other base
+            weights, or if tensors are missing, unexpected or of another shape; the ViT is then as it was.
+    """
+    saved = SavedMethod.read(folder)
+    if saved is None or saved.method != tuned.method:
+        raise CheckpointError(
+            f"{folder} was saved by another method than that of this ViT.",
+            expected=repr(tuned.method),
+            got="covft" if saved is None else repr(saved.method),
+        )
+    found = fingerprint((name, tensor) for name, tensor in base_of(tuned).items() if name not in saved.tensors)
+    apart = difference(saved.base["fingerprint"], found)
+    if apart is not None:
+        raise CheckpointError(f"{folder} was made for other base weights than those of this ViT.", got=apart)
+    saved.fill(tuned)

@@ -5,7 +5,7 @@ The folder has the form of an encoder's (`covft.checkpoints.folder`), with `meth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,38 +21,66 @@ from covft.checkpoints.sources import public_revision, public_source
 from covft.errors import CheckpointError
 from covft.utils.peft import plain_name
 from covft.utils.sharding import full, is_main_process, is_sharded
+from covft.utils.transformers_names import commit_of
 
 if TYPE_CHECKING:
     from covft.tuning.tuned import TunedViT
 
 
-def tuned_tensors(tuned: TunedViT) -> dict[str, Tensor]:
-    """Return what was added or trained, by its names in the ViT: also buffers of added modules."""
+def tuned_tensors(tuned: TunedViT, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return what was added or trained, by its names in the ViT: also buffers of added modules.
+
+    Args:
+        tuned: A tuned ViT.
+        gathered: Tensors by name that replace those of the modules.
+    """
     change = tuned.change
-    state: dict[str, Tensor] = tuned.vit.state_dict(keep_vars=True)
     new = {name for name, _ in change.new_parameters()}
     added = tuple(f"{path}." for path in change.added)
     wanted = {*tuned.trained_names(), *new, *(name for name, p in tuned.vit.named_parameters() if p.requires_grad)}
+    state = {**_state(tuned), **(gathered or {})}
     return {name: tensor for name, tensor in state.items() if name in wanted or name.startswith(added)}
 
 
-def base_tensors(tuned: TunedViT) -> Iterator[tuple[str, Tensor]]:
-    """Yield the ViT's tensors by their names before tuning, trained ones with their values then."""
+def base_tensors(tuned: TunedViT, state: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the ViT's tensors by their names before tuning, trained ones with their values then.
+
+    Args:
+        tuned: A tuned ViT.
+        state: Its tensors by name; None takes those of the modules.
+    """
     own = tuned.change
     new = {name for name, _ in own.new_parameters()}
     added = tuple(f"{path}." for path in own.added)
-    state: dict[str, Tensor] = tuned.vit.state_dict(keep_vars=True)
-    for name, tensor in state.items():
+    for name, tensor in (_state(tuned) if state is None else state).items():
         if name in new or name.startswith(added):
             continue
         plain = plain_name(name)
-        yield plain, tuned.before.values.get(plain, tensor)
+        value = tuned.before.values.get(plain)
+        yield plain, tensor if value is None else value.to(tensor.device, tensor.dtype)
 
 
-def save(tuned: TunedViT, folder: str | Path) -> None:
-    """Write a saved folder; see `TunedViT.save_pretrained`."""
-    tensors = tuned_tensors(tuned)
-    sharded = any(map(is_sharded, tensors.values()))
+def save(
+    tuned: TunedViT,
+    folder: str | Path,
+    *,
+    gathered: Mapping[str, Tensor] | None = None,
+    writes: bool | None = None,
+) -> None:
+    """Write a saved folder; see `AdaptedViT.write`."""
+    tensors = tuned_tensors(tuned, gathered)
+    sharded = {name for name, tensor in tensors.items() if is_sharded(tensor)}
+    if writes is None:
+        writes = not sharded or is_main_process()
+    if gathered is not None and not writes:
+        return
+    if gathered is not None and sharded:
+        raise CheckpointError(
+            "Weights are sharded, and the state dict does not have them.",
+            expected="the state dict of the complete model",
+            got=f"without {min(sharded)}",
+            fix="model.save_pretrained(folder, state_dict=accelerator.get_state_dict(model))",
+        )
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
         raise CheckpointError(
@@ -61,27 +89,44 @@ def save(tuned: TunedViT, folder: str | Path) -> None:
             got=", ".join(meta[:5]),
         )
     values = {name: full(tensor).detach() for name, tensor in by_saved_name(tuned.vit, tensors).items()}
-    config = _config(tuned, values)
-    if not sharded or is_main_process():
+    base = {name: t for name, t in base_of(tuned, gathered).items() if name not in values}
+    config = _config(tuned, values, base)  # on every process: sharded weights are gathered for the fingerprint
+    if writes:
         write_folder(folder, values, config, _card(tuned))
+        tuned.saved_in = Path(folder)
 
 
-def _config(tuned: TunedViT, values: dict[str, Tensor]) -> dict[str, Any]:
+def base_of(tuned: TunedViT, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return the ViT's tensors before tuning by their names in saved folders.
+
+    Args:
+        tuned: A tuned ViT.
+        gathered: Tensors by name that replace those of the modules.
+    """
+    return by_saved_name(tuned.vit, dict(base_tensors(tuned, {**_state(tuned), **(gathered or {})})))
+
+
+def _state(tuned: TunedViT) -> dict[str, Tensor]:
+    return tuned.vit.state_dict(keep_vars=True)
+
+
+def _config(tuned: TunedViT, values: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Any]:
     return {
         "library_version": __version__,
         "method": {"name": tuned.method.name, "options": tuned.method.to_dict()},
         "base": {
             "source": public_source(source_of(tuned.vit)),
-            "revision": public_revision(getattr(getattr(tuned.vit, "config", None), "_commit_hash", None)),
+            "revision": public_revision(commit_of(tuned.vit)),
             "library": tuned.spec.library,
             "class_name": tuned.spec.class_name,
-            "fingerprint": fingerprint(by_saved_name(tuned.vit, dict(base_tensors(tuned))).items()),
+            "fingerprint": fingerprint(base.items()),
         },
         "text": {
             "source": public_source(tuned.text_name),
             "text_dim": tuned.text_dim,
             "revision": public_revision(tuned.text_revision),
         },
+        "reading": tuned.reading,
         **dtypes(values),
     }
 

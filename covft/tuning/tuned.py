@@ -9,19 +9,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from covft.adapters.spec import ViTSpec
+from covft.checkpoints import pretrained
+from covft.conditioning import Conditioning
 from covft.conditioning.calls import CalledWithText
 from covft.conditioning.scope import freeze_batch_norms
 from covft.errors import ConfigError, MergeError
-from covft.surgery.activation_checkpointing import set_activation_checkpointing
+from covft.nn.functional import HALF
+from covft.surgery.adapted import AdaptedViT
 from covft.text import TextEncoder
-from covft.tuning import saving
+from covft.tuning import loading, saving
 from covft.tuning.change import Applied, Change
 from covft.tuning.method import Method
 from covft.utils.arguments import check_kinds
-from covft.utils.parameters import count, param_groups
+from covft.utils.parameters import param_groups
+from covft.utils.sharding import is_sharded
+
+BATCH_NORMS = "covft_batch_norms"
+"""Path of the module that keeps batch norms as they are."""
 
 
-class TunedViT(CalledWithText, nn.Module):
+class TunedViT(CalledWithText, AdaptedViT):
     """A ViT that a method tunes, in place. It can stand where the ViT stood.
 
     Attributes:
@@ -30,6 +37,7 @@ class TunedViT(CalledWithText, nn.Module):
         spec: What covft knows of the ViT.
         change: What the method changed.
         before: What stood there before, for `covft.untune`.
+        conditioning: Carries the text to what the method added; it needs none for a method without text.
         text_encoder: The frozen text encoder of a method that needs text; None for others, and after unpickling.
     """
 
@@ -52,12 +60,8 @@ class TunedViT(CalledWithText, nn.Module):
         self.text_dim = None if text_encoder is None else text_encoder.text_dim
         self.text_revision = getattr(text_encoder, "revision", None)
         self.__dict__["text_encoder"] = text_encoder  # past nn.Module: a text encoder never becomes a child
+        self.conditioning = change.conditioning or Conditioning(spec.input, needs_text=False)
         self.training = vit.training
-
-    @property
-    def conditioning(self) -> Any:
-        """Carries the text to what the method added; None for a method without text."""
-        return self.change.conditioning
 
     @property
     def reads_states(self) -> bool:
@@ -87,7 +91,7 @@ class TunedViT(CalledWithText, nn.Module):
             MissingContextError: If the method needs text and there is none.
             ShapeError: If texts and images do not fit together.
         """
-        if self.conditioning is None and text is not None:
+        if not self.method.needs_text:
             text = index = None
         return super().forward(images, text, index=index, **kwargs)
 
@@ -119,11 +123,64 @@ class TunedViT(CalledWithText, nn.Module):
         """Yield the parameters that are trained."""
         return (parameter for parameter in self.vit.parameters() if parameter.requires_grad)
 
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, of how many."""
-        trained, total = count(self.trainable_parameters()), count(self.parameters())
-        share = 100 * trained / total if total else 0.0
-        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f}")
+    # What trainers and savers of multimodal LLMs ask
+
+    @property
+    def keeps_names(self) -> bool:
+        """Whether the method only trains parameters that were there."""
+        return not (set(self.change.added) - {BATCH_NORMS} or self.change.replaced)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the ViT has run since the gradients were last dropped."""
+        return any(parameter.grad is not None for parameter in self.adapted_parameters().values())
+
+    def part_of(self, name: str) -> str:
+        """Return the part of a parameter: always `"other"`, which multimodal LLMs call `"vision"`."""
+        return "other"
+
+    def adapted_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what the method trains, by name in the ViT."""
+        own = dict(self.vit.named_parameters())
+        return {name: own[name] for name in self.trained_names() if name in own}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the method with its options, and the width of the text features."""
+        return {"method": self.method.name, **self.method.to_dict(), "text_dim": self.text_dim}
+
+    def original_state(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        """Return a state dict by the names of the ViT before tuning.
+
+        A method that only trains parameters that were there keeps their values; otherwise the ViT has its old ones.
+        """
+        if self.keeps_names:
+            return dict(state)
+        inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        outside = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+        base = {f"{prefix}{name}": tensor for name, tensor in saving.base_tensors(self, inside)}
+        return {**outside, **base}
+
+    def write(self, folder: Path, gathered: Mapping[str, Tensor] | None = None, writes: bool | None = None) -> None:
+        """Write a saved folder, also from gathered weights."""
+        saving.save(self, folder, gathered=gathered, writes=writes)
+
+    def load_into(self, folder: str | Path) -> None:
+        """Put saved weights into this ViT, which is tuned by the same method."""
+        loading.load_into(self, folder)
+
+    def train_in_float32(self) -> int:
+        """Keep what the method added in float32, if the ViT is in half precision; the ViT's own weights are left.
+
+        Call it before the optimizer is created. New modules compute in the type of their weights, and return that of
+        their tokens. Methods that train the ViT's own weights need a ViT in float32, with autocast.
+
+        Returns:
+            Number of parameters that were cast; sharded ones are left as they are.
+        """
+        new = [p for _, p in self.change.new_parameters() if p.dtype in HALF and not is_sharded(p)]
+        for parameter in new:
+            parameter.data = parameter.data.float()
+        return len(new)
 
     @check_kinds
     def param_groups(self, lr: float, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -139,23 +196,6 @@ class TunedViT(CalledWithText, nn.Module):
         name = self.method.name
         return param_groups(self.vit.named_parameters(), lambda _: name, lr=lr, rates={}, weight_decay=weight_decay)
 
-    @check_kinds
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute activations of the blocks during backward, by the ViT library's own switch.
-
-        Args:
-            gradient_checkpointing_kwargs: As transformers takes them; `use_reentrant` must not be True.
-
-        Raises:
-            ReentrantCheckpointError: If `use_reentrant=True` was asked for.
-            UnsupportedViTError: If the ViT has no such switch.
-        """
-        set_activation_checkpointing(self.vit, on=True, options=gradient_checkpointing_kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Undo `gradient_checkpointing_enable`."""
-        set_activation_checkpointing(self.vit, on=False)
-
     def merge(self) -> nn.Module:
         """Return the plain ViT with what was trained folded into its weights, exactly; this object is then spent.
 
@@ -170,6 +210,7 @@ class TunedViT(CalledWithText, nn.Module):
                 f"What {self.method.name!r} adds cannot be folded into the weights: it depends on the input.",
                 fix="keep the tuned ViT, or covft.untune(tuned)",
             )
+        pretrained.remove(self.vit)
         self.method.fold(self.vit, self.change)
         return self.vit
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,9 @@ from covft.integrations.mllm.families import find_tower
 from covft.integrations.mllm.prompt import PromptReader
 from covft.surgery.packed import naming_tower
 from covft.surgery.skipping import check_read
+from covft.tuning import api
+from covft.tuning.api import TunePlan
+from covft.tuning.loading import SavedMethod
 from covft.utils.arguments import check_kinds
 from covft.utils.transformers_names import check_release
 from covft.wrapping import WrapPlan, plan_load, plan_wrap, unwrap
@@ -78,6 +82,38 @@ def attach(
     Example:
         >>> covft.attach(llava, "bert-base-uncased", tokenizer=processor)  # doctest: +SKIP
     """
+    return attach_planned(
+        model,
+        lambda tower, read: plan_tower(tower, text_encoder, read, pretrained, config, adapter, settings),
+        {"turns": turns, "system": system, "empty_instruction": empty_instruction},
+        tokenizer=tokenizer,
+        adapter=adapter,
+    )
+
+
+def attach_planned(
+    model: Model,
+    plan_of: Callable[[nn.Module, Any], WrapPlan | TunePlan],
+    reading: Mapping[str, Any],
+    *,
+    tokenizer: Any = None,
+    adapter: Adapter | None = None,
+) -> Model:
+    """Change the tower of a multimodal LLM as planned, and give it its text in every call of the model.
+
+    Args:
+        model: A multimodal LLM of transformers.
+        plan_of: Plans the change of a tower, of which the model reads a hidden state, or several.
+        reading: `turns`, `system` and `empty_instruction`, as for `attach`.
+        tokenizer: As for `attach`.
+        adapter: As for `attach`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        CoVFTError: As `attach` does; nothing is changed then.
+    """
     if "transformers" in sys.modules:  # else `find_tower` refuses the model
         check_release("attach()")
     # Look
@@ -85,15 +121,9 @@ def attach(
     tower, family = find_tower(target, adapter)
     placeholder = image_id(target)
     # Plan
-    reader = PromptReader(
-        tokenizer,
-        () if placeholder is None else (placeholder,),
-        turns=turns,
-        system=system,
-        empty_instruction=empty_instruction,
-    )
+    reader = PromptReader(tokenizer, () if placeholder is None else (placeholder,), **reading)
     with naming_tower(prefix_of(tower, target).rstrip(".")):
-        plan = plan_tower(tower, text_encoder, read_layers(target), pretrained, config, adapter, settings)
+        plan = plan_of(tower, read_layers(target))
     # Install
     encoder = plan.install()
     encoder.reading = None if reader.tokenizer is None else reader.settings
@@ -111,8 +141,8 @@ def plan_tower(
     config: CoVFTConfig | None,
     adapter: Adapter | None,
     settings: Settings,
-) -> WrapPlan:
-    """Check how a tower is going to be wrapped; nothing of it is changed.
+) -> WrapPlan | TunePlan:
+    """Check how a tower is going to be wrapped, or tuned if that was saved; nothing of it is changed.
 
     Args:
         tower: The ViT of a multimodal LLM.
@@ -134,6 +164,8 @@ def plan_tower(
             expected="pretrained, or settings",
             got=f"pretrained and {', '.join(settings) or 'config'}",
         )
+    elif (saved := SavedMethod.read(pretrained)) is not None:
+        return api.plan_load(saved, tower, text_encoder, adapter, read)
     else:
         plan = plan_load(pretrained, tower, text_encoder, adapter)
     check_read(plan.spec, plan.config.feature_layer, read)
@@ -175,27 +207,21 @@ def detach(model: Model) -> Model:
     target = without_peft(model)
     encoder = get_encoder(target)
     attachment = target.__dict__[KEY]
-    covered = attachment.covered()
-    if covered:
-        raise UnsupportedViTError(
-            f"Another library has replaced model.{covered[0]} since attach().",
-            expected="the methods that attach() put there",
-            got=f"{type(target.__dict__.get(covered[0])).__name__} at {', '.join(covered)}",
-            fix="accelerator.unwrap_model(model, keep_fp32_wrapper=False) first, if accelerate prepared it",
-        )
-    unwrap(encoder)
-    for override in reversed(attachment.overrides):
-        override.remove()
-    del target.__dict__[KEY]
+    attachment.check_uncovered("attach()")
+    if isinstance(encoder, ContextEncoder):
+        unwrap(encoder)
+    else:
+        api.untune(encoder)
+    attachment.remove()
     return model
 
 
 @check_kinds
-def get_encoder(model: nn.Module) -> ContextEncoder:
-    """Return the context-aware tower of an attached model.
+def get_encoder(model: nn.Module) -> Any:
+    """Return the tower of an attached model: the `ContextEncoder`, or the `TunedViT` of another method.
 
     Args:
-        model: What was attached.
+        model: What was attached, or tuned by `covft.tune`.
 
     Returns:
         The encoder; its `vit` is the tower, where it always was.

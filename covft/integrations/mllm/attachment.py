@@ -1,4 +1,4 @@
-"""Holds the state of an attached model, and finds the text of each call."""
+"""Holds the state of an attached or tuned model, and finds the text of each call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from covft.conditioning.scope import Scope
 from covft.encoder import ContextEncoder
-from covft.errors import MissingContextError, ShapeError
+from covft.errors import MissingContextError, ShapeError, UnsupportedViTError
 from covft.integrations.mllm.families import MLLMFamily, base_of
 from covft.integrations.mllm.images import ImageMap, groups_of, map_images
 from covft.integrations.mllm.prompt import PromptReader
@@ -21,8 +21,10 @@ from covft.surgery.checks import check_not_copied
 from covft.surgery.overrides import Override
 from covft.surgery.skipping import check_read
 from covft.text.inputs import as_index
+from covft.tuning.tuned import TunedViT
 
 KEY = "_covft_attachment"
+Tower = ContextEncoder | TunedViT
 # The text of placeholder images, whose features are dropped.
 NO_IMAGE = "no image"
 
@@ -32,21 +34,30 @@ class Attachment:
     """Connects a multimodal LLM, its context-aware tower and the reader of its prompts.
 
     Attributes:
-        encoder: The wrapped tower.
+        encoder: The tower, as `covft.wrap` or `covft.tune` returned it.
         reader: Reads instructions from `input_ids`.
         family: How images reach the tower.
         overrides: What has replaced methods of the model.
         balanced: Whether the load-balancing loss of sparse routing was ever added to the model's loss.
         balancing: Whether a call is running that adds it.
+        outside: Whether parameters outside the tower were trainable, by name, where `covft.tune` has changed that.
+        linears: Paths of the language model's layers that `covft.tune` had peft adapt.
     """
 
     model: nn.Module
-    encoder: ContextEncoder
+    encoder: Tower
     reader: PromptReader
     family: MLLMFamily
     overrides: list[Override] = field(default_factory=list)
     balanced: bool = False
     balancing: bool = False
+    outside: dict[str, bool] = field(default_factory=dict)
+    linears: tuple[str, ...] = ()
+
+    @property
+    def routed(self) -> ContextEncoder | None:
+        """The tower, if it has experts; None if another method tunes it."""
+        return self.encoder if isinstance(self.encoder, ContextEncoder) else None
 
     def override(self, overrides: Mapping[str, Callable[[Attachment, str], Override]]) -> None:
         """Override methods of the model, by name, and note what is installed."""
@@ -59,6 +70,29 @@ class Attachment:
         """Return the methods that another library has replaced since they were overridden."""
         return [override.name for override in self.overrides if not override.is_installed]
 
+    def check_uncovered(self, since: str) -> None:
+        """Refuse to undo overrides that another library has replaced.
+
+        Args:
+            since: What has overridden the methods, for the message.
+
+        Raises:
+            UnsupportedViTError: If it has.
+        """
+        if covered := self.covered():
+            raise UnsupportedViTError(
+                f"Another library has replaced model.{covered[0]} since {since}.",
+                expected=f"the methods that {since} put there",
+                got=f"{type(self.model.__dict__.get(covered[0])).__name__} at {', '.join(covered)}",
+                fix="accelerator.unwrap_model(model, keep_fp32_wrapper=False) first, if accelerate prepared it",
+            )
+
+    def remove(self) -> None:
+        """Give the model its own methods back."""
+        for override in reversed(self.overrides):
+            override.remove()
+        del self.model.__dict__[KEY]
+
     def check_read(self, given: Mapping[str, Any]) -> None:
         """Refuse a call that reads the hidden state of a skipped block, which is a copy of another.
 
@@ -69,7 +103,7 @@ class Attachment:
             ConfigError: If it does.
         """
         encoder = self.encoder
-        check_read(encoder.spec, encoder.covft_config.feature_layer, read_layers(self.model, given))
+        check_read(encoder.spec, encoder.feature_layer, read_layers(self.model, given))
 
     def conditioned(
         self, given: Mapping[str, Any], context_text: Any, context_index: Any = None

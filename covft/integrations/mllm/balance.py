@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from covft.encoder import ContextEncoder
 from covft.integrations.mllm.attachment import Attachment
 from covft.nn.losses import load_balance_loss
 from covft.surgery.overrides import Override
@@ -30,11 +31,12 @@ def call_with_balance_loss(attachment: Attachment, call: Callable[[], Any], give
     Returns:
         What the model returned.
     """
-    if not (wants_balance(attachment) and attachment.model.training and torch.is_grad_enabled()):
+    routed = attachment.routed
+    if routed is None or not (wants_balance(attachment) and attachment.model.training and torch.is_grad_enabled()):
         return call()
     if attachment.balancing:
         return call()  # inside another override of the same model, which adds it
-    slots = attachment.encoder.slots().values()
+    slots = routed.slots().values()
     before = [slot.record for slot in slots]
     attachment.balancing = True
     try:
@@ -49,15 +51,18 @@ def call_with_balance_loss(attachment: Attachment, call: Callable[[], Any], give
     found = [loss for loss in losses if loss is not None]
     if not found:
         return output
-    factor = attachment.encoder.covft_config.router_aux_loss_coef
-    added = factor * _share(given) * torch.stack(found).mean()
+    added = _factor(routed) * _share(given) * torch.stack(found).mean()
     return _added(output, added, attachment)
 
 
 def wants_balance(attachment: Attachment) -> bool:
     """Return whether the settings of an attached model ask for the load-balancing loss."""
-    config = attachment.encoder.covft_config
-    return config.routing == "sparse" and config.router_aux_loss_coef > 0
+    routed = attachment.routed
+    return routed is not None and routed.covft_config.routing == "sparse" and _factor(routed) > 0
+
+
+def _factor(routed: ContextEncoder) -> float:
+    return routed.covft_config.router_aux_loss_coef
 
 
 class LossOverride(Override):

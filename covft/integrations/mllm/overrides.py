@@ -205,7 +205,7 @@ def install(attachment: Attachment) -> None:
     attachment.override({name: override for name, override in OVERRIDES.items() if hasattr(type(model), name)})
     if base is not model:
         attachment.override({"forward": BaseOverride})
-    if attachment.encoder.covft_config.feature_layer is not None:
+    if attachment.encoder.feature_layer is not None:
         if hasattr(type(model), "get_video_features"):
             attachment.override({"get_video_features": LayerOverride})
         if base is not model:

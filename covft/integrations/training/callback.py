@@ -31,6 +31,8 @@ from covft.integrations.training.precision import keeps_float32_copies, train_in
 from covft.integrations.training.reentrant import check_tower, key_of, without_reentrant
 from covft.integrations.training.resuming import watch_resuming
 from covft.integrations.training.trainable import after_peft, check_trainable
+from covft.integrations.tuning.tune import tune
+from covft.tuning.registry import make_method
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 from covft.utils.sharding import is_sharded
@@ -82,8 +84,8 @@ class TowerCallback(TrainerCallback):
             self._monitor.check_separation(state.global_step)
 
     def _start(self, model: nn.Module, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-        encoder, named = _attachment(model).encoder, list(named)
-        self._monitor = RoutingMonitor(encoder, self.per_layer)
+        routed, named = _attachment(model).routed, list(named)
+        self._monitor = None if routed is None else RoutingMonitor(routed, self.per_layer)
         self._stop_watching()
         if self.missing_gradients != "ignore":
             self._watch = GradientWatch(named)
@@ -103,7 +105,7 @@ class TowerCallback(TrainerCallback):
         if watch is None:
             return
         missing = watch.missing()
-        if missing and not _attachment(model).encoder.routing_weights():
+        if missing and not _attachment(model).encoder.has_run:
             parts = parts_of(model)
             if all(parts[name] != "llm" for name in missing):
                 return  # rows without images so far: check again after the next step
@@ -124,7 +126,8 @@ class TowerCallback(TrainerCallback):
 
     def _check_balance(self, attachment: Attachment) -> None:
         """Warn if the trainer takes its loss from elsewhere than the model, without the load-balancing loss."""
-        if wants_balance(attachment) and not attachment.balanced and attachment.encoder.aux_loss().requires_grad:
+        routed = attachment.routed if wants_balance(attachment) and not attachment.balanced else None
+        if routed is not None and routed.aux_loss().requires_grad:
             warnings.warn(
                 "The load-balancing loss of sparse routing was not added in the first step: the loss does not come "
                 "from the model (label_smoothing_factor, compute_loss_func). Fix: add router_aux_loss_coef * "
@@ -166,12 +169,14 @@ class CoVFTCallback(TowerCallback):
 
     Args:
         text_encoder: As for `covft.attach`; None if the model is attached already, or the routing needs no text.
+        method: How the tower is tuned, as for `covft.tune`.
         tokenizer: The model's tokenizer or processor; None takes the trainer's `processing_class`.
         resume_from: The checkpoint to resume from; None looks in the trainer's output folder.
         missing_gradients: Reaction to trained parameters without gradient after the first step, and to a tower that
             other code has frozen: `"raise"`, `"warn"` or `"ignore"`.
         per_layer: Whether to log figures of each adapted block, in addition to their means.
-        **settings: The other keywords of `covft.attach`: `layers`, `experts`, `empty_instruction`, ...
+        **settings: The other keywords of `covft.attach`, or `empty_instruction` and the like with the options of
+            another method: `layers`, `experts`, `r`, ...
 
     Raises:
         ConfigError: If a setting is not known.
@@ -186,6 +191,7 @@ class CoVFTCallback(TowerCallback):
         self,
         text_encoder: Any = None,
         *,
+        method: str = "covft",
         tokenizer: Any = None,
         resume_from: str | Path | None = None,
         missing_gradients: str = "raise",
@@ -194,7 +200,7 @@ class CoVFTCallback(TowerCallback):
     ) -> None:
         import_library("transformers", "train", needed_by="CoVFTCallback")
         check_release("CoVFTCallback")
-        known = set(inspect.signature(attach).parameters) - {"model"}
+        known = _settings_of(method)
         if unknown := sorted(set(settings) - known):
             raise ConfigError(
                 f"CoVFTCallback does not know {', '.join(unknown)}.",
@@ -210,6 +216,7 @@ class CoVFTCallback(TowerCallback):
             )
         super().__init__(missing_gradients, per_layer)
         self.text_encoder, self.tokenizer, self.settings = text_encoder, tokenizer, settings
+        self.method = method
         self.resume_from = resume_from
 
     def on_init_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
@@ -218,12 +225,13 @@ class CoVFTCallback(TowerCallback):
         _check_arguments(args)
         if attachment_of(model) is None:
             tokenizer = kwargs.get("processing_class") if self.tokenizer is None else self.tokenizer
-            attach(model, self.text_encoder, tokenizer=tokenizer, **self.settings)
-        elif self.text_encoder is not None or self.settings:
+            tune(model, self.method, text_encoder=self.text_encoder, tokenizer=tokenizer, **self.settings)
+        elif self.text_encoder is not None or self.settings or self.method != "covft":
             raise ConfigError(
                 "The model is attached already, so the callback's settings would be ignored.",
                 expected="CoVFTCallback() for an attached model",
-                got=", ".join(["text_encoder"] * (self.text_encoder is not None) + sorted(self.settings)),
+                got=", ".join(["text_encoder"] * (self.text_encoder is not None) + sorted(self.settings))
+                or self.method,
                 fix="CoVFTCallback(), or leave covft.attach out",
             )
         encoder = _attachment(model).encoder
@@ -294,6 +302,14 @@ class CoVFTCallback(TowerCallback):
         forward = attachment.model.__dict__.get("forward")
         if isinstance(forward, LossOverride) and forward not in attachment.overrides:
             forward.remove()
+
+
+def _settings_of(method: str) -> set[str]:
+    """Return the keywords that a method takes in a multimodal LLM."""
+    if method == "covft":
+        return set(inspect.signature(attach).parameters) - {"model"}
+    options = make_method(method, {}).to_dict()
+    return {*options, "turns", "system", "empty_instruction", "adapter"}
 
 
 class SealCallback(TrainerCallback):

@@ -22,11 +22,10 @@ from torch import nn
 
 from covft.checkpoints import trained
 from covft.checkpoints.folder import compare_tensors
-from covft.checkpoints.loading import load_into
 from covft.checkpoints.pretrained import FOLDER
-from covft.encoder import ContextEncoder
 from covft.errors import CheckpointError
 from covft.integrations.mllm.attachment import attachment_of
+from covft.surgery.adapted import AdaptedViT
 from covft.utils.arguments import check_kinds
 from covft.utils.files import is_temporary, write_json
 from covft.utils.sharding import assign, shape_of
@@ -83,7 +82,7 @@ def restore(model: nn.Module, checkpoint: str | Path) -> None:
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         f"{folder / trained.TRAINED}",
     )
-    load_into(attachment.encoder, folder)
+    attachment.encoder.load_into(folder)
     for name, parameter in wanted.items():
         assign(parameter, tensors[name])
 
@@ -111,7 +110,7 @@ def trained_outside(model: nn.Module) -> dict[str, nn.Parameter]:
     return trained.trained_outside(_encoder(model), model)
 
 
-def _encoder(model: nn.Module) -> ContextEncoder | None:
+def _encoder(model: nn.Module) -> AdaptedViT | None:
     attachment = attachment_of(model)
     return None if attachment is None else attachment.encoder
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from covft.encoder import ContextEncoder
 from covft.errors import ConfigError
 from covft.integrations.mllm.attachment import KEY
-from covft.integrations.training.parts import parts_of
+from covft.integrations.training.parts import part_in_model, parts_of
+from covft.surgery.adapted import AdaptedViT
 from covft.utils.arguments import check_kinds
 from covft.utils.sharding import is_partitioned, is_sharded
 
@@ -115,11 +115,11 @@ def _parts_inside(module: nn.Module) -> dict[str, str]:
     for path, inner in module.named_modules():
         prefix = f"{path}." if path else ""
         found: dict[str, str] = {}
-        if isinstance(inner, ContextEncoder):
-            found = {f"vit.{name}": inner.part_of(name) for name, _ in inner.vit.named_parameters()}
+        if isinstance(inner, AdaptedViT):
+            found = {f"vit.{name}": part_in_model(inner, name) for name, _ in inner.vit.named_parameters()}
         elif KEY in inner.__dict__:
             found = parts_of(inner)
-        parts.update({prefix + name: "vision" if part == "other" else part for name, part in found.items()})
+        parts.update({prefix + name: part for name, part in found.items()})
     return parts
 
 

@@ -10,9 +10,11 @@ from torch import nn
 
 from covft.adapters.registry import describe
 from covft.checkpoints.pretrained import prefix_of
+from covft.encoder import ContextEncoder
 from covft.errors import ConfigError
 from covft.integrations.mllm.attachment import attachment_of, without_peft
 from covft.integrations.mllm.families import find_tower
+from covft.surgery.adapted import AdaptedViT
 from covft.utils import parameters
 from covft.utils.arguments import check_kinds
 from covft.utils.peft import adapter_parameters
@@ -47,18 +49,30 @@ def parts_of(model: nn.Module) -> dict[str, str]:
         if not _PROJECTORS.isdisjoint(name.split(".")):
             parts[name] = "projector"
         elif name.startswith(prefix):
-            part = attachment.encoder.part_of(name.removeprefix(prefix)) if attachment else "other"
-            parts[name] = "vision" if part == "other" else part
+            inner = name.removeprefix(prefix)
+            parts[name] = part_in_model(attachment.encoder, inner) if attachment else "vision"
         else:
             parts[name] = "llm"
     return parts
+
+
+def part_in_model(encoder: AdaptedViT, name: str) -> str:
+    """Return the part of a multimodal LLM that a parameter of its tower belongs to.
+
+    Args:
+        encoder: The tower.
+        name: Name of the parameter in the ViT.
+    """
+    part = encoder.part_of(name)
+    return "vision" if part == "other" else part
 
 
 @check_kinds
 def train_only(model: nn.Module, parts: Iterable[str], *, dtype: torch.dtype | None = None) -> dict[str, int]:
     """Train these parts of a multimodal LLM, and freeze everything else.
 
-    Where peft has put adapters into a part, the part means these adapters; its other weights stay frozen.
+    Where peft has put adapters into a part, the part means these adapters; its other weights stay frozen. In a tower
+    that `covft.tune` has tuned, `"vision"` means what its method trains.
 
     Args:
         model: A multimodal LLM, attached or not.
@@ -76,7 +90,8 @@ def train_only(model: nn.Module, parts: Iterable[str], *, dtype: torch.dtype | N
     asked = {part for name in parts for part in (COVFT if name == "covft" else (name,))}
     owner = parts_of(model)
     present = set(owner.values())
-    if attachment_of(model) is not None:
+    attachment = attachment_of(model)
+    if attachment is not None and isinstance(attachment.encoder, ContextEncoder):
         present |= set(COVFT)  # with train_norms="none" or uniform routing some of them are empty
     if absent := asked - present:
         raise ConfigError(
@@ -87,12 +102,15 @@ def train_only(model: nn.Module, parts: Iterable[str], *, dtype: torch.dtype | N
         )
     adapters = adapter_parameters(model)
     by_peft = {owner[name] for name, parameter in model.named_parameters() if id(parameter) in adapters}
+    chosen = _chosen_by_method(model)
     for name, parameter in model.named_parameters():
         trained = owner[name] in asked and parameter.is_floating_point()
-        if owner[name] in by_peft:
+        if owner[name] == "vision" and chosen is not None:
+            trained = trained and id(parameter) in chosen
+        elif owner[name] in by_peft:
             trained = trained and adapters.get(id(parameter), False)  # of an active adapter
         parameter.requires_grad_(trained)
-    if (attachment := attachment_of(model)) is not None:
+    if attachment is not None:
         attachment.encoder.chosen_parts = frozenset(asked)
     if "vision" in asked:
         freeze_unread(model)
@@ -105,6 +123,14 @@ def train_only(model: nn.Module, parts: Iterable[str], *, dtype: torch.dtype | N
             if dtype is not None:
                 parameter.data = parameter.data.to(dtype)
     return counts
+
+
+def _chosen_by_method(model: nn.Module) -> set[int] | None:
+    """Return what the method of the tower trains, by id; None where that is covft, or nothing was attached."""
+    attachment = attachment_of(model)
+    if attachment is None or isinstance(attachment.encoder, ContextEncoder):
+        return None
+    return {id(parameter) for parameter in attachment.encoder.adapted_parameters().values()}
 
 
 @check_kinds

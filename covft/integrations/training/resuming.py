@@ -7,7 +7,6 @@ reads the checkpoint's folder, the only parameter of that method, from the stack
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import sys
 from collections.abc import Mapping
@@ -20,10 +19,11 @@ from torch import nn
 from covft.checkpoints.folder import read_config
 from covft.checkpoints.pretrained import FOLDER
 from covft.config import CoVFTConfig
-from covft.encoder import ContextEncoder
 from covft.errors import CheckpointError
 from covft.integrations.mllm.attachment import attachment_of
 from covft.integrations.training.checkpoints import check_checkpoint, check_trained
+from covft.surgery.adapted import AdaptedViT
+from covft.surgery.wrapped import settings_of
 from covft.utils.strict_json import read_strictly
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -57,7 +57,7 @@ def check_resumed(model: nn.Module, checkpoint: str | Path) -> None:
     check_trained(model, checkpoint)
 
 
-def check_settings(encoder: ContextEncoder, checkpoint: str | Path, model: nn.Module | None = None) -> None:
+def check_settings(encoder: AdaptedViT, checkpoint: str | Path, model: nn.Module | None = None) -> None:
     """Refuse a checkpoint of a run with other settings.
 
     Args:
@@ -70,9 +70,8 @@ def check_settings(encoder: ContextEncoder, checkpoint: str | Path, model: nn.Mo
     """
     folder = Path(checkpoint)
     saved = read_config(folder / FOLDER)
-    old = {**_of_model(CoVFTConfig.from_dict(saved["covft"])), "text_dim": saved["text"].get("text_dim")}
-    new = {**_of_model(encoder.covft_config), "text_dim": encoder.text_dim}
-    changed = _changed(old, new)
+    old, new = _of_folder(saved), encoder.settings()
+    changed = _changed(old, new) if old["method"] == new["method"] else ["method"]
     if model is not None:
         lora_then, lora_now = _peft_of_folder(folder), _peft_of_model(model)
         old, new = {**old, **lora_then}, {**new, **lora_now}
@@ -112,13 +111,15 @@ def _code_of_loading() -> CodeType | None:
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     if bool(old) != bool(new):  # adapters of peft or none
         return ["peft_type"]
-    return [name for name in old if old[name] != new[name]]
+    return [name for name in old if old[name] != new.get(name)]
 
 
-def _of_model(config: CoVFTConfig) -> dict[str, Any]:
-    """Return the settings that decide which tensors there are, and what they compute."""
-    names = [field.name for field in dataclasses.fields(config) if field.metadata["changes_model"]]
-    return {name: getattr(config, name) for name in names}
+def _of_folder(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a saved folder, as `AdaptedViT.settings` gives those of a ViT."""
+    text_dim = saved["text"].get("text_dim")
+    if "method" not in saved:
+        return settings_of(CoVFTConfig.from_dict(saved["covft"]), text_dim)
+    return {"method": saved["method"]["name"], **saved["method"]["options"], "text_dim": text_dim}
 
 
 def _peft_of_folder(folder: Path) -> dict[str, Any]:

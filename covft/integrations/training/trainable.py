@@ -11,6 +11,9 @@ from covft.encoder import ContextEncoder
 from covft.errors import MissingGradientError
 from covft.integrations.mllm.attach import get_encoder
 from covft.integrations.mllm.attachment import attachment_of
+from covft.integrations.training.parts import part_in_model
+from covft.surgery.adapted import AdaptedViT
+from covft.tuning.tuned import TunedViT
 from covft.utils.peft import adapter_parameters, is_adapter
 
 _FIX = "covft.get_encoder(model).unfreeze(), after the call that froze it"
@@ -29,9 +32,10 @@ def after_peft(model: nn.Module) -> None:
     assert attachment is not None, "attached by the callback"
     attachment.check_tower()
     encoder = attachment.encoder
+    slots = encoder.slots() if isinstance(encoder, ContextEncoder) else {}
     inside = [
         f"{layer}: {name}"
-        for layer, slot in encoder.slots().items()
+        for layer, slot in slots.items()
         for name, module in slot.named_modules()
         if is_adapter(module)
     ]
@@ -63,7 +67,7 @@ def check_trainable(model: nn.Module, reaction: str = "raise") -> None:
     expected = {
         name: parameter
         for name, parameter in encoder.adapted_parameters().items()
-        if encoder.chosen_parts is None or encoder.part_of(name) in encoder.chosen_parts
+        if encoder.chosen_parts is None or part_in_model(encoder, name) in encoder.chosen_parts
     }
     frozen = [name for name, parameter in expected.items() if not parameter.requires_grad]
     if not frozen or reaction == "ignore":
@@ -79,7 +83,7 @@ def check_trainable(model: nn.Module, reaction: str = "raise") -> None:
         return
     error = MissingGradientError(
         f"All {len(expected)} tensors that covft trains were frozen after attach().",
-        expected="experts, routers, contexts and norms with requires_grad",
+        expected=f"{_what_trains(encoder)} with requires_grad",
         got=f"requires_grad=False, {_who_froze(model)}",
         fix=f"{_FIX}, or covft.integrations.train_only(model, ['covft', ...])",
     )
@@ -89,13 +93,14 @@ def check_trainable(model: nn.Module, reaction: str = "raise") -> None:
 
 
 def lora_exclude(model: nn.Module) -> str:
-    """Return what keeps peft off experts, routers and contexts, for `LoraConfig(exclude_modules=...)`.
+    """Return what keeps peft off what covft has put into the tower, for `LoraConfig(exclude_modules=...)`.
 
     Args:
-        model: An attached model, or what `covft.wrap` returned.
+        model: An attached model, or what `covft.wrap` or `covft.tune` returned.
 
     Returns:
-        A regular expression for the paths of the adapted FFNs and everything in them.
+        A regular expression for the paths of the adapted FFNs, or of what the method has added or replaced, and
+        everything in them.
 
     Raises:
         UnsupportedViTError: If the model is not attached.
@@ -103,17 +108,32 @@ def lora_exclude(model: nn.Module) -> str:
     Example:
         >>> lora = LoraConfig(target_modules="all-linear", exclude_modules=lora_exclude(model))  # doctest: +SKIP
     """
-    encoder = model if isinstance(model, ContextEncoder) else get_encoder(model)
-    paths = "|".join(re.escape(path) for path in encoder.original.ffns)
+    encoder = model if isinstance(model, AdaptedViT) else get_encoder(model)
+    if isinstance(encoder, ContextEncoder):
+        own = list(encoder.original.ffns)
+    elif isinstance(encoder, TunedViT):
+        own = [*encoder.change.added, *encoder.change.replaced]
+    else:
+        own = []
+    if not own:
+        return r"(?!)"  # nothing
+    paths = "|".join(map(re.escape, own))
     return rf"(.*\.)?({paths})(\..*)?"
 
 
-def _trained(encoder: ContextEncoder) -> bool:
+def _what_trains(encoder: AdaptedViT) -> str:
+    is_covft = isinstance(encoder, ContextEncoder)
+    return "experts, routers, contexts and norms" if is_covft else f"what {encoder.settings()['method']!r} trains"
+
+
+def _trained(encoder: AdaptedViT) -> bool:
     return any(p.requires_grad for p in encoder.adapted_parameters().values()) or _adapters_train(encoder)
 
 
-def _adapters_train(encoder: ContextEncoder) -> bool:
+def _adapters_train(encoder: AdaptedViT) -> bool:
     """Whether peft's adapters inside the adapted FFNs are trained."""
+    if not isinstance(encoder, ContextEncoder):
+        return False
     adapters = adapter_parameters(encoder.vit)
     slots = encoder.slots().values()
     return any(p.requires_grad and id(p) in adapters for slot in slots for p in slot.parameters())
