@@ -216,6 +216,7 @@ def run_script(folder, output, kill_at="never", resume="anew"):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.long
 def test_killed__a_run_resumes_and_ends_with_the_same_weights_bit_for_bit(folder, tmp_path):
     whole = run_script(folder, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
