@@ -70,6 +70,7 @@ def test_checkpoint__holds_every_trained_tensor_and_a_model_that_loads(rows, tmp
     assert same(state(again), state(model))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["ours", "plain"])
 def test_checkpoint__a_resumed_run_ends_as_one_that_was_not_interrupted(kind, rows, tmp_path):
     from transformers import Trainer
