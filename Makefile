@@ -2,7 +2,7 @@
 # (3.10 or newer) and make are needed.
 #
 #   make demo      LLaVA in miniature from real parts, a frozen ViT against CoVFT
-#   make test      the test suite
+#   make test      the test suite; with CI=true also its longer tests
 #   make check     format, lint, types, import order
 #   make gpu       the tests and the speed of a CUDA device, under 10 minutes
 #   make docs      the documentation, built into site/; warnings are errors
@@ -48,7 +48,7 @@ demo: $(STAMPS)/demo
 	$(PY) -m study $(DEMO_ARGS)
 
 test: $(STAMPS)/dev
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest $(if $(CI),-m "not slow and not gpu and not network") $(PYTEST_ARGS)
 
 # Without make or a network, on a machine that has torch, transformers, timm, accelerate, peft and pytest:
 #   python -m pytest tests/gpu -m gpu && python -m benchmarks.speed --device cuda

@@ -72,6 +72,7 @@ def test_twins__a_copy_shares_the_text_encoder_and_a_pickle_drops_it():
     assert torch.equal(twin(images, texts), encoder(images, texts))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["timm-clip", "open_clip-native", "hf-clip"])
 def test_compile__one_graph_and_the_same_numbers(name):
     encoder, images, text = wrapped(name)
@@ -93,6 +94,7 @@ def test_compile__one_graph_and_the_same_numbers(name):
     assert torch._dynamo.utils.counters["graph_break"] == {}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("complete", [True, False], ids=["encoder", "block"])
 @pytest.mark.parametrize("routing", ["dense", "sparse"])
 def test_compile__new_texts_and_batch_sizes_need_no_new_graphs(routing, complete):
@@ -121,6 +123,7 @@ def test_compile__new_texts_and_batch_sizes_need_no_new_graphs(routing, complete
     assert counter.frame_count == 2
 
 
+@pytest.mark.long
 def test_compile__gradients_are_the_same():
     encoder, images, text = wrapped("timm-clip")
     encoder.double().train()

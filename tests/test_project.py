@@ -97,6 +97,7 @@ def test_import_changes_no_global_state():
     assert run_python(code).stdout.strip() == "True"
 
 
+@pytest.mark.long
 def test_import_costs_less_than_half_of_torch_on_top():
     def seconds(module):
         code = f"from time import perf_counter as now; t = now(); import {module}; print(now() - t)"

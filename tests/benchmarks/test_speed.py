@@ -149,6 +149,7 @@ def run(tmp_path, parts):
     return json.loads((tmp_path / "cpu.json").read_text())["records"]
 
 
+@pytest.mark.long
 def test_command__writes_results_pages_and_plots(tmp_path):
     records = run(tmp_path, ["block", "llava"])
     assert {record["kind"] for record in records} == {"block", "products", "llava"}

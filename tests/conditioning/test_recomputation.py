@@ -47,8 +47,18 @@ CHECKPOINTED = [
 ]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("name", CHECKPOINTED)
+OFTEN = ("timm-clip", "hf-clip", "hf-qwen2.5-vl")  # every way in each run of the tests
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(name, way, marks=() if name in OFTEN or way is by_library else pytest.mark.long)
+        for name in CHECKPOINTED
+        for way in WAYS
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_gradients__equal_with_and_without_checkpointing(name, way):
     case = Case(name)
     wanted = {scenario: case.gradients(scenario, plain(case)) for scenario in SCENARIOS}

@@ -22,6 +22,7 @@ from tests.distributed.llava import (
 )
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
     pytest.mark.usefixtures("quiet"),
 ]

@@ -118,6 +118,7 @@ def run_trl(llava, output, *more):
         assert (folder / "covft" / "model.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_trl(llava):
     pytest.importorskip("trl")
     write_trl_data(llava / "data")

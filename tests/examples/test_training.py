@@ -26,6 +26,8 @@ NEVER = ["--save_strategy", "no"]
 
 ADAPTED = ["--layers", "1-2"]
 
+pytestmark = pytest.mark.long
+
 
 def launch(plan, log, config=CPU, *flags):
     """Run a plan in two processes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +12,8 @@ from covft.adapters.registry import describe
 from tests.helpers.towers import BY_NAME, DEPTH, TEXT_DIM, WIDTH, Tower, features
 
 FAMILIES = ("timm-clip", "open_clip-native", "hf-clip", "hf-siglip", "hf-dinov3", "hf-internvl", "hf-qwen2.5-vl")
+# Those on which every method is tried in each run of the tests; CI tries them on all.
+OFTEN = ("timm-clip", "hf-clip", "hf-qwen2.5-vl")
 # Options that keep what is built small; those of other methods are their defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
     "last_layers": {"n": 2},
@@ -34,9 +37,14 @@ CHANGED_AT_START = ("vpt",)
 READS_TEXT = ("qa_vit", "adaln", "cross_attention")
 
 
-def cases(methods: list[str]) -> list[tuple[str, str]]:
+def cases(methods: list[str]) -> list[Any]:
     """Every method on every family that takes it."""
-    return [(method, name) for name in FAMILIES for method in methods if (method, name) not in REFUSED]
+    return [
+        pytest.param(method, name, marks=() if name in OFTEN else pytest.mark.long)
+        for name in FAMILIES
+        for method in methods
+        if (method, name) not in REFUSED
+    ]
 
 
 def tower_of(name: str) -> tuple[Tower, nn.Module]:

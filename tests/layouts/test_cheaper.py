@@ -32,6 +32,7 @@ from tests.helpers.tiny_vits import (
 from tests.helpers.tiny_vits import LAYOUTS as TINY
 from tests.helpers.towers import MLLAMA, PACKED, TEXT_DIM, Tower, exact, features, perturb
 
+pytestmark = pytest.mark.long
 Inputs = tuple[Any, dict[str, Any]]
 LENGTHS = [4, 7, 5]  # patches of the images of naflex
 EXPERTS = 3

@@ -10,8 +10,11 @@ from covft.errors import CoVFTError
 from tests.helpers.calls import EVERYTHING, VALUES, Call, World
 from tests.helpers.snapshots import assert_unchanged, snapshot
 
+SECONDS = ("attach", "match", "ConversationDataset", "compress")  # what is built anew for each wrong value
+CALLS = [pytest.param(call, marks=pytest.mark.long if str(call) in SECONDS else ()) for call in EVERYTHING]
 
-@pytest.mark.parametrize("call", EVERYTHING, ids=str)
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
 def test_wrong_kinds(call: Call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a path such as "nonsense" is a good one
     world = World(tmp_path)

@@ -39,6 +39,7 @@ def test_saved_weights_load_as_they_were_up_to_half_precision(tmp_path: Path) ->
         assert torch.equal(value, vit.state_dict()[key])
 
 
+@pytest.mark.long
 def test_the_small_vit_sees() -> None:
     from transformers import CLIPVisionModel
 

@@ -39,6 +39,7 @@ def _quiet_transformers():
     logging.set_verbosity(before)
 
 
+@pytest.mark.long
 def test_both_trainers_have_the_same_falling_losses(tmp_path: Path) -> None:
     from transformers import Trainer
 

@@ -217,6 +217,7 @@ def test_never_runs__in_a_copy(name, twin_of, called):
         assert_close(answers(twin, images), answers(originals[0], images), rtol=0, atol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",  # twenty seconds each
     [name if name in ("hf-clip", "timm-clip") else pytest.param(name, marks=pytest.mark.slow) for name in SKIPPED],
@@ -358,6 +359,7 @@ def test_attach__of_a_model_that_reads_the_penultimate_layer():
     assert torch.equal(model(**batch.inputs).logits, before)
 
 
+@pytest.mark.long
 def test_compile__without_graph_breaks():
     encoder = covft.wrap(timm_vit(), TEXTS, layers=[1], feature_layer=-2).eval()
     images, features = torch.randn(2, 3, 32, 32), encoder.encode_text(QUESTIONS)

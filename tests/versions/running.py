@@ -58,6 +58,7 @@ def test(environment: Environment) -> tuple[dict[str, dict[str, int]], list[str]
     row, report = environment.row, FOLDER / f"{environment.row.name}.xml"
     report.unlink(missing_ok=True)
     command = [environment.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1"]
+    command += ["-m", "not slow and not gpu and not network"]  # the longer ones, too
     command += [f"--junitxml={report}", *shlex.split(os.environ.get("PYTEST_ARGS", ""))]
     # A file or a test; --deselect takes both.
     command += [f"--deselect={path}" for path in {**SLOW, **row.without}]

@@ -73,6 +73,7 @@ def test_it_is_the_model_that_was_saved(name, tmp_path):
     assert not torch.equal(outputs(plain, batch)[0], outputs(model, batch)[0])
 
 
+@pytest.mark.long
 def test_a_fresh_process_loads_it(tmp_path):
     model, batch = trained("llava", tmp_path)
     torch.save((batch, outputs(model, batch)), tmp_path / "expected.pt")

@@ -246,6 +246,7 @@ def test_training_saving_and_evaluating(home, trainers):
     torch.testing.assert_close(torch.load(home / "features.pt"), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_an_interrupted_run_ends_where_a_whole_one_does(home, trainers):
     run(home, steps=3, output_dir=home / "whole")

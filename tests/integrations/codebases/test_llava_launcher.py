@@ -163,6 +163,7 @@ def test_llava_next_whose_tower_is_loaded_with_the_model(llava_code, llava_home,
     torch.testing.assert_close(model(**batch, images=images).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings(CLIP_WARNING)
 def test_an_interrupted_run_ends_where_a_whole_one_does(llava_code, llava_home, trainers):
     run(llava_home, steps=3, output_dir=llava_home / "whole")
@@ -237,6 +238,7 @@ def test_stage_1_saves_the_tower_beside_the_projector(llava_code, llava_home):
         assert (llava_home / folder / "mm_projector.bin").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bias", ["none", "all"])
 @pytest.mark.filterwarnings(CLIP_WARNING)
 def test_lora_of_the_language_model(bias, llava_code, llava_home, trainers):

@@ -70,6 +70,7 @@ def test_checkpoint__holds_every_trained_tensor_and_a_model_that_loads(rows, tmp
     assert same(state(again), state(model))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["ours", "plain"])
 def test_checkpoint__a_resumed_run_ends_as_one_that_was_not_interrupted(kind, rows, tmp_path):
     from transformers import Trainer
@@ -216,6 +217,7 @@ def run_script(folder, output, kill_at="never", resume="anew"):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.long
 def test_killed__a_run_resumes_and_ends_with_the_same_weights_bit_for_bit(folder, tmp_path):
     whole = run_script(folder, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr

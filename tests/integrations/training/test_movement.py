@@ -84,6 +84,7 @@ def test_an_optimizer_without_the_tower_is_named(rows, tmp_path):
         run(model, rows, tmp_path, trainer=Forgetful)
 
 
+@pytest.mark.long
 def test_a_resumed_run_ends_where_a_whole_one_does(rows, tmp_path):
     """The float32 values of a tower in bfloat16 come back bit for bit."""
     models = [build().to(torch.bfloat16) for _ in range(2)]
