@@ -8,7 +8,7 @@ import inspect
 import json
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -107,10 +107,14 @@ def describe(
     ] = None,
     text_dim: Annotated[int, typer.Option(min=1, help="Width of the text features.")] = 768,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per image, where the model does not say.")] = None,
+    method: Annotated[str, typer.Option(help="How the ViT is tuned: a method of covft.tune.")] = "covft",
+    option: Annotated[
+        list[str] | None, typer.Option(help="An option of another method, such as r=16; may be given several times.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     settings: Any = None,
 ) -> None:
-    """Show the blocks of a ViT, what would be wrapped, and what that adds. No weights are loaded."""
+    """Show the blocks of a ViT, what would be wrapped or tuned, and what that adds. No weights are loaded."""
     if (model is None) == (everything is None):
         raise ConfigError(
             "covft describe takes a model, or --all and a library.",
@@ -123,11 +127,88 @@ def describe(
 
         _print_coverage(Console(), load_coverage(str(everything)), as_json=as_json)
         return
-    facts = gather(model, text_dim=text_dim, tokens=tokens, **settings)
+    if method != "covft":
+        facts = cost(model, method, parse_options(option or ()), text_dim=text_dim, settings=settings)
+    elif option:
+        raise ConfigError(
+            "--option belongs to another method than covft, whose settings have options of their own.",
+            expected="--method lora --option r=16, or --layers and the like",
+            got=", ".join(option),
+        )
+    else:
+        facts = gather(model, text_dim=text_dim, tokens=tokens, **settings)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
-    else:
+    elif method == "covft":
         _print_facts(Console(), facts)
+    else:
+        _print_cost(Console(), facts)
+
+
+def parse_options(given: Iterable[str]) -> dict[str, Any]:
+    """Return options of a method from the command line: numbers, lists and switches as JSON, all else as text.
+
+    Args:
+        given: Such as `r=16` or `layers=[2,3]`.
+
+    Raises:
+        ConfigError: If one has no name.
+    """
+    found: dict[str, Any] = {}
+    for entry in given:
+        name, mark, value = entry.partition("=")
+        if not mark or not name:
+            raise ConfigError(f"--option {entry} has no value.", expected="NAME=VALUE", got=entry, fix="--option r=16")
+        try:
+            found[name.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            found[name.replace("-", "_")] = value
+    return found
+
+
+def cost(
+    source: str, method: str, options: dict[str, Any], *, text_dim: int, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what `describe --method` prints, as JSON values.
+
+    Args:
+        source: `timm:NAME`, `open_clip:NAME` or `hf:ID_OR_FOLDER`.
+        method: Name of the method.
+        options: Its options.
+        text_dim: Width C of the text features.
+        settings: Settings of covft, which no other method takes.
+
+    Raises:
+        CoVFTError: Whatever `covft.tune` would refuse, and models that cannot be built.
+    """
+    from covft.adapters.registry import describe as describe_vit
+    from covft.adapters.sources import load_vit
+    from covft.tuning.budget import budget
+    from covft.tuning.registry import make_method
+
+    if settings:
+        raise ConfigError(
+            f"{method!r} takes no settings of covft.",
+            expected="--option NAME=VALUE",
+            got=", ".join(f"--{name.replace('_', '-')}" for name in settings),
+        )
+    vit = load_vit(source, pretrained=False, device="meta")
+    spec, found = describe_vit(vit), budget(vit, method, text_dim=text_dim, **options)
+    return {
+        "model": source,
+        "library": spec.library,
+        "class_name": spec.class_name,
+        "depth": spec.depth,
+        "layout": spec.input.layout,
+        "parameters": sum(parameter.numel() for parameter in vit.parameters()),
+        "method": method,
+        "options": make_method(method, options).to_dict(),
+        "trained_parameters": found.parameters,
+        "added_parameters": found.added,
+        "forward_flops": found.forward_flops,
+        "step_flops": found.step_flops,
+        "kept_bytes": found.kept_bytes,
+    }
 
 
 def gather(source: str, *, text_dim: int, tokens: int | None = None, **settings: Any) -> dict[str, Any]:
@@ -228,12 +309,7 @@ def _matrix_elements(module: Any) -> int:
 
 
 def _print_facts(console: Console, facts: dict[str, Any]) -> None:
-    console.print(
-        f"{facts['model']}: {facts['library']} {facts['class_name']}, {facts['depth']} blocks, "
-        f"{facts['parameters']:,} parameters, tokens {facts['layout']}",
-        soft_wrap=True,
-        markup=False,
-    )
+    console.print(_title(facts), soft_wrap=True, markup=False)
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("block", justify="right")
     table.add_column("FFN")
@@ -256,6 +332,34 @@ def _print_facts(console: Console, facts: dict[str, Any]) -> None:
     console.print(table, soft_wrap=True, highlight=False)
     for line in _summary(facts):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _print_cost(console: Console, facts: dict[str, Any]) -> None:
+    options = ", ".join(f"{name}={value!r}" for name, value in facts["options"].items())
+    share = 100 * facts["trained_parameters"] / facts["parameters"]
+    lines = [
+        _title(facts),
+        f"Method:                        {facts['method']}" + (f"  ({options})" if options else ""),
+        f"Trained parameters:            {facts['trained_parameters']:,}  ({share:.2f}% of the ViT's)",
+        f"Added parameters:              {facts['added_parameters']:,}",
+    ]
+    if facts["forward_flops"] is None:
+        lines.append("FLOPs and bytes:               unknown (the model does not say its image size)")
+    else:
+        lines += [
+            f"FLOPs added to a forward:      {facts['forward_flops'] / 1e9:,.2f} G  (per image)",
+            f"FLOPs of a training step:      {facts['step_flops'] / 1e9:,.2f} G more than a forward",
+            f"Kept for backward:             {facts['kept_bytes'] / 2**20:,.1f} MiB  (per image)",
+        ]
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _title(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['model']}: {facts['library']} {facts['class_name']}, {facts['depth']} blocks, "
+        f"{facts['parameters']:,} parameters, tokens {facts['layout']}"
+    )
 
 
 def _summary(facts: dict[str, Any]) -> list[str]:

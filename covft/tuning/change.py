@@ -102,7 +102,8 @@ def apply(vit: nn.Module, change: Change) -> Applied:
         if hook.before:
             place.register_forward_pre_hook(hook.call, with_kwargs=True)
         else:
-            place.register_forward_hook(hook.call, with_kwargs=True)
+            # First: hooks that were there before, such as those that collect hidden states, see what the block returns.
+            place.register_forward_hook(hook.call, with_kwargs=True, prepend=True)
     if change.conditioning is not None:
         vit.register_forward_pre_hook(change.conditioning.enter_tower, with_kwargs=True, prepend=True)
         vit.register_forward_hook(change.conditioning.leave_tower, always_call=True)

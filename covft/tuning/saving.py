@@ -19,6 +19,7 @@ from covft.checkpoints.loading import by_saved_name
 from covft.checkpoints.saving import dtypes
 from covft.checkpoints.sources import public_revision, public_source
 from covft.errors import CheckpointError
+from covft.tuning.change import check_in_place
 from covft.utils.peft import plain_name
 from covft.utils.sharding import full, is_main_process, is_sharded
 from covft.utils.transformers_names import commit_of
@@ -68,6 +69,7 @@ def save(
     writes: bool | None = None,
 ) -> None:
     """Write a saved folder; see `AdaptedViT.write`."""
+    check_in_place(tuned.vit, tuned.change)
     tensors = tuned_tensors(tuned, gathered)
     sharded = {name for name, tensor in tensors.items() if is_sharded(tensor)}
     if writes is None:

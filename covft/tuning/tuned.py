@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from covft.conditioning.scope import freeze_batch_norms
 from covft.errors import ConfigError, MergeError
 from covft.nn.functional import HALF
 from covft.surgery.adapted import AdaptedViT
+from covft.surgery.wrapped import module_at
 from covft.text import TextEncoder
 from covft.tuning import loading, saving
 from covft.tuning.change import Applied, Change
@@ -167,6 +169,18 @@ class TunedViT(CalledWithText, AdaptedViT):
     def load_into(self, folder: str | Path) -> None:
         """Put saved weights into this ViT, which is tuned by the same method."""
         loading.load_into(self, folder)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take out the modules that the method has replaced, while peft merges other adapters of the model around."""
+        places = [path for path, module in self.change.replaced.items() if module_at(self.vit, path) is module]
+        for path in places:
+            self.vit.set_submodule(path, nn.Identity())
+        try:
+            yield
+        finally:
+            for path in places:
+                self.vit.set_submodule(path, self.change.replaced[path])
 
     def train_in_float32(self) -> int:
         """Keep what the method added in float32, if the ViT is in half precision; the ViT's own weights are left.

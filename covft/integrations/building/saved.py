@@ -23,6 +23,7 @@ from covft.checkpoints.pretrained import FOLDER, MARK
 from covft.checkpoints.sources import is_hub_id
 from covft.checkpoints.trained import load_trained
 from covft.errors import CheckpointError, ConfigError, CoVFTError
+from covft.integrations.building.saving import merged
 from covft.integrations.mllm.attach import attach
 from covft.integrations.mllm.families import find_tower
 from covft.integrations.mllm.prompt import PromptReader
@@ -113,7 +114,7 @@ def load_model(
         model = model if in_tower else _with_lora(model, folder)
         load_trained(model, tower)
         if merge_lora:
-            model = model.merge_and_unload()
+            model = merged(model)
     return model.eval(), processor
 
 

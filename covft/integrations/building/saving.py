@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from covft.errors import ConfigError
+from covft.integrations.mllm.attachment import attachment_of
+from covft.tuning.tuned import TunedViT
 from covft.utils.arguments import check_kinds
 from covft.utils.sharding import full, gathered, is_sharded
+
+
+def merged(model: Any) -> Any:
+    """Return the model inside a PeftModel, its adapters added to the weights; those that tune the tower stay.
+
+    Args:
+        model: A `PeftModel`, attached or not.
+    """
+    attachment = attachment_of(model)
+    encoder = None if attachment is None else attachment.encoder
+    with encoder.aside() if isinstance(encoder, TunedViT) else contextlib.nullcontext():
+        return model.merge_and_unload()
 
 
 @check_kinds
@@ -29,7 +44,7 @@ def save_trained(trainer: Any, *processors: Any) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):
         with gathered(list(model.parameters()), changed=True):
-            model = model.merge_and_unload()
+            model = merged(model)
         state = model.state_dict(keep_vars=True)
         sharded = any(is_sharded(tensor) for tensor in state.values())
         options = {"state_dict": {name: full(tensor).cpu() for name, tensor in state.items()}} if sharded else {}

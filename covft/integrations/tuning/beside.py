@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +120,9 @@ class Beside:
             use_dora=self.language.method == "dora",
             target_modules=rf"({names})",
         )
-        return peft.get_peft_model(self.model, config)
+        with warnings.catch_warnings():  # the first time is the tower's own LoRA
+            warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT for a second time")
+            return peft.get_peft_model(self.model, config)
 
 
 def plan_beside(model: nn.Module, language: str | Mapping[str, Any] | None, projector: bool | None) -> Beside:
