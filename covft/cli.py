@@ -8,13 +8,13 @@ import inspect
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from importlib import metadata
 from typing import Annotated, Any
 
 from covft import __version__
 from covft.errors import ConfigError, CoVFTError, MissingDependencyError
-from covft.utils.options import options, parse_layers
+from covft.utils.options import method_options, options, parse_layers
 
 try:
     import typer
@@ -127,16 +127,11 @@ def describe(
 
         _print_coverage(Console(), load_coverage(str(everything)), as_json=as_json)
         return
-    if method != "covft":
-        facts = cost(model, method, parse_options(option or ()), text_dim=text_dim, settings=settings)
-    elif option:
-        raise ConfigError(
-            "--option belongs to another method than covft, whose settings have options of their own.",
-            expected="--method lora --option r=16, or --layers and the like",
-            got=", ".join(option),
-        )
+    chosen = method_options(method, settings, option or ())
+    if method == "covft":
+        facts = gather(model, text_dim=text_dim, tokens=tokens, **chosen)
     else:
-        facts = gather(model, text_dim=text_dim, tokens=tokens, **settings)
+        facts = cost(model, method, chosen, text_dim=text_dim)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     elif method == "covft":
@@ -145,30 +140,7 @@ def describe(
         _print_cost(Console(), facts)
 
 
-def parse_options(given: Iterable[str]) -> dict[str, Any]:
-    """Return options of a method from the command line: numbers, lists and switches as JSON, all else as text.
-
-    Args:
-        given: Such as `r=16` or `layers=[2,3]`.
-
-    Raises:
-        ConfigError: If one has no name.
-    """
-    found: dict[str, Any] = {}
-    for entry in given:
-        name, mark, value = entry.partition("=")
-        if not mark or not name:
-            raise ConfigError(f"--option {entry} has no value.", expected="NAME=VALUE", got=entry, fix="--option r=16")
-        try:
-            found[name.replace("-", "_")] = json.loads(value)
-        except ValueError:
-            found[name.replace("-", "_")] = value
-    return found
-
-
-def cost(
-    source: str, method: str, options: dict[str, Any], *, text_dim: int, settings: Mapping[str, Any]
-) -> dict[str, Any]:
+def cost(source: str, method: str, options: dict[str, Any], *, text_dim: int) -> dict[str, Any]:
     """Return what `describe --method` prints, as JSON values.
 
     Args:
@@ -176,7 +148,6 @@ def cost(
         method: Name of the method.
         options: Its options.
         text_dim: Width C of the text features.
-        settings: Settings of covft, which no other method takes.
 
     Raises:
         CoVFTError: Whatever `covft.tune` would refuse, and models that cannot be built.
@@ -186,12 +157,6 @@ def cost(
     from covft.tuning.budget import budget
     from covft.tuning.registry import make_method
 
-    if settings:
-        raise ConfigError(
-            f"{method!r} takes no settings of covft.",
-            expected="--option NAME=VALUE",
-            got=", ".join(f"--{name.replace('_', '-')}" for name in settings),
-        )
     vit = load_vit(source, pretrained=False, device="meta")
     spec, found = describe_vit(vit), budget(vit, method, text_dim=text_dim, **options)
     return {

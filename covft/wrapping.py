@@ -80,6 +80,11 @@ class WrapPlan:
                 raise
         return encoder
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether a call without text is an error."""
+        return self.config.needs_text
+
     def check_saved(self) -> None:
         """Refuse saved weights that do not fit, before anything of their size is built.
 

@@ -2,6 +2,7 @@
 
 mllm/         attach(): a context-aware tower inside a multimodal LLM of transformers
 training/     callback, trainer, checkpoints, parts, recipes
+tuning/       tune(): the tower by any method, language model and projector beside it
 building/     multimodal LLMs from a pretrained tower and a pretrained language model
 codebases/    LLaVA, InternVL, ms-swift and LLaMA-Factory, without editing their files
 
@@ -48,8 +49,12 @@ if TYPE_CHECKING:
     from covft.integrations.training.recipes import Recipe as Recipe
     from covft.integrations.training.trainer import MLLMTrainer as MLLMTrainer
     from covft.integrations.training.trainer import MLLMTrainingArguments as MLLMTrainingArguments
+    from covft.integrations.tuning.tune import merge as merge
+    from covft.integrations.tuning.tune import tune as tune
+    from covft.integrations.tuning.tune import untune as untune
     from covft.utils.options import add_options as add_options
     from covft.utils.options import given_options as given_options
+    from covft.utils.options import method_options as method_options
 
 # Imported on first use: some of them need transformers. The names are relative to covft.
 _HOMES = {
@@ -80,12 +85,16 @@ _HOMES = {
     "load_image_processor": "integrations.building.loading",
     "load_model": "integrations.building.saved",
     "load_projector": "integrations.building.projector",
+    "merge": "integrations.tuning.tune",
+    "method_options": "utils.options",
     "pad_to_square": "data",
     "parts_of": "integrations.training.parts",
     "save_projector": "integrations.building.projector",
     "save_trained": "integrations.building.saving",
     "tile_image": "data",
     "train_only": "integrations.training.parts",
+    "tune": "integrations.tuning.tune",
+    "untune": "integrations.tuning.tune",
     "vit_tower": "integrations.building.tower",
     "watch_movement": "integrations.training.movement",
     "whole_weights": "integrations.building.loading",
@@ -119,12 +128,16 @@ __all__ = [
     "load_image_processor",
     "load_model",
     "load_projector",
+    "merge",
+    "method_options",
     "pad_to_square",
     "parts_of",
     "save_projector",
     "save_trained",
     "tile_image",
     "train_only",
+    "tune",
+    "untune",
     "vit_tower",
     "watch_movement",
     "whole_weights",

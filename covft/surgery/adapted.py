@@ -42,6 +42,11 @@ class AdaptedViT(nn.Module):
         return None
 
     @property
+    def adapted(self) -> str:
+        """What was changed, in few words."""
+        raise NotImplementedError
+
+    @property
     def keeps_names(self) -> bool:
         """Whether the ViT's tensors have the names that they had, so that any loader reads them as they are trained."""
         return False

@@ -75,6 +75,11 @@ class WrappedViT(AdaptedViT):
         return self.covft_config.feature_layer
 
     @property
+    def adapted(self) -> str:
+        """The adapted blocks."""
+        return ", ".join(map(str, self.layers))
+
+    @property
     def has_run(self) -> bool:
         """Whether the ViT has run since it was wrapped."""
         return any(slot.record is not None for slot in self.slots().values())

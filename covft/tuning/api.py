@@ -91,6 +91,11 @@ class TunePlan:
     text_encoder: TextEncoder | None = None
     saved: SavedMethod | None = None
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether a call without text is an error."""
+        return self.method.needs_text
+
     def install(self) -> TunedViT:
         """Change the ViT.
 

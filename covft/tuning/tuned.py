@@ -128,6 +128,11 @@ class TunedViT(CalledWithText, AdaptedViT):
     # What trainers and savers of multimodal LLMs ask
 
     @property
+    def adapted(self) -> str:
+        """The method."""
+        return repr(self.method)
+
+    @property
     def keeps_names(self) -> bool:
         """Whether the method only trains parameters that were there."""
         return not (set(self.change.added) - {BATCH_NORMS} or self.change.replaced)

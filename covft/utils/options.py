@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import json
 import re
 import typing
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from covft.config import MOST_BLOCKS, CoVFTConfig
@@ -98,3 +99,40 @@ def _meanings() -> dict[str, str]:
     section = (inspect.getdoc(CoVFTConfig) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, flags=re.MULTILINE)
     return {name: re.split(r"(?<=\.)\s", " ".join(text.split()))[0].replace("`", "") for name, text in entries}
+
+
+def method_options(method: str, settings: Mapping[str, Any], given: Iterable[str]) -> dict[str, Any]:
+    """Return the options of a tuning method that a command line gives.
+
+    Args:
+        method: Name of the method.
+        settings: Settings of covft that were given, each by an option of its own.
+        given: Options of another method, such as `r=16` or `layers=[2,3]`: numbers, lists and switches as JSON, all
+            else as text.
+
+    Raises:
+        ConfigError: If an option has no value, or settings and options belong to another method.
+    """
+    given = list(given)
+    if method == "covft" and given:
+        raise ConfigError(
+            f"{', '.join(given)} cannot be options of covft, whose settings have command-line options of their own.",
+            expected="another method, such as lora with r=16",
+            got="covft",
+        )
+    if method != "covft" and settings:
+        raise ConfigError(
+            f"{', '.join(settings)} are settings of covft, not of {method!r}.",
+            expected="an option NAME=VALUE of the method",
+            got=", ".join(f"{name}={value!r}" for name, value in settings.items()),
+        )
+    found = dict(settings)
+    for entry in given:
+        name, mark, value = entry.partition("=")
+        if not mark or not name:
+            raise ConfigError(f"The option {entry!r} has no value.", expected="NAME=VALUE", got=entry, fix="r=16")
+        try:
+            found[name.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            found[name.replace("-", "_")] = value
+    return found

@@ -1,4 +1,4 @@
-r"""InternVL, stage 2: instruction tuning of projector and language model, tower under CoVFT, frozen or in full.
+r"""InternVL, stage 2: instruction tuning of projector and language model, tower under CoVFT or any other method.
 
     accelerate launch --config_file configs/accelerate/fsdp2.yaml \
         --fsdp_transformer_layer_cls_to_wrap InternVLVisionLayer,Phi3DecoderLayer examples/internvl/finetune.py \
@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
+from covft.errors import ConfigError
 from covft.integrations import (
     CHAT_TEMPLATES,
     RECIPES,
@@ -25,17 +26,19 @@ from covft.integrations import (
     MLLMTrainer,
     MLLMTrainingArguments,
     add_options,
-    attach,
     build_internvl,
     given_options,
     image_text_of,
     load_image_processor,
     load_projector,
+    method_options,
     save_trained,
     train_only,
+    tune,
 )
+from covft.tuning import methods
 
-PARTS = {"covft": ("projector", "llm", "covft"), "frozen": ("projector", "llm"), "full": ("projector", "llm", "vision")}
+METHODS = ("covft", *methods())
 
 
 @dataclass
@@ -51,7 +54,8 @@ class Arguments:
     max_length: int = field(default=4096, metadata={"help": "Longest sequence, in tokens."})
     dtype: str = field(default="float32", metadata={"help": "Type of the frozen weights; trained ones are float32."})
     attention: str = field(default="sdpa", metadata={"help": "sdpa or flash_attention_2."})
-    method: str = field(default="covft", metadata={"help": "How the tower is tuned.", "choices": sorted(PARTS)})
+    method: str = field(default="covft", metadata={"help": "How the tower is tuned.", "choices": sorted(METHODS)})
+    option: list[str] = field(default_factory=list, metadata={"help": "Options of another method, such as r=16."})
     text_encoder: str = field(default="bert-base-uncased", metadata={"help": "CoVFT's encoder of the instruction."})
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA on the language model; 0 trains all of it."})
     resume: bool = field(default=False, metadata={"help": "Resume from the last complete checkpoint."})
@@ -64,9 +68,10 @@ def main() -> None:
     parser.set_defaults(**recipe.arguments)
     add_options(parser, without=("feature_layer",))
     args, training, *settings = parser.parse_args_into_dataclasses()
-    options = given_options(*settings)
-    if options and args.method != "covft":
-        parser.error(f"--{next(iter(options))} is an option of --method covft")
+    try:
+        options = method_options(args.method, given_options(*settings), args.option)
+    except ConfigError as error:
+        parser.error(str(error))
     if training.process_index == 0:
         print(recipe.describe(training))
     set_seed(training.seed)  # the same new weights on every process
@@ -85,7 +90,7 @@ def main() -> None:
     size = model.config.vision_config.image_size[0]
     image_processor = load_image_processor(args.vision)
 
-    if args.lora_r:  # before attach, so that experts get no LoRA
+    if args.lora_r:  # before tune, so that the tower gets none of these
         adapters = LoraConfig(
             r=args.lora_r,
             lora_alpha=2 * args.lora_r,
@@ -95,9 +100,8 @@ def main() -> None:
             modules_to_save=["multi_modal_projector"],
         )
         model = get_peft_model(model, adapters)
-    if args.method == "covft":
-        attach(model, args.text_encoder, tokenizer=tokenizer, **options)
-    train_only(model, PARTS[args.method], dtype=torch.float32)
+    tune(model, args.method, text_encoder=args.text_encoder, tokenizer=tokenizer, **options)
+    train_only(model, ("projector", "llm", "covft" if args.method == "covft" else "vision"), dtype=torch.float32)
 
     dataset = ConversationDataset(
         InternVLRows(args.meta),

@@ -8,11 +8,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
+from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser
 
 from covft.integrations import image_text_of, load_model, tile_image
 
@@ -40,10 +39,7 @@ def main() -> str:
     dtype = getattr(torch, args.dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     image_processor = AutoImageProcessor.from_pretrained(args.model)
-    if (Path(args.model) / "covft").is_dir():
-        model, _ = load_model(args.model, args.text_encoder, processor=tokenizer, dtype=dtype)
-    else:  # tuned with --method frozen or full
-        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).eval()
+    model, _ = load_model(args.model, args.text_encoder, processor=tokenizer, dtype=dtype)
     model.to(args.device)
 
     size = model.config.vision_config.image_size[0]

@@ -8,11 +8,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers import HfArgumentParser
 
 from covft.integrations import load_model, pad_to_square
 
@@ -37,11 +36,7 @@ def main() -> str:
     """Print and return the answer."""
     [args] = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     dtype = getattr(torch, args.dtype)
-    if (Path(args.model) / "covft").is_dir():
-        model, processor = load_model(args.model, args.text_encoder, dtype=dtype)
-    else:  # tuned with --method frozen or full
-        processor = AutoProcessor.from_pretrained(args.model)
-        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=dtype).eval()
+    model, processor = load_model(args.model, args.text_encoder, dtype=dtype)
     model.to(args.device)
 
     mean = processor.image_processor.image_mean

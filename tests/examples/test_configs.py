@@ -134,4 +134,4 @@ def test_options_of_the_tower_are_refused_where_it_is_frozen(script, data, monke
     monkeypatch.setattr("sys.argv", [str(path), *arguments])
     with pytest.raises(SystemExit):
         runpy.run_path(str(path), run_name="__main__")
-    assert "--experts is an option of --method covft" in capsys.readouterr().err
+    assert "experts are settings of covft, not of 'frozen'" in capsys.readouterr().err

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
-from typing_extensions import Unpack
 
 from covft.adapters.families import ViTFamily
 from covft.adapters.registry import list_adapters
 from covft.adapters.spec import Adapter
 from covft.checkpoints.pretrained import prefix_of
-from covft.config import Settings
 from covft.errors import ConfigError
 from covft.integrations.codebases.conversations import prompt_reader
 from covft.integrations.codebases.launch import Flags, launch
@@ -25,6 +23,7 @@ from covft.integrations.mllm.balance import LossOverride
 from covft.integrations.mllm.families import MLLMFamily
 from covft.integrations.mllm.overrides import MethodOverride, SaveOverride
 from covft.surgery.packed import naming_tower
+from covft.tuning.api import COVFT
 
 Model = TypeVar("Model", bound=nn.Module)
 _PREFIX_TOKENS = {"InternVisionModel": (1,), "SigLipVisionModel": (0,)}
@@ -56,9 +55,10 @@ class Codebase(ABC):
         system: str | None = None,
         empty_instruction: str | None = None,
         pretrained: str | Path | None = None,
-        **settings: Unpack[Settings],
+        method: str = COVFT,
+        **settings: Any,
     ) -> Model:
-        """Make the tower of a model context-aware, in place.
+        """Make the tower of a model context-aware, or tune it by another method, in place.
 
         The model is called as before, and each image is conditioned on the instruction of its row. Dummy images of
         rows without one are encoded with a fixed text. Inside an open `covft.get_encoder(model).condition(...)`
@@ -74,7 +74,8 @@ class Codebase(ABC):
             system: As for `covft.attach`.
             empty_instruction: Instruction of rows whose user says nothing; None makes such a row an error.
             pretrained: A saved tower to start from, instead of settings.
-            **settings: As for `covft.wrap`: `layers`, `experts`, `routing`, ...
+            method: How the tower is tuned, as for `covft.tune`; those without text read no prompts.
+            **settings: As for `covft.wrap`: `layers`, `experts`, `routing`, ...; or the options of the method.
 
         Returns:
             The model itself.
@@ -93,15 +94,15 @@ class Codebase(ABC):
             conversation = self.default_conversation(target)
         reading: Any = {"turns": turns, "system": system, "empty_instruction": empty_instruction}
         reader = prompt_reader(tokenizer, conversation, self.image_ids(tokenizer), **reading)
-        if reader.marks is None and empty_instruction is None:
+        with naming_tower(prefix_of(tower, target).rstrip(".")):
+            plan = plan_tower(tower, text_encoder, read, pretrained, None, _adapter_for(tower), settings, method=method)
+        if reader.marks is None and empty_instruction is None and plan.needs_text:
             raise ConfigError(
                 f"The instruction cannot be read from these prompts. {reader.problem}",
                 expected="a conversation with user turns",
                 got=self.describe(conversation),
                 fix=self.unread_fix,
             )
-        with naming_tower(prefix_of(tower, target).rstrip(".")):
-            plan = plan_tower(tower, text_encoder, read, pretrained, None, _adapter_for(tower), settings)
         attachment = TowerAttachment(target, plan.install(), reader, MLLMFamily())
         target.__dict__[KEY] = attachment
         overrides = {**self.overrides, "save_pretrained": SaveOverride}
@@ -123,6 +124,7 @@ class Codebase(ABC):
                 tokenizer=tokenizer,
                 conversation=self.named_conversation(flags),
                 pretrained=pretrained,
+                method=flags.method,
                 **flags.reading,
                 **flags.settings,
             )

@@ -14,7 +14,8 @@ from torch import nn
 
 from covft.errors import CoVFTError
 from covft.integrations.codebases.patches import patched_loader, patched_trainers
-from covft.utils.options import add_options, given_options
+from covft.tuning.api import COVFT
+from covft.utils.options import add_options, given_options, method_options
 
 DEFAULT_TEXT_ENCODER = "bert-base-uncased"
 # The flags of the keywords with which every attach() reads prompts.
@@ -38,7 +39,8 @@ class Flags:
         text_encoder: Id or folder; None without a flag.
         pretrained: A saved tower to start from, or to evaluate.
         chat_template: A name in `covft.data.CHAT_TEMPLATES`, or a Jinja template.
-        settings: The keywords of `covft.wrap` that were given.
+        method: How the tower is tuned.
+        settings: The keywords of `covft.wrap`, or the options of the method, that were given.
         reading: The keywords of `READING` that were given.
     """
 
@@ -47,6 +49,7 @@ class Flags:
     text_encoder: str | None = None
     pretrained: str | None = None
     chat_template: str | None = None
+    method: str = "covft"
     settings: dict[str, Any] = field(default_factory=dict)
     reading: dict[str, Any] = field(default_factory=dict)
 
@@ -72,7 +75,8 @@ def parse(program: str, arguments: Sequence[str]) -> Flags:
             first, is passed to the script.
 
     Raises:
-        ConfigError: If the layers cannot be read. Other errors of the command line end the process, as argparse does.
+        ConfigError: If the layers or an option cannot be read, or belong to another method. Other errors of the command
+            line end the process, as argparse does.
     """
     parser = argparse.ArgumentParser(
         f"python -m {program}",
@@ -82,6 +86,8 @@ def parse(program: str, arguments: Sequence[str]) -> Flags:
     parser.add_argument(
         "--covft_text_encoder", help=f"id or folder; by default {DEFAULT_TEXT_ENCODER}, or that of --covft_pretrained"
     )
+    parser.add_argument("--covft_method", help="how the tower is tuned: covft (default), or a method of covft.tune")
+    parser.add_argument("--covft_option", action="append", help="an option of another method than covft, such as r=16")
     add_options(parser, "covft_")
     parser.add_argument("--covft_pretrained", help="a saved tower to start from, or to evaluate")
     parser.add_argument("--covft_chat_template", help="a name in covft.data.CHAT_TEMPLATES, or a file with a template")
@@ -98,13 +104,15 @@ def parse(program: str, arguments: Sequence[str]) -> Flags:
     ours = {name.removeprefix("covft_"): value for name, value in vars(space).items() if value is not None}
     if "chat_template" in ours and Path(ours["chat_template"]).is_file():
         ours["chat_template"] = Path(ours["chat_template"]).read_text(encoding="utf-8")
+    method = ours.get("method", COVFT)
     return Flags(
         script=ours["script"],
         arguments=[*([f"--local_rank={ours['local_rank']}"] if "local_rank" in ours else []), *ours["arguments"]],
         text_encoder=ours.get("text_encoder"),
         pretrained=ours.get("pretrained"),
         chat_template=ours.get("chat_template"),
-        settings=given_options(space, prefix="covft_"),
+        method=method,
+        settings=method_options(method, given_options(space, prefix="covft_"), ours.get("option", ())),
         reading={name: ours[name] for name in READING if name in ours},
     )
 

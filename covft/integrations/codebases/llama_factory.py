@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise MissingDependencyError("LLaMA-Factory is not installed.", fix="pip install llamafactory") from error
     pretrained = {} if flags.pretrained is None else {"pretrained": flags.pretrained}
     text_encoder = flags.text_encoder_for(flags.pretrained)
-    callback = CoVFTCallback(text_encoder, **pretrained, **flags.reading, **flags.settings)
+    settings = {**pretrained, **flags.reading, **flags.settings}
+    callback = CoVFTCallback(text_encoder, method=flags.method, **settings)
     # read_args and run_exp read it, as `llamafactory-cli train` leaves it.
     before, sys.argv = sys.argv, ["llamafactory-cli", flags.script, *flags.arguments]
     try:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from covft.checkpoints.loading import load_into
 from covft.checkpoints.pretrained import FOLDER, prefix_of
 from covft.integrations.mllm.attachment import Attachment, attachment_of
 from covft.integrations.training.callback import TowerCallback, seal_when_all_have_written
@@ -40,10 +39,10 @@ def join_trainer(trainer: Any, callback: TowerCallback | None = None) -> None:
     attachment.encoder.conditioning.reentrant_key = key_of(trainer.args)
     widened = train_in_float32(trainer.model)
     if attachment.encoder.saved_in is not None:  # loaded into half precision, which has rounded it
-        load_into(attachment.encoder, attachment.encoder.saved_in)
+        attachment.encoder.load_into(attachment.encoder.saved_in)
     if trainer.args.process_index == 0:
         encoder = attachment.encoder
-        print(f"covft: {encoder.spec}; adapted: {', '.join(map(str, encoder.layers))}")
+        print(f"covft: {encoder.spec}; adapted: {encoder.adapted}")
         encoder.print_trainable_parameters()
         if widened:
             print(f"covft: {widened} trained tensors of the tower are kept in float32, for the optimizer")
@@ -150,7 +149,7 @@ def _load_from_checkpoint(
     check_checkpoint(resume_from_checkpoint)
     check_settings(attachment.encoder, resume_from_checkpoint)
     inner(resume_from_checkpoint, model)
-    load_into(attachment.encoder, Path(resume_from_checkpoint) / FOLDER)
+    attachment.encoder.load_into(Path(resume_from_checkpoint) / FOLDER)
 
 
 def _save_checkpoint(inner: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:

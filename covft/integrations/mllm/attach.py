@@ -24,6 +24,7 @@ from covft.surgery.skipping import check_read
 from covft.tuning import api
 from covft.tuning.api import TunePlan
 from covft.tuning.loading import SavedMethod
+from covft.tuning.method import Method
 from covft.utils.arguments import check_kinds
 from covft.utils.transformers_names import check_release
 from covft.wrapping import WrapPlan, plan_load, plan_wrap, unwrap
@@ -140,7 +141,8 @@ def plan_tower(
     pretrained: str | Path | None,
     config: CoVFTConfig | None,
     adapter: Adapter | None,
-    settings: Settings,
+    settings: Mapping[str, Any],
+    method: str | Method = api.COVFT,
 ) -> WrapPlan | TunePlan:
     """Check how a tower is going to be wrapped, or tuned if that was saved; nothing of it is changed.
 
@@ -151,18 +153,22 @@ def plan_tower(
         pretrained: As for `attach`.
         config: As for `attach`.
         adapter: As for `attach`.
-        settings: As for `attach`.
+        settings: As for `attach`, or the options of the method.
+        method: How the tower is tuned.
 
     Raises:
         CoVFTError: As `attach` does.
     """
+    if method != api.COVFT and pretrained is None:
+        return api.plan_tune(tower, api.as_method(method, dict(settings)), text_encoder, adapter, read)
     if pretrained is None:
-        plan = plan_wrap(tower, text_encoder, config, adapter, settings)
-    elif settings or config is not None:
+        plan = plan_wrap(tower, text_encoder, config, adapter, settings)  # type: ignore[arg-type]
+    elif settings or config is not None or method != api.COVFT:
+        other = "config" if config is not None else f"method={method!r}"
         raise ConfigError(
             "A saved tower has its own settings.",
             expected="pretrained, or settings",
-            got=f"pretrained and {', '.join(settings) or 'config'}",
+            got=f"pretrained and {', '.join(settings) or other}",
         )
     elif (saved := SavedMethod.read(pretrained)) is not None:
         return api.plan_load(saved, tower, text_encoder, adapter, read)

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from covft.checkpoints import saving
 from covft.checkpoints.folder import check_trained_weights, compare_tensors
 from covft.checkpoints.pretrained import FOLDER, prefix_of
 from covft.errors import CheckpointError, ConfigError
@@ -26,6 +25,7 @@ from covft.integrations.codebases.launch import Flags, parse
 from covft.integrations.mllm.attach import attach
 from covft.integrations.mllm.attachment import attachment_of
 from covft.integrations.training.checkpoints import check_checkpoint, trained_outside
+from covft.integrations.tuning.tune import tune
 from covft.utils.files import write_tensors
 
 VARIABLE = "COVFT_FLAGS"
@@ -80,7 +80,7 @@ def save_pretrained(
     folder, encoder, gathered = Path(save_directory), attachment.encoder, state_dict or {}
     prefix = prefix_of(encoder.vit, model)
     tower = {name.removeprefix(prefix): tensor for name, tensor in gathered.items() if name.startswith(prefix)}
-    saving.save(encoder, folder / FOLDER, gathered=tower, writes=True)
+    encoder.write(folder / FOLDER, gathered=tower, writes=True)
     tensors = {name: gathered.get(name, parameter) for name, parameter in trained_outside(model).items()}
     write_tensors(folder / WEIGHTS, tensors)
 
@@ -150,14 +150,13 @@ def unfreeze(model: nn.Module, paths: Iterable[str]) -> None:
 
 def attach_new(model: Any, flags: Flags) -> None:
     """Attach a model as the flags say."""
-    attach(
-        model,
-        flags.text_encoder_for(flags.pretrained),
-        tokenizer=_tokenizer(model, flags),
-        pretrained=flags.pretrained,
-        **flags.reading,
-        **flags.settings,
-    )
+    text_encoder, tokenizer = flags.text_encoder_for(flags.pretrained), _tokenizer(model, flags)
+    if flags.pretrained is None:
+        settings = {**flags.reading, **flags.settings}
+        tune(model, flags.method, text_encoder=text_encoder, tokenizer=tokenizer, **settings)
+    else:
+        options = {"pretrained": flags.pretrained, **flags.reading, **flags.settings}
+        attach(model, text_encoder, tokenizer=tokenizer, **options)
     if flags.pretrained is not None:
         _note_source(model, Path(flags.pretrained))
 
