@@ -15,6 +15,7 @@ from covft.utils.sharding import gathered
 from tests.helpers.mllm_configs import SIZE
 from tests.helpers.mllms import BY_NAME, Row
 from tests.helpers.towers import perturb
+from tests.helpers.tuned import OPTIONS
 
 LLAVA = BY_NAME["llava"]
 IMAGE_TOKENS = 16
@@ -49,6 +50,20 @@ def attached_model(folder: Path, dtype: torch.dtype = torch.float64, **settings:
     encoder = get_encoder(model)
     with gathered(encoder.parameters(), changed=True):
         perturb(encoder)
+    return model.train()
+
+
+def tuned_model(folder: Path, method: str) -> Any:
+    """The same model, its tower tuned by another method, whose new weights matter, and a projector that is trained."""
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder / "base", dtype=torch.float64)
+    torch.manual_seed(8)
+    options = OPTIONS.get(method, {})
+    covft.tune(model, method, text_encoder=TEXTS, tokenizer=LLAVA.tokenizer, projector=True, **options)
+    with torch.no_grad():
+        for parameter in get_encoder(model).trainable_parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model.train()
 
 

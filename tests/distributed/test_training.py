@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import covft
 from covft.integrations import attach, get_encoder
 from tests.distributed import processes
 from tests.distributed.llava import (
@@ -19,6 +20,7 @@ from tests.distributed.llava import (
     lora_model,
     loss_of,
     trained_gradients,
+    tuned_model,
 )
 
 pytestmark = [
@@ -96,6 +98,36 @@ def test_ddp__gradients_are_those_of_one_process(ddp, routing):
 def test_ddp__a_save_of_all_processes_is_the_save_of_one(ddp, tmp_path):
     attached_model(ddp, routing="sparse").save_pretrained(tmp_path)
     assert_same_files(ddp / "saved", tmp_path)
+
+
+# Every method
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    processes.run("tuned", folder)
+    return folder
+
+
+def gradients_of(folder, method):
+    model = tuned_model(folder, method)
+    loss_of(model, 0, 1).backward()
+    return trained_gradients(model)
+
+
+@pytest.mark.parametrize("method", covft.tuning.methods())
+def test_tuned__gradients_are_those_of_one_process(tuned, method):
+    expected = gradients_of(tuned, method)
+    for rank in range(2):
+        assert_close(torch.load(tuned / f"{method}-{rank}.pt"), expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit", "adaln"])
+def test_tuned__sharded_it_has_the_gradients_and_the_files_of_one_process(tuned, method, tmp_path):
+    assert_close(torch.load(tuned / f"{method}-fsdp2.pt"), gradients_of(tuned, method))
+    tuned_model(tuned, method).save_pretrained(tmp_path)
+    assert_same_files(tuned / f"{method}-saved", tmp_path)
 
 
 # FSDP2

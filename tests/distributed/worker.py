@@ -22,7 +22,7 @@ from covft.checkpoints.loading import load_into
 from covft.errors import CheckpointError, TextEncoderError, UnsupportedViTError
 from covft.integrations import attach, detach, get_encoder
 from covft.utils.sharding import full
-from tests.distributed.llava import LLAVA, TEXTS, attached_model, lora_model, loss_of, trained_gradients
+from tests.distributed.llava import LLAVA, TEXTS, attached_model, lora_model, loss_of, trained_gradients, tuned_model
 
 
 def ddp(rank: int, world: int, folder: Path) -> None:
@@ -35,6 +35,27 @@ def ddp(rank: int, world: int, folder: Path) -> None:
         torch.save(trained_gradients(parallel), folder / f"{routing}-{rank}.pt")
     # Both processes save to the same place: the first one writes.
     model.save_pretrained(folder / "saved")
+
+
+def tuned(rank: int, world: int, folder: Path) -> None:
+    """Every method under DDP, with checkpointing where it reads text; some of them under FSDP2, and saved there."""
+    from tests.helpers.tuned import READS_TEXT
+
+    for method in covft.tuning.methods():
+        model = tuned_model(folder, method)
+        if method in READS_TEXT:
+            get_encoder(model).gradient_checkpointing_enable()
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
+        loss_of(parallel, rank, world).backward()
+        torch.save(trained_gradients(parallel), folder / f"{method}-{rank}.pt")
+    for method in ("lora", "bitfit", "adaln"):
+        model = tuned_model(folder, method)
+        shard(model, world, checkpointing=False)
+        loss_of(model, rank, world).backward()
+        gradients = trained_gradients(model)
+        if rank == 0:
+            torch.save(gradients, folder / f"{method}-fsdp2.pt")
+        model.save_pretrained(folder / f"{method}-saved")
 
 
 def fsdp2(rank: int, world: int, folder: Path) -> None:
