@@ -13,19 +13,17 @@ from covft.adapters.registry import describe
 from covft.adapters.spec import Adapter
 from covft.encoder import ContextEncoder
 from covft.errors import ConfigError, UnsupportedViTError
-from covft.surgery.checks import check_not_distributed, check_text_weights, check_vit
+from covft.surgery.checks import check_text_weights, check_vit
 from covft.text import as_text_encoder
-from covft.tuning.change import Change, Hook, apply, check_in_place, undo
+from covft.tuning.change import MARK, Change, FrozenBatchNorms, Hook, apply, check_removable, undo
 from covft.tuning.loading import SavedMethod
 from covft.tuning.method import Method, Tower
 from covft.tuning.registry import make_method
-from covft.tuning.tuned import FrozenBatchNorms, TunedViT
+from covft.tuning.tuned import TunedViT
 from covft.utils.arguments import check_kinds
-from covft.utils.sharding import in_engine, unpartitioned
+from covft.utils.sharding import unpartitioned
 
 COVFT = "covft"
-MARK = "_covft_tuned"
-"""Attribute of a tuned ViT: the name of its method."""
 
 
 @check_kinds
@@ -88,7 +86,7 @@ def install(method: Method, tower: Tower, change: Change, text_encoder: Any = No
         change: The plan.
         text_encoder: The text encoder of a method that needs text.
     """
-    if method.name != "full" and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in tower.vit.modules()):
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in tower.vit.modules()):
         keeper = FrozenBatchNorms()
         change = dataclasses.replace(
             change,
@@ -148,12 +146,8 @@ def untune(tuned: nn.Module) -> nn.Module:
     if not isinstance(tuned, TunedViT):
         raise UnsupportedViTError(f"{type(tuned).__name__} is not what covft.tune returned.", expected="a TunedViT")
     vit = tuned.vit
-    check_not_distributed(vit, in_engine(vit), "build the ViT anew from its source")
-    if MARK not in vit.__dict__:
-        raise UnsupportedViTError("This ViT is restored already.", fix='covft.tune(vit, "lora")')
-    check_in_place(vit, tuned.change)
+    check_removable(vit, tuned.change, tuned.before)
     undo(vit, tuned.change, tuned.before)
-    del vit.__dict__[MARK]
     return vit
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from covft.errors import ConfigError, UnsupportedViTError
+from covft.errors import ConfigError, MergeError, UnsupportedViTError
 from covft.tuning.change import Change
 from covft.tuning.method import Method, Tower, check_choice
 from covft.utils.arguments import check_kinds, check_sizes
@@ -86,11 +86,25 @@ class LoRA(Method):
         return Change(replaced={path: skeleton.get_submodule(path) for path in (*modules, *parameters)})
 
     def fold(self, vit: nn.Module, change: Change) -> None:
-        """Add the updates to the weights."""
-        for path, layer in change.replaced.items():
-            merged: Any = layer
-            merged.merge(safe_merge=True)
-            vit.set_submodule(path, merged.get_base_layer())
+        """Add the updates to the weights.
+
+        Raises:
+            MergeError: If an update is not finite.
+        """
+        layers: dict[str, Any] = dict(change.replaced)
+        broken = [
+            path for path, layer in layers.items() if not all(bool(p.isfinite().all()) for p in layer.parameters())
+        ]
+        if broken:
+            raise MergeError(
+                "Updates that are not finite cannot be folded into the weights.",
+                expected="finite values",
+                got=f"nan or inf in {', '.join(broken[:3])}",
+                fix="covft.untune(tuned)",
+            )
+        for path, layer in layers.items():
+            layer.merge(safe_merge=True)
+            vit.set_submodule(path, layer.get_base_layer())
 
     def _options(self) -> dict[str, Any]:
         return {}

@@ -51,6 +51,12 @@ def base_tensors(tuned: TunedViT) -> Iterator[tuple[str, Tensor]]:
 
 def save(tuned: TunedViT, folder: str | Path) -> None:
     """Write a saved folder; see `TunedViT.save_pretrained`."""
+    if tuned.before.over:
+        raise CheckpointError(
+            "This ViT is restored or merged already, so nothing is left to save.",
+            expected="a tuned ViT",
+            fix="save it before merge() or covft.untune",
+        )
     tensors = tuned_tensors(tuned)
     sharded = any(map(is_sharded, tensors.values()))
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
