@@ -32,6 +32,7 @@ def tune(
     method: str | Method = COVFT,
     *,
     text_encoder: Any = None,
+    images: Any = None,
     adapter: Adapter | None = None,
     **options: Any,
 ) -> TunedViT | ContextEncoder:
@@ -45,6 +46,8 @@ def tune(
         method: Name of a method, such as `"lora"` (`covft.tuning.methods()` lists them), or a method with its options.
             `"covft"` is `covft.wrap`.
         text_encoder: As for `covft.wrap`, for methods that need text; others ignore it.
+        images: A tensor of images or an iterable of batches, for methods that start from them, such as `"svpt"`; others
+            ignore them.
         adapter: How the ViT is built, if no registered adapter knows it.
         **options: Options of the method, such as `r=8`.
 
@@ -66,15 +69,22 @@ def tune(
     if method == COVFT:
         return wrapping.wrap(vit, text_encoder, adapter=adapter, **options)
     chosen = _method(method, options)
+    tower, encoder = _prepared(vit, chosen, text_encoder, adapter)
+    change = chosen.plan(tower)
+    chosen.initialise(tower, change, images)
+    return install(chosen, tower, change, encoder)
+
+
+def _prepared(vit: nn.Module, method: Method, text_encoder: Any, adapter: Adapter | None) -> tuple[Tower, Any]:
+    """Check a ViT, and return what a method plans with, and the text encoder if it needs one."""
     check_untuned(vit)
     check_text_weights(text_encoder)
     spec = describe(vit, adapter)
     encoder = None
-    if chosen.needs_text and text_encoder is not None:
+    if method.needs_text and text_encoder is not None:
         with unpartitioned():
             encoder = as_text_encoder(text_encoder)
-    tower = Tower(vit, spec, spec.depth - 1, text_dim=None if encoder is None else encoder.text_dim)
-    return install(chosen, tower, chosen.plan(tower), encoder)
+    return Tower(vit, spec, spec.depth - 1, text_dim=None if encoder is None else encoder.text_dim), encoder
 
 
 def install(method: Method, tower: Tower, change: Change, text_encoder: Any = None) -> TunedViT:
@@ -184,8 +194,8 @@ def load(
     check_untuned(vit)
     saved.check_base(vit)
     texts = saved.build_text_encoder() if text_encoder is None else text_encoder
-    tuned = tune(vit, saved.method, text_encoder=texts, adapter=adapter)
-    assert isinstance(tuned, TunedViT)
+    tower, encoder = _prepared(vit, saved.method, texts, adapter)
+    tuned = install(saved.method, tower, saved.method.plan(tower), encoder)
     try:
         saved.fill(tuned)
     except BaseException:

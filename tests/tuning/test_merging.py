@@ -1,7 +1,6 @@
 """Merging: a plain tower with what was trained in its weights, and nothing else of it."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -11,8 +10,7 @@ from covft.errors import CheckpointError, MergeError, UnsupportedViTError
 from covft.tuning import methods, tune, untune
 from tests.helpers.snapshots import assert_unchanged, snapshot
 from tests.helpers.tiny_vits import TinyViT, conv_ffn, family, images
-from tests.helpers.towers import TEXT_DIM
-from tests.helpers.tuned import FAMILIES, OPTIONS, READS_TEXT, REFUSED, answer, tower_of
+from tests.helpers.tuned import FAMILIES, READS_TEXT, REFUSED, answer, tower_of, tuned_of
 
 MERGING = [name for name, method in methods().items() if method.merges]
 UPDATES = ("lora", "dora")  # which are exact up to rounding
@@ -24,10 +22,6 @@ TUNED_BY_ALL = (("full", "hf-clip"), ("lora", "hf-clip"))
 def everything_of(vit):
     """The attributes of every module, apart from its parameters and other modules."""
     return {name: sorted(vars(part)) for name, part in vit.named_modules()}
-
-
-def tuned_of(method, vit) -> Any:
-    return tune(vit, method, text_encoder=TEXT_DIM, **OPTIONS.get(method, {}))
 
 
 def disturb(tuned):
@@ -96,7 +90,7 @@ def test_a_copy_is_merged_on_its_own():
     untune(tuned)
 
 
-@pytest.mark.parametrize("method", ["vpt", *READS_TEXT])
+@pytest.mark.parametrize("method", ["vpt", "svpt", *READS_TEXT])
 def test_what_depends_on_the_input_is_refused(method):
     tuned = tuned_of(method, tower_of("timm-clip")[1])
     with pytest.raises(MergeError, match="depends on the input"):
