@@ -13,9 +13,9 @@ from covft.adapters.registry import describe
 from covft.adapters.spec import Adapter
 from covft.encoder import ContextEncoder
 from covft.errors import ConfigError, UnsupportedViTError
-from covft.surgery.checks import check_text_weights, check_vit
+from covft.surgery.checks import MARK, check_text_weights, check_vit
 from covft.text import as_text_encoder
-from covft.tuning.change import MARK, Change, FrozenBatchNorms, Hook, apply, check_removable, undo
+from covft.tuning.change import Change, FrozenBatchNorms, Hook, apply, check_removable, undo
 from covft.tuning.loading import SavedMethod
 from covft.tuning.method import Method, Tower
 from covft.tuning.registry import make_method
@@ -77,7 +77,7 @@ def tune(
 
 def _prepared(vit: nn.Module, method: Method, text_encoder: Any, adapter: Adapter | None) -> tuple[Tower, Any]:
     """Check a ViT, and return what a method plans with, and the text encoder if it needs one."""
-    check_untuned(vit)
+    check_vit(vit)
     check_text_weights(text_encoder)
     spec = describe(vit, adapter)
     encoder = None
@@ -106,24 +106,6 @@ def install(method: Method, tower: Tower, change: Change, text_encoder: Any = No
     before = apply(tower.vit, change)
     tower.vit.__dict__[MARK] = method.name
     return TunedViT(tower.vit, method, tower.spec, change, before, text_encoder)
-
-
-def check_untuned(vit: nn.Module) -> None:
-    """Refuse a ViT that is tuned or wrapped already, or distributed.
-
-    Args:
-        vit: What was given to `tune`.
-
-    Raises:
-        UnsupportedViTError: If it is.
-    """
-    check_vit(vit)
-    if MARK in vit.__dict__:
-        raise UnsupportedViTError(
-            f"This ViT is tuned already, by {vit.__dict__[MARK]!r}.",
-            expected="a ViT as it was",
-            fix="covft.tune(covft.untune(tuned), ...)",
-        )
 
 
 def _method(method: str | Method, options: dict[str, Any]) -> Method:
@@ -191,7 +173,7 @@ def load(
     if saved is None:
         return wrapping.load(folder_or_repo_id, vit, text_encoder, adapter=adapter)
     vit = saved.build_vit() if vit is None else vit
-    check_untuned(vit)
+    check_vit(vit)
     saved.check_base(vit)
     texts = saved.build_text_encoder() if text_encoder is None else text_encoder
     tower, encoder = _prepared(vit, saved.method, texts, adapter)

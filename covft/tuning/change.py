@@ -11,13 +11,10 @@ from torch import Tensor, nn
 from covft.conditioning import Conditioning
 from covft.conditioning.scope import freeze_batch_norms
 from covft.errors import UnsupportedViTError
-from covft.surgery.checks import check_not_distributed
+from covft.surgery.checks import MARK, check_not_distributed
 from covft.surgery.wrapped import module_at
 from covft.utils.sharding import assign, full, in_engine
 from covft.utils.torch_internals import remove_hooks
-
-MARK = "_covft_tuned"
-"""Attribute of a tuned ViT: the name of its method."""
 
 
 class Hook(NamedTuple):

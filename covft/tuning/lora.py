@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ class LoRA(Method):
 
     In an `nn.MultiheadAttention` (open_clip) the joint projection of queries, keys and values is adapted and the output
     projection is not: it is no module that is called, and peft's own class for such attention adds the update to the
-    frozen weights and takes it off again in every forward, which rounds them.
+    frozen weights and takes it off again in every forward, which rounds them. Layers whose weights timm's BEiT, EVA and
+    Swin v2 read without a call are left out too: no update of theirs would be seen.
 
     Attributes:
         r: Rank of the updates.
@@ -166,8 +168,17 @@ def _linears(vit: nn.Module, blocks: tuple[str, ...]) -> Iterator[tuple[str, nn.
             raise UnsupportedViTError(
                 f"{path} has adapters of peft already.", expected="a ViT without adapters", fix="peft_model.unload()"
             )
-        elif type(module).__name__ in ("Linear", "Conv1D") or _is_pointwise(module):
+        elif (type(module).__name__ in ("Linear", "Conv1D") or _is_pointwise(module)) and _is_called(vit, path):
             yield path, module
+
+
+def _is_called(vit: nn.Module, path: str) -> bool:
+    """Return whether the module around a layer calls it, and does not pass its weight to a function."""
+    parent, _, name = path.rpartition(".")
+    around = vit.get_submodule(parent)
+    if getattr(around, "q_bias", None) is None or getattr(around, "qkv_bias_separate", False):
+        return True
+    return f"self.{name}.weight" not in inspect.getsource(type(around).forward)
 
 
 def _is_pointwise(module: nn.Module) -> bool:

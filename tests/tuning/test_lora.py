@@ -9,6 +9,7 @@ import torch
 
 from covft.errors import ConfigError, LayerIndexError, UnsupportedViTError
 from covft.tuning import tune, untune
+from tests.helpers.towers import TOWERS, features
 from tests.helpers.tuned import answer, tower_of
 
 
@@ -84,3 +85,18 @@ def test_a_tower_with_adapters_is_refused():
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv"]), vit)
     with pytest.raises(UnsupportedViTError, match="adapters"):
         tune(vit, "lora")
+
+
+@pytest.mark.parametrize("tower", TOWERS, ids=str)
+def test_every_update_gets_a_gradient(tower):
+    """Some attentions read the weight of a linear layer without calling it, past any update."""
+    vit = tower.build()
+    tuned = tune(vit, "lora", r=2)
+    with torch.no_grad():
+        for parameter in tuned.trainable_parameters():
+            parameter.normal_()
+    features(tuned(tower.images(2), **tower.inputs(2))).square().sum().backward()
+    for name, parameter in vit.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert bool(parameter.grad.any()), name

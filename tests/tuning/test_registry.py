@@ -6,6 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+import covft
 from covft.errors import CheckpointError, ConfigError, UnsupportedViTError
 from covft.tuning import Change, Method, load, methods, registry, tune, untune
 from tests.helpers.tuned import answer, tower_of
@@ -80,3 +81,18 @@ def test_a_tuned_tower_is_not_tuned_again():
         tune(vit, "full")
     untune(tuned)
     tune(vit, "full")
+    with pytest.raises(UnsupportedViTError, match="already, by 'bitfit'"):
+        tune(tuned, "full")
+    for whole in (vit, tuned):
+        with pytest.raises(UnsupportedViTError, match="already, by 'bitfit'"):
+            covft.wrap(whole, 16)
+    assert untune(tuned) is vit
+
+
+def test_a_wrapped_tower_is_not_tuned():
+    _, vit = tower_of("timm-clip")
+    encoder = covft.wrap(vit, 16)
+    for whole in (vit, encoder):
+        with pytest.raises(UnsupportedViTError, match="wrapped already"):
+            tune(whole, "lora")
+    covft.unwrap(encoder)
