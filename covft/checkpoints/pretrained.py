@@ -17,6 +17,7 @@ from covft.checkpoints import saving
 from covft.checkpoints.beside_adapters import save_beside_adapters
 from covft.checkpoints.folder import FOLDER
 from covft.errors import CheckpointError
+from covft.surgery.attention import is_update
 from covft.surgery.overrides import Override
 from covft.surgery.save_guard import check_save_pretrained, running_adapter_save, running_save
 from covft.surgery.wrapped import WrappedViT, prefix_of
@@ -174,6 +175,8 @@ def original_state(encoder: WrappedViT, state: Mapping[str, Tensor], prefix: str
     done: dict[str, Tensor] = {}  # with the first tensor of the slot
     for name, tensor in state.items():
         place = next((place for place in ffns if name.startswith(place)), None)
+        if is_update(name):
+            continue
         if place is None:
             result[name] = values[name].to(tensor.device, narrow or tensor.dtype) if name in values else tensor
         elif place not in done and tensor.is_floating_point():

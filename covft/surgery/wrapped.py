@@ -12,6 +12,7 @@ from covft.adapters.spec import ViTSpec
 from covft.conditioning import Conditioning
 from covft.config import CoVFTConfig
 from covft.errors import UnsupportedViTError
+from covft.surgery.attention import is_update
 from covft.surgery.slot import AdaptedFFN, Original
 from covft.surgery.split import SecondHalf
 from covft.utils.parameters import count
@@ -132,7 +133,7 @@ class WrappedViT(nn.Module):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def adapted_parameters(self) -> dict[str, nn.Parameter]:
-        """Return what `wrap` added or trains, by name in the ViT: experts, routers with their contexts, norms.
+        """Return what `wrap` added or trains, by name in the ViT: experts, routers, norms, updates of attentions.
 
         Layers that peft has put adapters into are left out: there the adapters are trained instead.
         """
@@ -160,7 +161,9 @@ class WrappedViT(nn.Module):
         print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f}")
 
     def part_of(self, name: str) -> str:
-        """Return the part of a parameter: `"experts"`, `"router"` (with the context), `"norms"` or `"other"`.
+        """Return the part of a parameter.
+
+        It is `"experts"`, `"router"` (with the context), `"norms"`, `"attention"` (its updates) or `"other"`.
 
         Args:
             name: Its name in the ViT.
@@ -172,6 +175,8 @@ class WrappedViT(nn.Module):
                 if inner.startswith("experts.shared."):
                     return "other"  # the pretrained FFN that low-rank experts share, which stays frozen
                 return "experts" if inner.startswith("experts.") else "router"
+        if is_update(name):
+            return "attention"
         return "norms" if name in self.norms else "other"
 
 

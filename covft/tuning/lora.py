@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
 from covft.errors import ConfigError, MergeError, UnsupportedViTError
+from covft.surgery.linears import linear_layers
 from covft.tuning.change import Change
 from covft.tuning.method import Method, Tower, check_choice
 from covft.utils.arguments import check_kinds, check_sizes
 from covft.utils.extras import import_library
-from covft.utils.peft import is_adapter
 
 ADAPTER = "default"
 """Name of the adapter, peft's own default: a language model's adapters then do not switch the tower's off."""
@@ -125,7 +123,7 @@ class LoRA(Method):
         chosen += tuple(f"{path}." for layer in layers if (path := tower.spec.blocks[layer].output_path))
         modules: list[str] = []
         parameters: list[str] = []
-        for path, module in _linears(tower.vit, tuple(blocks)):
+        for path, module in linear_layers(tower.vit, tuple(blocks)):
             in_ffn = f"{path}.".startswith(ffns)
             if in_ffn and (self.targets == "attention" or not f"{path}.".startswith(chosen)):
                 continue
@@ -151,38 +149,6 @@ class DoRA(LoRA):
 
     def _options(self) -> dict[str, Any]:
         return {"use_dora": True}
-
-
-def _linears(vit: nn.Module, blocks: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the linear layers inside some blocks, 1 x 1 convolutions too, and attentions without linear layers."""
-    inside = tuple(f"{path}." for path in blocks)
-    taken: tuple[str, ...] = ()
-    for path, module in vit.named_modules():
-        if not path.startswith(inside) or (taken and path.startswith(taken)):
-            continue
-        if isinstance(module, nn.MultiheadAttention):
-            taken += (f"{path}.",)
-            if module.in_proj_weight is not None:
-                yield path, module
-        elif is_adapter(module):
-            raise UnsupportedViTError(
-                f"{path} has adapters of peft already.", expected="a ViT without adapters", fix="peft_model.unload()"
-            )
-        elif (type(module).__name__ in ("Linear", "Conv1D") or _is_pointwise(module)) and _is_called(vit, path):
-            yield path, module
-
-
-def _is_called(vit: nn.Module, path: str) -> bool:
-    """Return whether the module around a layer calls it, and does not pass its weight to a function."""
-    parent, _, name = path.rpartition(".")
-    around = vit.get_submodule(parent)
-    if getattr(around, "q_bias", None) is None or getattr(around, "qkv_bias_separate", False):
-        return True
-    return f"self.{name}.weight" not in inspect.getsource(type(around).forward)
-
-
-def _is_pointwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
 
 
 def _skeleton(vit: nn.Module, paths: list[str]) -> nn.Module:

@@ -11,6 +11,7 @@ from covft.encoder import ContextEncoder
 from covft.errors import MissingGradientError
 from covft.integrations.mllm.attach import get_encoder
 from covft.integrations.mllm.attachment import attachment_of
+from covft.surgery.attention import updated_layers
 from covft.utils.peft import adapter_parameters, is_adapter
 
 _FIX = "covft.get_encoder(model).unfreeze(), after the call that froze it"
@@ -35,9 +36,11 @@ def after_peft(model: nn.Module) -> None:
         for name, module in slot.named_modules()
         if is_adapter(module)
     ]
+    inside += [path for path in updated_layers(encoder.vit) if path.endswith(".base_layer")]
     if inside:
         warnings.warn(
-            f"peft has put adapters into {len(inside)} layers of experts, routers and contexts ({inside[0]}, ...), "
+            f"peft has put adapters into {len(inside)} layers of experts, routers, contexts and attentions that covft "
+            f"trains ({inside[0]}, ...), "
             "whose own weights are frozen. If target_modules was not meant to reach them: "
             "LoraConfig(..., exclude_modules=covft.lora_exclude(model)).",
             UserWarning,
@@ -89,13 +92,13 @@ def check_trainable(model: nn.Module, reaction: str = "raise") -> None:
 
 
 def lora_exclude(model: nn.Module) -> str:
-    """Return what keeps peft off experts, routers and contexts, for `LoraConfig(exclude_modules=...)`.
+    """Return what keeps peft off everything that covft adds, for `LoraConfig(exclude_modules=...)`.
 
     Args:
         model: An attached model, or what `covft.wrap` returned.
 
     Returns:
-        A regular expression for the paths of the adapted FFNs and everything in them.
+        A regular expression for the paths of the adapted FFNs and of attentions with updates, and everything in them.
 
     Raises:
         UnsupportedViTError: If the model is not attached.
@@ -104,7 +107,7 @@ def lora_exclude(model: nn.Module) -> str:
         >>> lora = LoraConfig(target_modules="all-linear", exclude_modules=lora_exclude(model))  # doctest: +SKIP
     """
     encoder = model if isinstance(model, ContextEncoder) else get_encoder(model)
-    paths = "|".join(re.escape(path) for path in encoder.original.ffns)
+    paths = "|".join(re.escape(path) for path in (*encoder.original.ffns, *updated_layers(encoder.vit)))
     return rf"(.*\.)?({paths})(\..*)?"
 
 
