@@ -235,6 +235,7 @@ def gather(source: str, *, text_dim: int, tokens: int | None = None, **settings:
 def _added(encoder: Any, block: Any, text_dim: int, num_tokens: int | None) -> dict[str, Any]:
     """Count parameters and FLOPs of one adapted block, by part, and those of the FFN that it replaces."""
     from covft.nn.cost import count_flops, count_parameters
+    from covft.surgery.attention import is_update
     from covft.utils.parameters import count
 
     config = encoder.covft_config
@@ -258,12 +259,21 @@ def _added(encoder: Any, block: Any, text_dim: int, num_tokens: int | None) -> d
         )
         if config.expert_rank is not None:  # the shared FFN runs once, the thin matrices of each expert after it
             flops = dataclasses.replace(flops, experts=2 * num_tokens * _matrix_elements(experts))
-    parameters = count_parameters(**sizes, ffn_parameters=block.ffn_parameters)
-    parameters = dataclasses.replace(parameters, experts=count(experts.parameters()))
+    counted = count_parameters(**sizes, ffn_parameters=block.ffn_parameters)
+    parameters = dataclasses.asdict(dataclasses.replace(counted, experts=count(experts.parameters())))
+    costs = None if flops is None else dataclasses.asdict(flops)
+    first = next(layer for layer in encoder.layers if encoder.spec.blocks[layer].path == block.path)
+    if config.attention_rank is not None and block.index == first:  # of several FFNs in a block
+        parameters["updates"] = sum(
+            p.numel() for name, p in encoder.vit.get_submodule(block.path).named_parameters() if is_update(name)
+        )
+        if costs is not None:
+            assert num_tokens is not None, "or there were no FLOPs"
+            costs["updates"] = 2 * num_tokens * parameters["updates"]
     return {
-        "parameters": dataclasses.asdict(parameters),
+        "parameters": parameters,
         "parameters_replaced": block.ffn_parameters,
-        "flops": None if flops is None else dataclasses.asdict(flops),
+        "flops": costs,
         "flops_replaced": None if num_tokens is None else 2 * num_tokens * ffn_weights,
     }
 
@@ -333,8 +343,8 @@ def _summary(facts: dict[str, Any]) -> list[str]:
     sums = sorted({sum(part.values()) for part in parts})
     span = f"{sums[0]:,}" if len(sums) == 1 else f"{sums[0]:,} to {sums[-1]:,}"
     shown = ", ".join(str(layer) for layer in config["layers"])
-    names = ("experts", "image_refinement", "text_refinement", "attention", "router")
-    shares = ", ".join(f"{name.replace('_', ' ')} {parts[0][name]:,}" for name in names if parts[0][name])
+    names = ("experts", "image_refinement", "text_refinement", "attention", "router", "updates")
+    shares = ", ".join(f"{name.replace('_', ' ')} {parts[0][name]:,}" for name in names if parts[0].get(name))
     lines = [
         f"Wrapped: blocks {shown}",
         f"         {config['experts']} experts, {config['routing']} routing, {config['context']} context, "

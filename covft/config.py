@@ -58,6 +58,8 @@ class CoVFTConfig:
         num_heads: Heads of the context attention; must divide the width of the text features.
         expert_rank: Rank of the matrices by which experts differ from the pretrained FFN, which they share, frozen.
             None copies the whole FFN for every expert.
+        attention_rank: Rank of trained updates of the linear layers outside the FFNs of the adapted blocks, which stay
+            frozen: LoRA on the attention. None adds none.
         recompute: What backward recomputes of experts and refined image tokens instead of keeping it. `"none"`:
             nothing. `"activation"`: all but the products of the first linear layers. `"all"`: all, from the tokens.
             Results are the same. Experts of another form than linear, activation, linear (or gated) are recomputed
@@ -88,6 +90,7 @@ class CoVFTConfig:
     activation: str = _option("gelu", "gelu", "quick_gelu", per_block=True)
     num_heads: int = _option(4, per_block=True)
     expert_rank: int | None = _option(None, per_block=True)
+    attention_rank: int | None = _option(None)
     recompute: str = _option("all", "none", "activation", "all", per_block=True, changes_model=False)
     router_aux_loss_coef: float = _option(0.01, changes_model=False)
     feature_layer: int | None = _option(None, changes_model=False)
@@ -223,6 +226,7 @@ class Settings(TypedDict, total=False):
     activation: str
     num_heads: int
     expert_rank: int | None
+    attention_rank: int | None
     recompute: str
     router_aux_loss_coef: float
     feature_layer: int | None

@@ -12,7 +12,7 @@
     ├── MissingGradientError(RuntimeError)    a parameter that should train got no gradient
     ├── TextEncoderError(ValueError)          a text or a text encoder that cannot be used
     ├── CheckpointError(RuntimeError)         a saved folder that is incomplete, damaged or of other weights
-    ├── MergeError(TypeError)                 asking to fold experts that depend on the input
+    ├── MergeError(TypeError)                 what was trained cannot be folded into weights
     ├── MissingDependencyError(ImportError)   an extra that is not installed
     └── UnsupportedVersionError(RuntimeError)  a library whose internals covft does not know
 
@@ -130,7 +130,7 @@ class CheckpointError(CoVFTError, RuntimeError):
 
 
 class MergeError(CoVFTError, TypeError):
-    """Folding the experts into one FFN was asked for; routing depends on the input, so there is none."""
+    """What was trained cannot be folded into the ViT's weights, such as experts, whose routing depends on the input."""
 
 
 class MissingDependencyError(CoVFTError, ImportError):

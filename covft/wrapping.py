@@ -18,6 +18,7 @@ from covft.conditioning import Conditioning
 from covft.config import CoVFTConfig, Settings, show_settings
 from covft.encoder import ContextEncoder
 from covft.errors import UnsupportedViTError
+from covft.surgery.attention import add_updates, attention_layers, expected_updates, remove_updates
 from covft.surgery.checks import (
     check_not_distributed,
     check_restorable,
@@ -46,6 +47,7 @@ class WrapPlan:
         spec: What is known of it.
         config: The settings, with `layers` resolved.
         text_encoder: The text encoder; None where none is needed.
+        attention: Paths of the linear layers that get updates.
         saved: Weights to start from; None starts from the pretrained FFNs.
     """
 
@@ -53,6 +55,7 @@ class WrapPlan:
     spec: ViTSpec
     config: CoVFTConfig
     text_encoder: TextEncoder | None
+    attention: list[str]
     saved: SavedEncoder | None = None
 
     def install(self) -> ContextEncoder:
@@ -66,6 +69,8 @@ class WrapPlan:
         slots = build_slots(vit, spec, config, conditioning, self._text_dim)
         # From here on nothing can fail, in what is foreseen.
         original = install_slots(vit, spec, slots, config.train_norms)
+        if config.attention_rank is not None:
+            add_updates(vit, self.attention, config.attention_rank)
         skip_blocks(vit, spec, last_read(spec, config.feature_layer))
         vit.register_forward_pre_hook(conditioning.enter_tower, with_kwargs=True)
         vit.register_forward_hook(conditioning.leave_tower, always_call=True)
@@ -93,6 +98,8 @@ class WrapPlan:
         """
         assert self.saved is not None
         wanted = expected_tensors(self.vit, self.spec, self.config, self._conditioning(), self._text_dim)
+        if self.config.attention_rank is not None:
+            wanted.update(expected_updates(self.vit, self.attention, self.config.attention_rank))
         slots = tuple(f"{self.spec.blocks[layer].mlp_path}." for layer in self.config.layers or ())
         state = {n: t for n, t in self.vit.state_dict(keep_vars=True).items() if not n.startswith(slots)}
         self.saved.check_tensors(self.vit, wanted, state)
@@ -135,7 +142,8 @@ def plan_wrap(
         texts = None if text_encoder is None else as_text_encoder(text_encoder)
     check_text_dim(chosen, None if texts is None else texts.text_dim)
     pretrained.check(vit)
-    return WrapPlan(vit, spec, dataclasses.replace(chosen, layers=layers), texts)
+    attention = [] if chosen.attention_rank is None else attention_layers(vit, spec, layers)
+    return WrapPlan(vit, spec, dataclasses.replace(chosen, layers=layers), texts, attention)
 
 
 def plan_load(
@@ -267,6 +275,7 @@ def unwrap(encoder: ContextEncoder) -> nn.Module:
     run_all_blocks(vit)
     pretrained.remove(vit)
     remove_wide_norms(vit)
+    remove_updates(vit)
     restore_ffns(vit, encoder.original)
     if conditioning.has_batch_norm:
         for module in vit.modules():

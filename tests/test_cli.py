@@ -283,3 +283,15 @@ def test_describe_counts_low_rank_experts(clip_l):
     for name in ("image_refinement", "text_refinement", "attention", "router"):
         assert block["parameters"][name] == whole["parameters"][name]
         assert block["flops"][name] == whole["flops"][name]
+
+
+def test_describe_counts_updates_of_attentions(clip_l):
+    facts = gather(clip_l, text_dim=768, layers=[11, 12], attention_rank=8)
+    plain = gather(clip_l, text_dim=768, layers=[11, 12])
+    updates = 4 * 8 * (1024 + 1024)  # queries, keys, values and the output
+    for layer in (11, 12):
+        added = facts["blocks"][layer]["added"]
+        assert added["parameters"]["updates"] == updates
+        assert added["flops"]["updates"] == 2 * 577 * updates
+    assert facts["trained_parameters"] - plain["trained_parameters"] == 2 * updates
+    assert facts["adapted_parameters"] - plain["adapted_parameters"] == 2 * updates

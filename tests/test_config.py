@@ -53,6 +53,7 @@ def test_json_holds_plain_values_under_the_names_of_the_keywords():
         "activation": "gelu",
         "num_heads": 4,
         "expert_rank": None,
+        "attention_rank": None,
         "recompute": "all",
         "router_aux_loss_coef": 0.01,
         "feature_layer": None,

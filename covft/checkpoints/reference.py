@@ -75,13 +75,13 @@ def import_reference(encoder: WrappedViT, path_or_state_dict: str | Path | Mappi
 
 def _check_reference_settings(encoder: WrappedViT) -> None:
     settings = encoder.covft_config
-    found = (settings.routing, settings.context, settings.activation, settings.expert_rank)
-    if found != ("dense", "cve", "quick_gelu", None):
+    found = (settings.routing, settings.context, settings.activation, settings.expert_rank, settings.attention_rank)
+    if found != ("dense", "cve", "quick_gelu", None, None):
         raise CheckpointError(
             "The encoder does not compute what the released implementation computes.",
-            expected="routing='dense', context='cve', activation='quick_gelu', expert_rank=None",
+            expected="routing='dense', context='cve', activation='quick_gelu', expert_rank=None, attention_rank=None",
             got=f"routing={settings.routing!r}, context={settings.context!r}, activation={settings.activation!r}, "
-            f"expert_rank={settings.expert_rank}",
+            f"expert_rank={settings.expert_rank}, attention_rank={settings.attention_rank}",
             fix="covft.wrap(vit, text_encoder, layers=..., config=CoVFTConfig.reference())",
         )
     for layer, slot in encoder.slots().items():

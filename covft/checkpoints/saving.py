@@ -17,6 +17,7 @@ from covft.checkpoints.fingerprint import fingerprint
 from covft.checkpoints.folder import CONFIG_NAME, write_folder
 from covft.checkpoints.sources import public_revision, public_source
 from covft.errors import CheckpointError
+from covft.surgery.attention import is_update
 from covft.surgery.wrapped import WrappedViT
 from covft.utils.sharding import full, is_main_process, is_sharded
 from covft.utils.torch_internals import without_checkpointing
@@ -42,7 +43,9 @@ def adapted_tensors(encoder: WrappedViT, gathered: Mapping[str, Tensor] | None =
     named = ((without_checkpointing(name), p) for name, p in encoder.vit.named_parameters())
     trained = {name for name, parameter in named if parameter.requires_grad} | set(encoder.norms)
     slots, state = _slot_prefixes(encoder), _state(encoder, gathered)
-    return {name: tensor for name, tensor in state.items() if name.startswith(slots) or name in trained}
+    return {
+        name: tensor for name, tensor in state.items() if name.startswith(slots) or name in trained or is_update(name)
+    }
 
 
 def base_state_dict(encoder: WrappedViT, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -56,7 +59,8 @@ def base_state_dict(encoder: WrappedViT, gathered: Mapping[str, Tensor] | None =
     """
     original = encoder.original
     slots = tuple(f"{path}." for path in original.ffns)  # with other names of the same FFN, and second halves
-    state = {name: t for name, t in _state(encoder, gathered).items() if not name.startswith(slots)}
+    whole = _state(encoder, gathered)
+    state = {name: tensor for name, tensor in whole.items() if not (name.startswith(slots) or is_update(name))}
     state.update({name: value for name, value in original.values.items() if name in state})
     for path, ffn in original.ffns.items():
         state.update({f"{path}.{name}": tensor for name, tensor in ffn.state_dict().items()})

@@ -18,6 +18,9 @@ from covft.utils.peft import adapter_parameters, is_adapter, is_trained_copy, pl
 from covft.utils.sharding import in_engine, is_partitioned, is_sharded
 from covft.utils.torch_internals import COMPILED
 
+MARK = "_covft_tuned"
+"""Attribute of a ViT that `covft.tune` has changed: the name of the method."""
+
 # What distributes or compiles a model from outside, and where it keeps the model.
 _OUTER = {
     "DistributedDataParallel": "module",
@@ -35,7 +38,7 @@ def check_vit(vit: Any) -> None:
         vit: What was given to `wrap`.
 
     Raises:
-        UnsupportedViTError: If it is not a module, wrapped already, distributed or compiled.
+        UnsupportedViTError: If it is not a module, wrapped or tuned already, distributed or compiled.
     """
     if not isinstance(vit, nn.Module):
         raise UnsupportedViTError(f"{vit!r} is not a model.", expected="a torch.nn.Module", got=type(vit).__name__)
@@ -45,6 +48,14 @@ def check_vit(vit: Any) -> None:
             expected="a ViT with its own FFNs",
             got=type(vit).__name__,
             fix="covft.wrap(covft.unwrap(encoder), text_encoder, ...)",
+        )
+    tuned = next((module.__dict__[MARK] for module in vit.modules() if MARK in module.__dict__), None)
+    if tuned is not None:
+        raise UnsupportedViTError(
+            f"This ViT is tuned already, by {tuned!r}.",
+            expected="a ViT as it was: each method freezes what another trains, and saves it for the plain ViT",
+            got=type(vit).__name__,
+            fix="covft.untune(tuned), or tuned.merge() to keep what was trained, then tune its ViT again",
         )
     check_not_copied(vit)
     name = next((cls.__name__ for cls in type(vit).__mro__ if cls.__name__ in _OUTER), None)

@@ -14,6 +14,7 @@ from covft.conditioning import Conditioning
 from covft.config import CoVFTConfig
 from covft.errors import UnsupportedViTError
 from covft.surgery.adapted import AdaptedViT
+from covft.surgery.attention import is_update
 from covft.surgery.slot import AdaptedFFN, Original
 from covft.surgery.split import SecondHalf
 from covft.utils.peft import is_adapter
@@ -138,7 +139,7 @@ class WrappedViT(AdaptedViT):
             )
 
     def adapted_parameters(self) -> dict[str, nn.Parameter]:
-        """Return what `wrap` added or trains, by name in the ViT: experts, routers with their contexts, norms.
+        """Return what `wrap` added or trains, by name in the ViT: experts, routers, norms, updates of attentions.
 
         Layers that peft has put adapters into are left out: there the adapters are trained instead.
         """
@@ -166,6 +167,8 @@ class WrappedViT(AdaptedViT):
         result: dict[str, Tensor] = {}
         done: dict[str, Tensor] = {}  # with the first tensor of the slot
         for name, tensor in state.items():
+            if is_update(name):
+                continue
             place = next((place for place in ffns if name.startswith(place)), None)
             if place is None:
                 result[name] = values[name].to(tensor.device, narrow or tensor.dtype) if name in values else tensor
@@ -178,7 +181,9 @@ class WrappedViT(AdaptedViT):
         return result
 
     def part_of(self, name: str) -> str:
-        """Return the part of a parameter: `"experts"`, `"router"` (with the context), `"norms"` or `"other"`.
+        """Return the part of a parameter.
+
+        It is `"experts"`, `"router"` (with the context), `"norms"`, `"attention"` (its updates) or `"other"`.
 
         Args:
             name: Its name in the ViT.
@@ -190,6 +195,8 @@ class WrappedViT(AdaptedViT):
                 if inner.startswith("experts.shared."):
                     return "other"  # the pretrained FFN that low-rank experts share, which stays frozen
                 return "experts" if inner.startswith("experts.") else "router"
+        if is_update(name):
+            return "attention"
         return "norms" if name in self.norms else "other"
 
 

@@ -10,7 +10,7 @@
     loading.py      and back
     texts.py        the base of new modules that read the text
     attentions.py   which attentions take more tokens
-    vpt.py, qa_vit.py, adaln.py, cross_attention.py
+    vpt.py, svpt.py, qa_vit.py, adaln.py, cross_attention.py
     budget.py       budget() and match(): what a method costs
     api.py          tune(), untune(), load()
 

@@ -15,20 +15,18 @@ from covft.adapters.spec import Adapter
 from covft.checkpoints import pretrained
 from covft.encoder import ContextEncoder
 from covft.errors import ConfigError, UnsupportedViTError
-from covft.surgery.checks import check_not_distributed, check_text_weights, check_vit
+from covft.surgery.checks import MARK, check_text_weights, check_vit
 from covft.surgery.skipping import last_of
 from covft.text import TextEncoder, as_text_encoder
-from covft.tuning.change import Change, Hook, apply, check_in_place, undo
+from covft.tuning.change import Change, FrozenBatchNorms, Hook, apply, check_removable, undo
 from covft.tuning.loading import SavedMethod
 from covft.tuning.method import Method, Tower
 from covft.tuning.registry import make_method
-from covft.tuning.tuned import BATCH_NORMS, FrozenBatchNorms, TunedViT
+from covft.tuning.tuned import BATCH_NORMS, TunedViT
 from covft.utils.arguments import check_kinds
-from covft.utils.sharding import in_engine, unpartitioned
+from covft.utils.sharding import unpartitioned
 
 COVFT = "covft"
-MARK = "_covft_tuned"
-"""Attribute of a tuned ViT: the name of its method."""
 
 
 @check_kinds
@@ -37,6 +35,7 @@ def tune(
     method: str | Method = COVFT,
     *,
     text_encoder: Any = None,
+    images: Any = None,
     adapter: Adapter | None = None,
     **options: Any,
 ) -> TunedViT | ContextEncoder:
@@ -50,6 +49,8 @@ def tune(
         method: Name of a method, such as `"lora"` (`covft.tuning.methods()` lists them), or a method with its options.
             `"covft"` is `covft.wrap`.
         text_encoder: As for `covft.wrap`, for methods that need text; others ignore it.
+        images: A tensor of images or an iterable of batches, for methods that start from them, such as `"svpt"`; others
+            ignore them.
         adapter: How the ViT is built, if no registered adapter knows it.
         **options: Options of the method, such as `r=8`.
 
@@ -70,7 +71,7 @@ def tune(
     """
     if method == COVFT:
         return wrapping.wrap(vit, text_encoder, adapter=adapter, **options)
-    return plan_tune(vit, as_method(method, options), text_encoder, adapter).install()
+    return plan_tune(vit, as_method(method, options), text_encoder, adapter, images=images).install()
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,16 @@ class TunePlan:
         return tuned
 
 
-def plan_tune(vit: nn.Module, method: Method, text_encoder: Any, adapter: Adapter | None, read: Any = None) -> TunePlan:
-    """Check everything that a method needs; nothing of the ViT is changed.
+def plan_tune(
+    vit: nn.Module,
+    method: Method,
+    text_encoder: Any,
+    adapter: Adapter | None,
+    read: Any = None,
+    *,
+    images: Any = None,
+) -> TunePlan:
+    """Check everything that a method needs, and start what it adds; nothing of the ViT is changed.
 
     Args:
         vit: The ViT.
@@ -121,11 +130,18 @@ def plan_tune(vit: nn.Module, method: Method, text_encoder: Any, adapter: Adapte
         text_encoder: As for `tune`.
         adapter: How the ViT is built.
         read: The hidden state that a multimodal LLM reads, or several; None for the ViT's output.
+        images: As for `tune`.
 
     Raises:
         CoVFTError: As `tune` does.
     """
-    check_untuned(vit)
+    plan = _plan(vit, method, text_encoder, adapter, read)
+    method.initialise(plan.tower, plan.change, images)
+    return plan
+
+
+def _plan(vit: nn.Module, method: Method, text_encoder: Any, adapter: Adapter | None, read: Any) -> TunePlan:
+    check_vit(vit)
     check_text_weights(text_encoder)
     spec = describe(vit, adapter)
     pretrained.check(vit)
@@ -154,10 +170,10 @@ def plan_load(
         CoVFTError: As `load` does.
     """
     vit = saved.build_vit() if vit is None else vit
-    check_untuned(vit)
+    check_vit(vit)
     saved.check_base(vit)
     texts = saved.build_text_encoder() if text_encoder is None else text_encoder
-    return dataclasses.replace(plan_tune(vit, saved.method, texts, adapter, read), saved=saved)
+    return dataclasses.replace(_plan(vit, saved.method, texts, adapter, read), saved=saved)
 
 
 def install(method: Method, tower: Tower, change: Change, text_encoder: Any = None) -> TunedViT:
@@ -169,7 +185,7 @@ def install(method: Method, tower: Tower, change: Change, text_encoder: Any = No
         change: The plan.
         text_encoder: The text encoder of a method that needs text.
     """
-    if method.name != "full" and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in tower.vit.modules()):
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in tower.vit.modules()):
         keeper = FrozenBatchNorms()
         change = dataclasses.replace(
             change,
@@ -182,31 +198,6 @@ def install(method: Method, tower: Tower, change: Change, text_encoder: Any = No
     pretrained.install(tuned)
     return tuned
 
-
-def check_untuned(vit: nn.Module) -> None:
-    """Refuse a ViT that is tuned or wrapped already, or distributed.
-
-    Args:
-        vit: What was given to `tune`.
-
-    Raises:
-        UnsupportedViTError: If it is.
-    """
-    check_vit(vit)
-    if MARK in vit.__dict__:
-        raise UnsupportedViTError(
-            f"This ViT is tuned already, by {vit.__dict__[MARK]!r}.",
-            expected="a ViT as it was",
-            fix="covft.tune(covft.untune(tuned), ...)",
-        )
-
-
-def as_method(method: str | Method, options: dict[str, Any]) -> Method:
-    """Return a method by its name and options, or one that has its options already.
-
-    Raises:
-        ConfigError: If it is not known, or an option cannot work.
-    """
     if isinstance(method, str):
         return make_method(method, options)
     if options:
@@ -236,13 +227,9 @@ def untune(tuned: nn.Module) -> nn.Module:
     if not isinstance(tuned, TunedViT):
         raise UnsupportedViTError(f"{type(tuned).__name__} is not what covft.tune returned.", expected="a TunedViT")
     vit = tuned.vit
-    check_not_distributed(vit, in_engine(vit), "build the ViT anew from its source")
-    if MARK not in vit.__dict__:
-        raise UnsupportedViTError("This ViT is restored already.", fix='covft.tune(vit, "lora")')
-    check_in_place(vit, tuned.change)
+    check_removable(vit, tuned.change, tuned.before)
     pretrained.remove(vit)
     undo(vit, tuned.change, tuned.before)
-    del vit.__dict__[MARK]
     return vit
 
 

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from covft.conditioning import Conditioning
+from covft.conditioning.scope import freeze_batch_norms
 from covft.errors import UnsupportedViTError
+from covft.surgery.checks import MARK, check_not_distributed
 from covft.surgery.wrapped import module_at
-from covft.utils.sharding import assign, full
+from covft.utils.sharding import assign, full, in_engine
 from covft.utils.torch_internals import remove_hooks
 
 
@@ -63,11 +64,13 @@ class Applied:
         modules: Modules that were replaced, by path.
         values: Values of the ViT's own parameters that are trained, on the CPU, by their names before.
         requires_grad: Whether each parameter was trainable, by its name before.
+        over: Whether the ViT is plain again, after `undo` or `finish`.
     """
 
     modules: dict[str, nn.Module]
     values: dict[str, Tensor]
     requires_grad: dict[str, bool]
+    over: bool = False
 
 
 def apply(vit: nn.Module, change: Change) -> Applied:
@@ -94,9 +97,11 @@ def apply(vit: nn.Module, change: Change) -> Applied:
         parent, _, name = path.rpartition(".")
         vit.get_submodule(parent).add_module(name, module)
     for module in (*change.added.values(), *change.replaced.values()):
+        held = set(_held_by(module).modules())
         for part in module.modules():
             # transformers initialises modules without this mark again when the model around them is.
-            part._is_hf_initialized = True  # type: ignore[assignment]
+            if part not in held:
+                part._is_hf_initialized = True  # type: ignore[assignment]
     for hook in change.hooks:
         place = vit.get_submodule(hook.path)
         if hook.before:
@@ -118,22 +123,51 @@ def undo(vit: nn.Module, change: Change, applied: Applied) -> None:
         change: What was applied to it.
         applied: What `apply` returned.
     """
+    for path, module in applied.modules.items():
+        vit.set_submodule(path, module)
+    own = dict(vit.named_parameters())
+    for name, value in applied.values.items():
+        assign(own[name], value)
+    finish(vit, change, applied)
+
+
+def finish(vit: nn.Module, change: Change, applied: Applied) -> None:
+    """Leave a ViT with the values that it has, and as it was before `apply` in all else.
+
+    Args:
+        vit: The changed ViT, in which the modules that were replaced are back.
+        change: What was applied to it.
+        applied: What `apply` returned.
+    """
     ours = {id(part) for module in change.added.values() for part in module.modules()}
     for path in dict.fromkeys(("", *(hook.path for hook in change.hooks))):
         place = vit.get_submodule(path)
         remove_hooks(place, lambda owner: owner is not None and (id(owner) in ours or owner is change.conditioning))
-    for path in change.added:
+    for path, module in change.added.items():
         parent, _, name = path.rpartition(".")
-        del vit.get_submodule(parent)._modules[name]
-    for path, module in applied.modules.items():
-        vit.set_submodule(path, module)
+        if (place := module_at(vit, parent)) is not None:  # which may be gone with a module that was replaced
+            place._modules.pop(name, None)
+        if isinstance(module, FrozenBatchNorms):
+            module.release(vit)
     own = dict(vit.named_parameters())
-    with torch.no_grad():
-        for name, value in applied.values.items():
-            assign(own[name], value)
-            own[name].grad = None
+    for name in applied.values:
+        own[name].grad = None
     for name, trained in applied.requires_grad.items():
         own[name].requires_grad_(trained)
+    vit.__dict__.pop(MARK, None)
+    applied.over = True
+
+
+def check_removable(vit: nn.Module, change: Change, applied: Applied) -> None:
+    """Refuse to undo or finish a change that is not there any more, or of a ViT that is distributed.
+
+    Raises:
+        UnsupportedViTError: If it is.
+    """
+    check_not_distributed(vit, in_engine(vit), "build the ViT anew from its source")
+    if applied.over:
+        raise UnsupportedViTError("This ViT is restored or merged already.", fix='covft.tune(vit, "lora")')
+    check_in_place(vit, change)
 
 
 def check_in_place(vit: nn.Module, change: Change) -> None:
@@ -166,3 +200,18 @@ def _held_by(module: nn.Module) -> nn.Module:
         if isinstance(held, nn.Module):
             return held
     return nn.Module()
+
+
+class FrozenBatchNorms(nn.Module):
+    """Keeps the statistics of a tower's batch norms, which nothing would save or undo; a hook of the ViT."""
+
+    def keep(self, vit: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Put batch norms into eval mode."""
+        if vit.training:
+            freeze_batch_norms(vit)
+
+    def release(self, vit: nn.Module) -> None:
+        """Put them back into the mode of the ViT."""
+        for module in vit.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = vit.training

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
-from covft.errors import ConfigError, UnsupportedViTError
+from covft.errors import ConfigError, MergeError, UnsupportedViTError
+from covft.surgery.linears import linear_layers
 from covft.tuning.change import Change
 from covft.tuning.method import Method, Tower, check_choice
 from covft.utils.arguments import check_kinds, check_sizes
 from covft.utils.extras import import_library
-from covft.utils.peft import is_adapter
 
 ADAPTER = "default"
 """Name of the adapter, peft's own default: a language model's adapters then do not switch the tower's off."""
@@ -31,7 +30,8 @@ class LoRA(Method):
 
     In an `nn.MultiheadAttention` (open_clip) the joint projection of queries, keys and values is adapted and the output
     projection is not: it is no module that is called, and peft's own class for such attention adds the update to the
-    frozen weights and takes it off again in every forward, which rounds them.
+    frozen weights and takes it off again in every forward, which rounds them. Layers whose weights timm's BEiT, EVA and
+    Swin v2 read without a call are left out too: no update of theirs would be seen.
 
     Attributes:
         r: Rank of the updates.
@@ -86,11 +86,25 @@ class LoRA(Method):
         return Change(replaced={path: skeleton.get_submodule(path) for path in (*modules, *parameters)})
 
     def fold(self, vit: nn.Module, change: Change) -> None:
-        """Add the updates to the weights."""
-        for path, layer in change.replaced.items():
-            merged: Any = layer
-            merged.merge(safe_merge=True)
-            vit.set_submodule(path, merged.get_base_layer())
+        """Add the updates to the weights.
+
+        Raises:
+            MergeError: If an update is not finite.
+        """
+        layers: dict[str, Any] = dict(change.replaced)
+        broken = [
+            path for path, layer in layers.items() if not all(bool(p.isfinite().all()) for p in layer.parameters())
+        ]
+        if broken:
+            raise MergeError(
+                "Updates that are not finite cannot be folded into the weights.",
+                expected="finite values",
+                got=f"nan or inf in {', '.join(broken[:3])}",
+                fix="covft.untune(tuned)",
+            )
+        for path, layer in layers.items():
+            layer.merge(safe_merge=True)
+            vit.set_submodule(path, layer.get_base_layer())
 
     def _options(self) -> dict[str, Any]:
         return {}
@@ -109,7 +123,7 @@ class LoRA(Method):
         chosen += tuple(f"{path}." for layer in layers if (path := tower.spec.blocks[layer].output_path))
         modules: list[str] = []
         parameters: list[str] = []
-        for path, module in _linears(tower.vit, tuple(blocks)):
+        for path, module in linear_layers(tower.vit, tuple(blocks)):
             in_ffn = f"{path}.".startswith(ffns)
             if in_ffn and (self.targets == "attention" or not f"{path}.".startswith(chosen)):
                 continue
@@ -135,29 +149,6 @@ class DoRA(LoRA):
 
     def _options(self) -> dict[str, Any]:
         return {"use_dora": True}
-
-
-def _linears(vit: nn.Module, blocks: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the linear layers inside some blocks, 1 x 1 convolutions too, and attentions without linear layers."""
-    inside = tuple(f"{path}." for path in blocks)
-    taken: tuple[str, ...] = ()
-    for path, module in vit.named_modules():
-        if not path.startswith(inside) or (taken and path.startswith(taken)):
-            continue
-        if isinstance(module, nn.MultiheadAttention):
-            taken += (f"{path}.",)
-            if module.in_proj_weight is not None:
-                yield path, module
-        elif is_adapter(module):
-            raise UnsupportedViTError(
-                f"{path} has adapters of peft already.", expected="a ViT without adapters", fix="peft_model.unload()"
-            )
-        elif type(module).__name__ in ("Linear", "Conv1D") or _is_pointwise(module):
-            yield path, module
-
-
-def _is_pointwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
 
 
 def _skeleton(vit: nn.Module, paths: list[str]) -> nn.Module:

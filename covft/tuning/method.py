@@ -106,6 +106,21 @@ class Method(ABC):
             CoVFTError: If it cannot be used.
         """
 
+    def initialise(self, tower: Tower, change: Change, images: Any) -> None:
+        """Give new modules values that depend on the user's images; for most methods, nothing is to be done.
+
+        `covft.tune` calls it before the ViT is changed, `covft.load` does not.
+
+        Args:
+            tower: The ViT that the change was planned for.
+            change: The plan, whose modules are not in the ViT yet.
+            images: What was given to `covft.tune`; None if nothing was.
+
+        Raises:
+            CoVFTError: If images are missing, or cannot be used.
+        """
+        return
+
     def fold(self, vit: nn.Module, change: Change) -> None:
         """Fold new modules into the ViT's own weights, if the method `merges`.
 

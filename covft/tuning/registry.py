@@ -25,6 +25,7 @@ _HOMES = {
     "lora": "covft.tuning.lora:LoRA",
     "dora": "covft.tuning.lora:DoRA",
     "vpt": "covft.tuning.vpt:VPT",
+    "svpt": "covft.tuning.svpt:SVPT",
     "qa_vit": "covft.tuning.qa_vit:QAViT",
     "adaln": "covft.tuning.adaln:AdaLN",
     "cross_attention": "covft.tuning.cross_attention:CrossAttention",

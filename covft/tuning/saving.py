@@ -69,6 +69,12 @@ def save(
     writes: bool | None = None,
 ) -> None:
     """Write a saved folder; see `AdaptedViT.write`."""
+    if tuned.before.over:
+        raise CheckpointError(
+            "This ViT is restored or merged already, so nothing is left to save.",
+            expected="a tuned ViT",
+            fix="save it before merge() or covft.untune",
+        )
     check_in_place(tuned.vit, tuned.change)
     tensors = tuned_tensors(tuned, gathered)
     sharded = {name for name, tensor in tensors.items() if is_sharded(tensor)}

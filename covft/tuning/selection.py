@@ -45,7 +45,8 @@ class Full(Method):
     r"""Train every parameter that the output depends on.
 
     $\theta \leftarrow \theta + \Delta\theta$ for the complete tower. Blocks after the last one that is read, and what
-    comes after the blocks if the output of an inner block is read, stay frozen: they would get no gradient.
+    comes after the blocks if the output of an inner block is read, stay frozen: they would get no gradient. Statistics
+    of batch norms are kept, as by every method.
     """
 
     name: ClassVar[str] = "full"

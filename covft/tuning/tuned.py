@@ -13,14 +13,13 @@ from covft.adapters.spec import ViTSpec
 from covft.checkpoints import pretrained
 from covft.conditioning import Conditioning
 from covft.conditioning.calls import CalledWithText
-from covft.conditioning.scope import freeze_batch_norms
 from covft.errors import ConfigError, MergeError
 from covft.nn.functional import HALF
 from covft.surgery.adapted import AdaptedViT
 from covft.surgery.wrapped import module_at
 from covft.text import TextEncoder
 from covft.tuning import loading, saving
-from covft.tuning.change import Applied, Change
+from covft.tuning.change import Applied, Change, check_removable, finish
 from covft.tuning.method import Method
 from covft.utils.arguments import check_kinds
 from covft.utils.parameters import param_groups
@@ -219,18 +218,22 @@ class TunedViT(CalledWithText, AdaptedViT):
         """Return the plain ViT with what was trained folded into its weights, exactly; this object is then spent.
 
         Returns:
-            The ViT, in place: without hooks, added modules or adapters.
+            The ViT, in place: as it was before `covft.tune`, apart from the values of its weights. It can be tuned
+            again.
 
         Raises:
-            MergeError: If the method's effect depends on the input.
+            MergeError: If the method's effect depends on the input, or what was trained is not finite.
+            UnsupportedViTError: If it is restored or merged already, distributed, or changed by other code since.
         """
         if not self.method.merges:
             raise MergeError(
-                f"What {self.method.name!r} adds cannot be folded into the weights: it depends on the input.",
+                f"What {self.method.name!r} adds cannot be folded into the weights: its effect depends on the input.",
                 fix="keep the tuned ViT, or covft.untune(tuned)",
             )
+        check_removable(self.vit, self.change, self.before)
         pretrained.remove(self.vit)
         self.method.fold(self.vit, self.change)
+        finish(self.vit, self.change, self.before)
         return self.vit
 
     @check_kinds
@@ -241,19 +244,11 @@ class TunedViT(CalledWithText, AdaptedViT):
             folder: Created if it does not exist.
 
         Raises:
-            CheckpointError: If the folder is a file or cannot be written to, or weights are on the meta device.
+            CheckpointError: If the folder is a file or cannot be written to, weights are on the meta device, or the ViT
+                is restored or merged already.
         """
         saving.save(self, folder)
 
     def extra_repr(self) -> str:
         """Return one line about the method, for `print(tuned)`."""
         return f"method={self.method!r}"
-
-
-class FrozenBatchNorms(nn.Module):
-    """Keeps the statistics of batch norms of a tower that is not trained as a whole; a hook of the ViT."""
-
-    def keep(self, vit: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Put batch norms into eval mode."""
-        if vit.training:
-            freeze_batch_norms(vit)

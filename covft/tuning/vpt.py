@@ -114,14 +114,7 @@ class _Inserted(nn.Module):
 
     def insert(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Add the prompts to the tokens that the block gets."""
-        name = None if args else next(name for name, value in kwargs.items() if isinstance(value, Tensor))
-        tokens_BND = args[0] if name is None else kwargs[name]
-        if tokens_BND.dim() != 3:
-            raise ShapeError(
-                "Prompts stand beside the tokens of an image in one row.",
-                expected="tokens (B, N, D) at every block",
-                got=tuple(tokens_BND.shape),
-            )
+        name, tokens_BND = tokens_of(args, kwargs)
         joined = torch.cat([tokens_BND, self.rows(tokens_BND).to(tokens_BND.dtype)], dim=1)
         return ((joined, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: joined})
 
@@ -175,6 +168,23 @@ class PassedOn(_Inserted):
         assert self.conditioning is not None, "given by the plan"
         left: Any = self.before.left
         return left[self.conditioning.scope()]
+
+
+def tokens_of(args: tuple, kwargs: dict[str, Any]) -> tuple[str | None, Tensor]:
+    """Return the tokens that a block gets, shape `(B, N, D)`, and the name by which they come, if they have one.
+
+    Raises:
+        ShapeError: If they are of another shape.
+    """
+    name = None if args else next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+    tokens_BND = args[0] if name is None else kwargs[name]
+    if tokens_BND.dim() != 3:
+        raise ShapeError(
+            "Prompts stand beside the tokens of an image in one row.",
+            expected="tokens (B, N, D) at every block",
+            got=tuple(tokens_BND.shape),
+        )
+    return name, tokens_BND
 
 
 def _bound(side: int, embed_dim: int) -> float:

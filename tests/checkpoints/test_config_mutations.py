@@ -44,6 +44,7 @@ FALSE: dict[str, list] = {
     "covft.train_norms": ["adapted", "none"],
     "covft.num_heads": [3, 5, 8, 1_000_000],
     "covft.expert_rank": [1, 4, 1_000_000],
+    "covft.attention_rank": [1, 4, 1_000_000],
     "covft.feature_layer": [0, 1, 2, 4, -2, -5, 99],
     "text.text_dim": [4, 1_000_000],
     "dtype": ["float16", "bfloat16", "float64", "int64", "bool"],

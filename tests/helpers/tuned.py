@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from covft.adapters.registry import describe
-from tests.helpers.towers import BY_NAME, DEPTH, TEXT_DIM, WIDTH, Tower, features
+from covft.tuning import tune
+from tests.helpers.towers import BY_NAME, DEPTH, SIZE, TEXT_DIM, WIDTH, Tower, features
 
 FAMILIES = ("timm-clip", "open_clip-native", "hf-clip", "hf-siglip", "hf-dinov3", "hf-internvl", "hf-qwen2.5-vl")
 # Those on which every method is tried in each run of the tests; CI tries them on all.
@@ -20,6 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"r": 2},
     "dora": {"r": 2},
     "vpt": {"prompts": 3},
+    "svpt": {"prompts": 3},
     "qa_vit": {"width": 8},
     "adaln": {"width": 8},
     "cross_attention": {"heads": 2},
@@ -29,11 +31,13 @@ REFUSED = {
     ("dora", "open_clip-native"): "peft cannot adapt",
     ("vpt", "hf-dinov3"): "has positions",
     ("vpt", "hf-qwen2.5-vl"): "as one sequence",
+    ("svpt", "hf-dinov3"): "has positions",
+    ("svpt", "hf-qwen2.5-vl"): "as one sequence",
     ("qa_vit", "hf-dinov3"): "has positions",
     ("qa_vit", "hf-qwen2.5-vl"): "as one sequence",
 }
 # Methods whose output differs from the plain tower's before training.
-CHANGED_AT_START = ("vpt",)
+CHANGED_AT_START = ("vpt", "svpt")
 READS_TEXT = ("qa_vit", "adaln", "cross_attention")
 
 
@@ -56,6 +60,12 @@ def tower_of(name: str) -> tuple[Tower, nn.Module]:
         for parameter in vit.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     return tower, vit
+
+
+def tuned_of(method: str, vit: nn.Module) -> Any:
+    """Tune a ViT of the table, with text features and images of its type."""
+    images = torch.randn(4, 3, SIZE, SIZE, dtype=next(vit.parameters()).dtype)
+    return tune(vit, method, text_encoder=TEXT_DIM, images=images, **OPTIONS.get(method, {}))
 
 
 def answer(model: nn.Module, tower: Tower, images: Tensor, text: Tensor | None = None) -> Tensor:
@@ -105,7 +115,7 @@ def expected_parameters(method: str, vit: nn.Module) -> int:
                     total += 2 * (module.in_features + module.out_features)
                     total += module.out_features if method == "dora" else 0
         return total
-    if method == "vpt":
+    if method in ("vpt", "svpt"):
         return DEPTH * 3 * d
     if method == "qa_vit":
         return len(adapted) * (c * 8 + 8 + 8 * d + d + 1)

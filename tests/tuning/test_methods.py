@@ -10,11 +10,10 @@ from covft.errors import CoVFTError, MissingContextError, UnsupportedViTError
 from covft.tuning import load, methods, tune, untune
 from tests.helpers.recomputing import recompute
 from tests.helpers.snapshots import assert_unchanged, snapshot
-from tests.helpers.towers import TEXT_DIM, features
+from tests.helpers.towers import features
 from tests.helpers.tuned import (
     CHANGED_AT_START,
     FAMILIES,
-    OPTIONS,
     READS_TEXT,
     REFUSED,
     answer,
@@ -22,6 +21,7 @@ from tests.helpers.tuned import (
     expected_parameters,
     texts,
     tower_of,
+    tuned_of,
 )
 
 METHODS = list(methods())
@@ -29,10 +29,6 @@ METHODS = list(methods())
 WITHOUT_GRADIENT = re.compile(r"k_proj\.bias|mask_token|merger|pool|head|post_layernorm|^proj$|^norm\.")
 # What the first call of a tower of transformers changes: it installs hooks that capture hidden states.
 CALLED = ("hooks", "attributes")
-
-
-def tuned_of(method, vit):
-    return tune(vit, method, text_encoder=TEXT_DIM, **OPTIONS.get(method, {}))
 
 
 def train(tuned, tower, images, text, steps=3):

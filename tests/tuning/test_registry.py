@@ -6,6 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+import covft
 from covft.errors import CheckpointError, ConfigError, UnsupportedViTError
 from covft.tuning import Change, Method, load, methods, registry, tune, untune
 from tests.helpers.tuned import answer, tower_of
@@ -76,7 +77,19 @@ def test_names_are_taken_once(registered):
 def test_a_tuned_tower_is_not_tuned_again():
     _, vit = tower_of("timm-clip")
     tuned = tune(vit, "bitfit")
-    with pytest.raises(UnsupportedViTError, match="already, by 'bitfit'"):
-        tune(vit, "full")
+    for whole in (vit, tuned):
+        with pytest.raises(UnsupportedViTError, match="already, by 'bitfit'"):
+            tune(whole, "full")
+        with pytest.raises(UnsupportedViTError, match="already, by 'bitfit'"):
+            covft.wrap(whole, 16)
     untune(tuned)
     tune(vit, "full")
+
+
+def test_a_wrapped_tower_is_not_tuned():
+    _, vit = tower_of("timm-clip")
+    encoder = covft.wrap(vit, 16)
+    for whole in (vit, encoder):
+        with pytest.raises(UnsupportedViTError, match="wrapped already"):
+            tune(whole, "lora")
+    covft.unwrap(encoder)

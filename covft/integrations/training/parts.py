@@ -19,8 +19,8 @@ from covft.utils import parameters
 from covft.utils.arguments import check_kinds
 from covft.utils.peft import adapter_parameters
 
-PARTS = ("experts", "router", "norms", "vision", "projector", "llm")
-COVFT = ("experts", "router", "norms")
+PARTS = ("experts", "router", "norms", "attention", "vision", "projector", "llm")
+COVFT = ("experts", "router", "norms")  # and "attention", where it has updates
 # Names of the modules between tower and language model.
 _PROJECTORS = frozenset(
     ("multi_modal_projector", "connector", "merger", "deepstack_merger_list", "image_newline", "mm_projector")
@@ -36,7 +36,8 @@ def parts_of(model: nn.Module) -> dict[str, str]:
 
     Returns:
         Part by name in `model.named_parameters()`: `"experts"`, `"router"` (with the context), `"norms"` (of the tower,
-        where covft trains them), `"vision"` (the rest of the tower), `"projector"` or `"llm"`.
+        where covft trains them), `"attention"` (updates of `attention_rank`), `"vision"` (the rest of the tower),
+        `"projector"` or `"llm"`.
 
     Raises:
         UnsupportedViTError: If the model has no tower.
@@ -77,7 +78,8 @@ def train_only(model: nn.Module, parts: Iterable[str], *, dtype: torch.dtype | N
     Args:
         model: A multimodal LLM, attached or not.
         parts: Of `"projector"`, `"llm"`, `"vision"` (the tower's own weights, without those that `freeze_unread`
-            freezes), `"experts"`, `"router"`, `"norms"`, and `"covft"` for these three together.
+            freezes), `"experts"`, `"router"`, `"norms"`, `"attention"` (updates of `attention_rank`), and `"covft"` for
+            these four together.
         dtype: Type to cast the trained parameters to: in half precision, an optimizer's small steps are rounded away.
             None casts nothing; what covft adds is kept in float32 by `CoVFTCallback` all the same.
 
@@ -87,9 +89,10 @@ def train_only(model: nn.Module, parts: Iterable[str], *, dtype: torch.dtype | N
     Raises:
         ConfigError: If a part is unknown, or the model does not have it.
     """
-    asked = {part for name in parts for part in (COVFT if name == "covft" else (name,))}
     owner = parts_of(model)
     present = set(owner.values())
+    ours = (*COVFT, "attention") if "attention" in present else COVFT
+    asked = {part for name in parts for part in (ours if name == "covft" else (name,))}
     attachment = attachment_of(model)
     if attachment is not None and isinstance(attachment.encoder, ContextEncoder):
         present |= set(COVFT)  # with train_norms="none" or uniform routing some of them are empty

@@ -13,6 +13,7 @@ from covft.integrations.mllm.attach import get_encoder
 from covft.integrations.mllm.attachment import attachment_of
 from covft.integrations.training.parts import part_in_model
 from covft.surgery.adapted import AdaptedViT
+from covft.surgery.attention import updated_layers
 from covft.tuning.tuned import TunedViT
 from covft.utils.peft import adapter_parameters, is_adapter
 
@@ -39,9 +40,11 @@ def after_peft(model: nn.Module) -> None:
         for name, module in slot.named_modules()
         if is_adapter(module)
     ]
+    inside += [path for path in updated_layers(encoder.vit) if path.endswith(".base_layer")]
     if inside:
         warnings.warn(
-            f"peft has put adapters into {len(inside)} layers of experts, routers and contexts ({inside[0]}, ...), "
+            f"peft has put adapters into {len(inside)} layers of experts, routers, contexts and attentions that covft "
+            f"trains ({inside[0]}, ...), "
             "whose own weights are frozen. If target_modules was not meant to reach them: "
             "LoraConfig(..., exclude_modules=covft.lora_exclude(model)).",
             UserWarning,
@@ -99,8 +102,8 @@ def lora_exclude(model: nn.Module) -> str:
         model: An attached model, or what `covft.wrap` or `covft.tune` returned.
 
     Returns:
-        A regular expression for the paths of the adapted FFNs, or of what the method has added or replaced, and
-        everything in them.
+        A regular expression for the paths of the adapted FFNs and of attentions with updates, or of what the method
+        has added or replaced, and everything in them.
 
     Raises:
         UnsupportedViTError: If the model is not attached.
@@ -110,7 +113,7 @@ def lora_exclude(model: nn.Module) -> str:
     """
     encoder = model if isinstance(model, AdaptedViT) else get_encoder(model)
     if isinstance(encoder, ContextEncoder):
-        own = list(encoder.original.ffns)
+        own = [*encoder.original.ffns, *updated_layers(encoder.vit)]
     elif isinstance(encoder, TunedViT):
         own = [*encoder.change.added, *encoder.change.replaced]
     else:

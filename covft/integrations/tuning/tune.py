@@ -30,6 +30,7 @@ def tune(
     *,
     text_encoder: Any = None,
     tokenizer: Any = None,
+    images: Any = None,
     language: str | Mapping[str, Any] | None = None,
     projector: bool | None = None,
     adapter: Adapter | None = None,
@@ -46,6 +47,8 @@ def tune(
             `"covft"` is `covft.wrap`, or `covft.attach` of a multimodal LLM.
         text_encoder: As for `covft.wrap`, for methods that need text; others ignore it.
         tokenizer: Of a multimodal LLM, as for `covft.attach`; methods without text need none.
+        images: A tensor of images or an iterable of batches as the tower takes them, for methods that start from them,
+            such as `"svpt"`; others ignore them.
         language: How the language model of a multimodal LLM is tuned: `"frozen"`, `"full"`, `"last_layers"`,
             `"top_layer"`, `"lora"`, `"dora"`, or a mapping such as `{"method": "lora", "r": 64}` (see
             `LanguageTuning`). None leaves it as it is.
@@ -80,7 +83,7 @@ def tune(
                 expected="a multimodal LLM of transformers, or a ViT without them",
                 got=type(model).__name__,
             )
-        return api.tune(model, method, text_encoder=text_encoder, adapter=adapter, **options)
+        return api.tune(model, method, text_encoder=text_encoder, images=images, adapter=adapter, **options)
     beside = None
     if language is not None or projector is not None:
         beside = plan_beside(model, language, projector)
@@ -91,7 +94,7 @@ def tune(
         chosen = as_method(method, options)
         attach_planned(
             model,
-            lambda tower, read: plan_tune(tower, chosen, text_encoder, adapter, read),
+            lambda tower, read: plan_tune(tower, chosen, text_encoder, adapter, read, images=images),
             reading,
             tokenizer=tokenizer if chosen.needs_text else None,
             adapter=adapter,

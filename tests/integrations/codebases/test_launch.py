@@ -58,6 +58,7 @@ FLAGS = {
     "activation": ("quick_gelu", "quick_gelu"),
     "num_heads": ("2", 2),
     "expert_rank": ("8", 8),
+    "attention_rank": ("2", 2),
     "recompute": ("activation", "activation"),
     "feature_layer": ("-1", -1),
     "instructions": ("clean", "clean"),

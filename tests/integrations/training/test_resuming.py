@@ -59,6 +59,7 @@ def refused(kind, model, rows, checkpoint, output):
         ("routing", "dense", "sparse"),
         ("context", "cve", "concat"),
         ("expert_rank", None, 2),
+        ("attention_rank", None, 2),
     ],
 )
 def test_another_setting_is_named_with_both_values(kind, name, old, new, rows, checkpoints, tmp_path):
