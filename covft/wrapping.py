@@ -258,6 +258,7 @@ def unwrap(encoder: ContextEncoder) -> nn.Module:
     check_not_distributed(vit, engine, "build the ViT anew from its source")
     check_restorable(vit, encoder.original)
     encoder.check_in_place("unwrap()")
+    encoder.strength = 1.0
     remove_hooks(vit, lambda owner: owner is conditioning or isinstance(owner, FrozenWatch))
     run_all_blocks(vit)
     pretrained.remove(vit)

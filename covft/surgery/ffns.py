@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -150,7 +150,7 @@ def restore_ffns(vit: nn.Module, original: Original) -> None:
     places = {path: (ffn, slot) for path, (ffn, slot) in found.items() if slot is not None}
     narrow = original.type_in(vit)
     for ffn, slot in places.values():
-        _follow(ffn, _first_expert(slot), narrow)
+        follow(ffn, first_expert(slot), narrow)
         ffn.train(slot.training)
     for path, (ffn, _) in places.items():
         vit.set_submodule(path, ffn)
@@ -185,20 +185,44 @@ def _norm_parameters(vit: nn.Module, spec: ViTSpec, layers: Iterable[int], train
     return names
 
 
-def _first_expert(slot: nn.Module) -> nn.Module:
-    """Return the copy of a replaced module that stands in its place now, in a slot or beside it."""
+def first_expert(slot: nn.Module, *, whole: bool = False) -> nn.Module:
+    """Return the copy of a replaced module that stands in its place now, in a slot or beside it.
+
+    Args:
+        slot: The slot, or the second half beside it.
+        whole: Whether both halves of a split FFN are meant.
+    """
     if isinstance(slot, SecondHalf):
         return slot.slot.experts.prototype.output
     assert isinstance(slot, AdaptedFFN)
     expert = slot.experts.prototype
-    return expert.intermediate if isinstance(expert, SplitFFN) else expert
+    return expert.intermediate if isinstance(expert, SplitFFN) and not whole else expert
 
 
-def _follow(ffn: nn.Module, expert: nn.Module, dtype: torch.dtype | None) -> None:
-    """Move an FFN's tensors where an expert's are, each in the given type, or in that of its counterpart."""
+def follow(ffn: nn.Module, expert: nn.Module, dtype: torch.dtype | None) -> None:
+    """Move a module's tensors where those of another are, each in the given type, or in that of its counterpart.
+
+    Args:
+        ffn: The module.
+        expert: The other, with tensors of the same names.
+        dtype: Type of floating-point tensors; None takes that of each counterpart.
+    """
+    for tensor, place in _places(ffn, expert, dtype):
+        tensor.data = tensor.data.to(*place)
+
+
+def follows(ffn: nn.Module, expert: nn.Module, dtype: torch.dtype | None) -> bool:
+    """Return whether `follow` would change nothing; arguments as there."""
+    return all((tensor.device, tensor.dtype) == place for tensor, place in _places(ffn, expert, dtype))
+
+
+def _places(
+    ffn: nn.Module, expert: nn.Module, dtype: torch.dtype | None
+) -> Iterator[tuple[Tensor, tuple[torch.device, torch.dtype]]]:
+    """Yield each tensor of a module that another has too, and the device and type that it should have."""
     tensors = (*expert.named_parameters(), *expert.named_buffers())
     expert_tensors = {plain_name(name): tensor for name, tensor in tensors}
     for name, tensor in (*ffn.named_parameters(), *ffn.named_buffers()):
         if name in expert_tensors:
             like = expert_tensors[name]
-            tensor.data = tensor.data.to(like.device, dtype if dtype and tensor.is_floating_point() else like.dtype)
+            yield tensor, (like.device, dtype if dtype and tensor.is_floating_point() else like.dtype)

@@ -80,6 +80,7 @@ class AdaptedFFN(ContextualMoE):
         self.conditioning = conditioning
         self.layout = TokenLayout(layout)
         self.record: RoutingRecord | None = None
+        self.beside: Any = None  # the FFN that was here, which runs too at a strength below 1
 
     def train(self, mode: bool = True) -> AdaptedFFN:
         """Switch to training, except for batch norms: an image must not depend on its batch."""
@@ -96,7 +97,8 @@ class AdaptedFFN(ContextualMoE):
             ReentrantCheckpointError: If the experts' gradients would be lost silently.
         """
         with self._computing_like(x):
-            return self._forward(x, *args, **kwargs)
+            mixed = self._forward(x, *args, **kwargs)
+        return mixed if self.beside is None else self.beside.mix(mixed, x, *args, **kwargs)
 
     def _computing_like(self, x: Tensor) -> AbstractContextManager[Any]:
         """Compute in the type of the tokens, if trained weights are kept wider for the optimizer."""
@@ -108,7 +110,8 @@ class AdaptedFFN(ContextualMoE):
             return contextlib.nullcontext()
         return torch.autocast(kind, x.dtype)
 
-    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Route and mix; None where the mixture is not needed."""
         scope = self.conditioning.require()
         self.conditioning.check_gradients(scope, training=self.training)
         segments = self.conditioning.segments_of(scope, x)
@@ -131,6 +134,8 @@ class AdaptedFFN(ContextualMoE):
         self._remember(routing, context_BW)
         if self.layout.is_folded:
             routing = routing.per_token(self.layout.image_of_rows(x, num_images))
+        if self.beside is not None and not self.beside.needs_trained:
+            return None
         return self.mix(x, routing, segments, *args, **kwargs)
 
     @property
