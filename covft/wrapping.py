@@ -63,7 +63,7 @@ class WrapPlan:
         """
         vit, spec, config = self.vit, self.spec, self.config
         conditioning = self._conditioning()
-        slots = build_slots(vit, spec, config, conditioning, self._text_dim)
+        slots = build_slots(vit, spec, self._built, conditioning, self._text_dim)
         # From here on nothing can fail, in what is foreseen.
         original = install_slots(vit, spec, slots, config.train_norms)
         skip_blocks(vit, spec, last_read(spec, config.feature_layer))
@@ -87,10 +87,15 @@ class WrapPlan:
             CheckpointError: If tensors are missing, unexpected, or of another shape or kind of number.
         """
         assert self.saved is not None
-        wanted = expected_tensors(self.vit, self.spec, self.config, self._conditioning(), self._text_dim)
+        wanted = expected_tensors(self.vit, self.spec, self._built, self._conditioning(), self._text_dim)
         slots = tuple(f"{self.spec.blocks[layer].mlp_path}." for layer in self.config.layers or ())
         state = {n: t for n, t in self.vit.state_dict(keep_vars=True).items() if not n.startswith(slots)}
         self.saved.check_tensors(self.vit, wanted, state)
+
+    @property
+    def _built(self) -> CoVFTConfig:
+        """The settings to build with: saved weights replace any start."""
+        return self.config if self.saved is None else self.config.replace(expert_init="upcycled")
 
     @property
     def _text_dim(self) -> int | None:
@@ -170,7 +175,8 @@ def wrap(
     """Make a ViT context-aware, in place.
 
     In every adapted block the FFN is replaced by a mixture of copies of it, weighted by what the image and the text
-    say. All else of the ViT is frozen, except for norms. In eval mode no output changes at the start.
+    say. All else of the ViT is frozen, except for norms. In eval mode no output changes at the start, unless
+    `expert_init` asks for a start that keeps experts apart.
 
     Args:
         vit: A vision transformer of timm, open_clip, transformers, or one that `adapter` knows.

@@ -15,7 +15,7 @@ import covft
 
 ROOT = Path(covft.__file__).parents[1]
 FIELD = "    made_up: int = _option(3)\n"
-AFTER = "    feature_layer: int | None = _option(None, changes_model=False)\n"
+AFTER = "    feature_layer: int | None = _option(None, changes_model=False, least=None)\n"
 
 CHECKS = {
     "wrap": """
