@@ -82,6 +82,10 @@ class CoVFTConfig:
         instructions: What the text encoder reads of a text. `"as_given"`: all of it, as in the paper authors' code.
             `"clean"`: without format suffixes, answer options, OCR tokens and bounding boxes, as
             `covft.data.clean_instruction` removes them. Features and tokenised batches are never changed.
+        null_text: Whether one learned vector stands for the features of a question where there is none. Calls without
+            text, and entries None among texts, then mean it; without it they are errors.
+        null_text_rate: Share of the images whose text is replaced by the null text in training, drawn afresh in every
+            forward, so that the vector and the routers learn what no question means.
 
     Raises:
         ConfigError: If a value cannot work.
@@ -107,6 +111,8 @@ class CoVFTConfig:
     router_aux_loss_coef: float = _option(0.01, changes_model=False)
     feature_layer: int | None = _option(None, changes_model=False, least=None)
     instructions: str = _option("as_given", "as_given", "clean")
+    null_text: bool = _option(False)
+    null_text_rate: float = _option(0.1, changes_model=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _layer_tuple(self.layers))
@@ -121,6 +127,9 @@ class CoVFTConfig:
                 )
             if name == "layers" or choices or (value is None and field.default is None):
                 continue
+            if isinstance(field.default, bool):
+                _check_switch(name, value)
+                continue
             if isinstance(field.default, float):
                 object.__setattr__(self, name, _factor(name, value))
                 continue
@@ -133,6 +142,7 @@ class CoVFTConfig:
                 fix=f"top_k={self.experts}, or routing='dense' to use all of them",
             )
         self._check_start()
+        self._check_null_text()
 
     def _check_start(self) -> None:
         if self.expert_init != "drop":
@@ -152,6 +162,22 @@ class CoVFTConfig:
                 fix="expert_init_scale=0.1",
             )
 
+    def _check_null_text(self) -> None:
+        if self.null_text and not self.needs_text:
+            raise ConfigError(
+                "null_text=True learns what no text means, but this routing reads no text.",
+                expected="routing='dense' or 'sparse', with a context that reads text",
+                got=f"routing={self.routing!r}, context={self.context!r}",
+                fix="null_text=False: a call without text works",
+            )
+        if self.null_text_rate > 1:
+            raise ConfigError(
+                f"null_text_rate={self.null_text_rate} is not a share of the images.",
+                expected="a number from 0 to 1",
+                got=self.null_text_rate,
+                fix="null_text_rate=0.1",
+            )
+
     @property
     def has_router(self) -> bool:
         """Whether the routing is learned, so that a router and a context exist."""
@@ -159,7 +185,7 @@ class CoVFTConfig:
 
     @property
     def needs_text(self) -> bool:
-        """Whether the routing needs text, so that a call without text is an error."""
+        """Whether the routing reads text, so that a call without text is an error unless there is a null text."""
         return self.has_router and self.context != "image"
 
     def of_each_block(self) -> dict[str, Any]:
@@ -264,6 +290,8 @@ class Settings(TypedDict, total=False):
     router_aux_loss_coef: float
     feature_layer: int | None
     instructions: str
+    null_text: bool
+    null_text_rate: float
 
 
 def show_settings(function: Function) -> Function:
@@ -307,6 +335,11 @@ def _whole_number(name: str, value: Any, least: int | None) -> int:
         bound = f"a whole number from {lowest} to {MOST}"
         raise ConfigError(f"{name}={short(value)} cannot be used.", expected=bound, got=short(value))
     return number
+
+
+def _check_switch(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={short(value)} cannot be used.", expected="True or False", got=short(value))
 
 
 def _factor(name: str, value: Any) -> float:

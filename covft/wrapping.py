@@ -20,6 +20,7 @@ from covft.encoder import ContextEncoder
 from covft.errors import UnsupportedViTError
 from covft.surgery.checks import (
     check_not_distributed,
+    check_null_text,
     check_restorable,
     check_text_dim,
     check_text_weights,
@@ -105,6 +106,7 @@ class WrapPlan:
         return Conditioning(
             self.spec.input,
             needs_text=self.config.needs_text,
+            has_null_text=self.config.null_text,
             draws_seeds=self.config.routing == "random",
             has_batch_norm=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.vit.modules()),
         )
@@ -134,6 +136,7 @@ def plan_wrap(
     with unpartitioned():
         texts = None if text_encoder is None else as_text_encoder(text_encoder)
     check_text_dim(chosen, None if texts is None else texts.text_dim)
+    check_null_text(vit, chosen)
     pretrained.check(vit)
     return WrapPlan(vit, spec, dataclasses.replace(chosen, layers=layers), texts)
 

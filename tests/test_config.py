@@ -63,6 +63,8 @@ def test_json_holds_plain_values_under_the_names_of_the_keywords():
         "router_aux_loss_coef": 0.01,
         "feature_layer": None,
         "instructions": "as_given",
+        "null_text": False,
+        "null_text_rate": 0.1,
     }
 
 

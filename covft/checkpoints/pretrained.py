@@ -19,7 +19,7 @@ from covft.checkpoints.folder import FOLDER
 from covft.errors import CheckpointError
 from covft.surgery.overrides import Override
 from covft.surgery.save_guard import check_save_pretrained, running_adapter_save, running_save
-from covft.surgery.wrapped import WrappedViT, prefix_of
+from covft.surgery.wrapped import NULL_TEXT, WrappedViT, prefix_of
 from covft.utils.sharding import full, is_main_process, is_partitioned, is_sharded
 from covft.utils.torch_internals import remove_state_dict_hooks
 
@@ -173,6 +173,8 @@ def original_state(encoder: WrappedViT, state: Mapping[str, Tensor], prefix: str
     result: dict[str, Tensor] = {}
     done: dict[str, Tensor] = {}  # with the first tensor of the slot
     for name, tensor in state.items():
+        if name.startswith(f"{prefix}{NULL_TEXT}."):
+            continue
         place = next((place for place in ffns if name.startswith(place)), None)
         if place is None:
             result[name] = values[name].to(tensor.device, narrow or tensor.dtype) if name in values else tensor

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from covft.adapters.spec import ViTSpec
 from covft.conditioning import Conditioning
 from covft.config import CoVFTConfig
+from covft.nn.null_text import NullText
 from covft.surgery.slot import AdaptedFFN, Original
 from covft.surgery.split import SecondHalf, SplitFFN
-from covft.surgery.wrapped import module_at
+from covft.surgery.wrapped import NULL_TEXT, module_at
 from covft.utils.peft import adapter_parameters, plain_name
 from covft.utils.sharding import assign, full, gathered, partition_like, shape_of, whole_copy
 
@@ -55,7 +56,25 @@ def build_slots(
         for module in slots[layer].modules():
             # transformers initialises modules without this mark again when the model around them is.
             module._is_hf_initialized = True  # type: ignore[assignment]
+    if settings.null_text and text_dim is not None and slots:
+        like = next(iter(slots.values()))
+        weight = next(p for p in like.router.parameters())
+        null_text = NullText(text_dim, settings.null_text_rate, device=weight.device, dtype=weight.dtype)
+        partition_like(vit.parameters(), null_text)
+        null_text.train(like.training)
+        null_text._is_hf_initialized = True  # type: ignore[assignment]
+        for slot in slots.values():
+            slot.__dict__["null_text"] = null_text
     return slots
+
+
+def null_text_of(slots: dict[int, AdaptedFFN]) -> Any:
+    """Return the null text that slots share; None if there is none.
+
+    Args:
+        slots: Adapted FFNs.
+    """
+    return next((slot.null_text for slot in slots.values()), None)
 
 
 def expected_tensors(
@@ -79,6 +98,9 @@ def expected_tensors(
     for layer, slot in slots.items():
         state = slot.state_dict()
         tensors.update({f"{spec.blocks[layer].mlp_path}.{name}": tensor for name, tensor in state.items()})
+    null_text = null_text_of(slots)
+    if null_text is not None:
+        tensors.update({f"{NULL_TEXT}.{name}": tensor for name, tensor in null_text.state_dict().items()})
     for name in _norm_parameters(vit, spec, layers, settings.train_norms):
         tensors[name] = _empty_like(vit.get_parameter(name))
     return tensors
@@ -132,6 +154,9 @@ def install_slots(vit: nn.Module, spec: ViTSpec, slots: dict[int, AdaptedFFN], t
         for path, place in places.items():
             original.ffns[path] = copies.get(path, copies[block.mlp_path])
             vit.set_submodule(path, place)
+    null_text = null_text_of(slots)
+    if null_text is not None:
+        vit.add_module(NULL_TEXT, null_text)
     for name in _norm_parameters(vit, spec, slots, train_norms):
         parameter = vit.get_parameter(name)
         original.values[name] = full(parameter).clone()
@@ -154,6 +179,7 @@ def restore_ffns(vit: nn.Module, original: Original) -> None:
         ffn.train(slot.training)
     for path, (ffn, _) in places.items():
         vit.set_submodule(path, ffn)
+    vit._modules.pop(NULL_TEXT, None)
     adapters = adapter_parameters(vit)
     named = dict(vit.named_parameters(remove_duplicate=False))
     own = {plain_name(name): parameter for name, parameter in named.items() if id(parameter) not in adapters}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from covft.conditioning import Conditioning
-from covft.conditioning.scope import freeze_batch_norms, images_in
+from covft.conditioning.scope import Scope, freeze_batch_norms, images_in
 from covft.nn.functional import HALF, autocasts
 from covft.nn.moe import ContextualMoE
 from covft.nn.router import Routing
@@ -81,6 +81,7 @@ class AdaptedFFN(ContextualMoE):
         self.layout = TokenLayout(layout)
         self.record: RoutingRecord | None = None
         self.beside: Any = None  # the FFN that was here, which runs too at a strength below 1
+        self.__dict__["null_text"] = None  # past nn.Module: the ViT has it, once for all blocks
 
     def train(self, mode: bool = True) -> AdaptedFFN:
         """Switch to training, except for batch norms: an image must not depend on its batch."""
@@ -123,6 +124,8 @@ class AdaptedFFN(ContextualMoE):
         if scope is not None and self.needs_text:
             scope.check_rows(num_images)
             text_BC = scope.text_for(num_images)
+        if self.null_text is not None:
+            text_BC = self._with_null_text(scope, text_BC, num_images)
         mask_BN = None
         if scope is not None and scope.call is not None and tokens.dim() > 2:
             mask_BN = scope.call.mask_for(tokens.shape[1])
@@ -137,6 +140,14 @@ class AdaptedFFN(ContextualMoE):
         if self.beside is not None and not self.beside.needs_trained:
             return None
         return self.mix(x, routing, segments, *args, **kwargs)
+
+    def _with_null_text(self, scope: Scope | None, text_BC: Tensor | None, num_images: int) -> Tensor:
+        """Return the text features of each image, with the null text where there is none."""
+        without_text_B = None if scope is None else scope.without_text_for(num_images)
+        seed = None if scope is None else scope.seed
+        if seed is None:  # of a block that runs without the tower
+            seed = self.conditioning.new_seed(replaces_texts=self.training and text_BC is not None)
+        return self.null_text(text_BC, num_images, without_text_B, seed)
 
     @property
     def _tied_weights_keys(self) -> None:

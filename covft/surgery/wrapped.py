@@ -17,6 +17,9 @@ from covft.surgery.split import SecondHalf
 from covft.utils.parameters import count
 from covft.utils.peft import is_adapter
 
+NULL_TEXT = "covft_null_text"
+"""Name of the null text in the ViT."""
+
 
 class TextSource(NamedTuple):
     """The text encoder that the router was trained with.
@@ -172,6 +175,8 @@ class WrappedViT(nn.Module):
                 if inner.startswith("experts.shared."):
                     return "other"  # the pretrained FFN that low-rank experts share, which stays frozen
                 return "experts" if inner.startswith("experts.") else "router"
+        if name.startswith(f"{NULL_TEXT}."):
+            return "router"
         return "norms" if name in self.norms else "other"
 
 

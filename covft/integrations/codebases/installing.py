@@ -102,6 +102,7 @@ class Codebase(ABC):
             )
         with naming_tower(prefix_of(tower, target).rstrip(".")):
             plan = plan_tower(tower, text_encoder, read, pretrained, None, _adapter_for(tower), settings)
+        reader.has_null_text = plan.config.null_text
         attachment = TowerAttachment(target, plan.install(), reader, MLLMFamily())
         target.__dict__[KEY] = attachment
         overrides = {**self.overrides, "save_pretrained": SaveOverride}

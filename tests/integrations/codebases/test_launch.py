@@ -64,6 +64,8 @@ FLAGS = {
     "recompute": ("activation", "activation"),
     "feature_layer": ("-1", -1),
     "instructions": ("clean", "clean"),
+    "null_text": ("true", True),
+    "null_text_rate": ("0.2", 0.2),
     "router_aux_loss_coef": ("0.5", 0.5),
 }
 
