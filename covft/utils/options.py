@@ -73,7 +73,10 @@ def read_options(given: dict[str, Any]) -> dict[str, Any]:
         ConfigError: If one cannot be read.
     """
     parsers = {option.name: option.parse for option in options() if not option.is_plain}
-    return {name: parsers[name](value) if name in parsers else value for name, value in given.items()}
+    return {
+        name: parsers[name](value) if name in parsers and isinstance(value, str) else value
+        for name, value in given.items()
+    }
 
 
 def parse_switch(text: str) -> bool:

@@ -206,3 +206,18 @@ def test_refused__a_vit_that_would_call_it():
 
     with pytest.raises(UnsupportedViTError, match="calls its children"):
         check_null_text(nn.Sequential(nn.Linear(1, 1)), covft.CoVFTConfig(null_text=True))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*the_adapted_tower_is_not_loaded")
+def test_attach__a_saved_model_has_its_own_tower_and_the_vector_beside_it(tmp_path):
+    tiny = covft.testing.tiny_llava()
+    names, empty = set(tiny.model.state_dict()), tiny.batch([""])
+    model = covft.attach(tiny.model, HashTextEncoder(TEXT_DIM), tokenizer=tiny.tokenizer, null_text=True)
+    perturb(covft.get_encoder(model))
+    model.eval().save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert set(loaded.state_dict()) == names
+    covft.attach(loaded, HashTextEncoder(TEXT_DIM), tokenizer=tiny.tokenizer, pretrained=tmp_path / "covft")
+    with torch.no_grad():
+        assert torch.equal(loaded(**empty).logits, model(**empty).logits)
