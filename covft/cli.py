@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from covft import __version__
 from covft.errors import ConfigError, CoVFTError, MissingDependencyError
-from covft.utils.options import method_options, options, parse_layers
+from covft.utils.options import method_options, options, read_options
 
 try:
     import typer
@@ -75,7 +75,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     for option in options():
         text = option.help + (f" {' | '.join(option.choices)}." if option.choices else "")
         shown = "such as 11-22 or 3,5,-2" if option.name == "layers" else str(option.default)
-        kind: Any = option.parse if option.parse in (int, float) else str
+        kind: Any = option.parse if option.is_plain else str
         info = typer.Option(help=text, show_default=shown)
         annotation = Annotated[kind | None, info]  # type: ignore[valid-type]
         added.append(
@@ -86,9 +86,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     def run(**given: Any) -> None:
         settings = {parameter.name: given.pop(parameter.name) for parameter in added}
         settings = {name: value for name, value in settings.items() if value is not None}
-        if "layers" in settings:
-            settings["layers"] = parse_layers(settings["layers"])
-        command(**given, settings=settings)
+        command(**given, settings=read_options(settings))
 
     run.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
@@ -211,7 +209,7 @@ def gather(source: str, *, text_dim: int, tokens: int | None = None, **settings:
     added = [block["added"] for block in blocks if block["added"] is not None]
     flops = None if num_tokens is None else sum(sum(a["flops"].values()) - a["flops_replaced"] for a in added)
     trained = sum(p.numel() for p in encoder.vit.parameters() if p.requires_grad)
-    parameters = sum(sum(a["parameters"].values()) for a in added)
+    parameters = sum(sum(a["parameters"].values()) for a in added) + (text_dim if config.null_text else 0)
     return {
         "model": source,
         "library": spec.library,

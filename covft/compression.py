@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -64,7 +63,7 @@ def compress(
         ConfigError: If the rank cannot be used.
         UnsupportedViTError: If the experts cannot be compressed; nothing has changed then.
     """
-    settings = dataclasses.replace(encoder.covft_config, expert_rank=rank)
+    settings = encoder.covft_config.replace(expert_rank=rank, expert_init="upcycled")
     slots = encoder.slots()
     for layer, slot in slots.items():
         if not isinstance(slot.experts, Experts):

@@ -23,7 +23,9 @@ MOST_BLOCKS = 10_000
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _option(default: Any, *choices: str, per_block: bool = False, changes_model: bool = True) -> Any:
+def _option(
+    default: Any, *choices: str, per_block: bool = False, changes_model: bool = True, least: int | None = 1
+) -> Any:
     """Declare a field.
 
     Args:
@@ -31,10 +33,10 @@ def _option(default: Any, *choices: str, per_block: bool = False, changes_model:
         *choices: The values it may have, where these are words.
         per_block: Whether each adapted block is built with it, under the same name.
         changes_model: Whether weights of one value do not fit another.
+        least: The least whole number that it may be; None for any.
     """
-    return dataclasses.field(
-        default=default, metadata={"choices": choices, "per_block": per_block, "changes_model": changes_model}
-    )
+    metadata = {"choices": choices, "per_block": per_block, "changes_model": changes_model, "least": least}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,16 @@ class CoVFTConfig:
             None copies the whole FFN for every expert.
         attention_rank: Rank of trained updates of the linear layers outside the FFNs of the adapted blocks, which stay
             frozen: LoRA on the attention. None adds none.
+        expert_init: What experts start from. `"upcycled"`: exact copies of the pretrained FFN; no output changes at
+            the start. `"noise"`: copies with seeded Gaussian noise on every matrix, so that experts differ from the
+            first step and the router has a gradient at once; with `expert_rank`, the products of the low-rank matrices
+            are the noise. `"drop"`: copies in which a seeded random share of the inner units is drawn anew, with the
+            mean and the standard deviation of the weights that they replace: drop-upcycling (arXiv 2502.19261), there
+            for language models, with a share of 0.5 that long training makes up for. With both, outputs change at the
+            start: the guide on wrapping has measurements.
+        expert_init_scale: Standard deviation of the noise relative to that of each matrix, or share of the units.
+        expert_init_seed: Seed of these changes. The same seed gives each expert of each block the same start on every
+            device and process.
         recompute: What backward recomputes of experts and refined image tokens instead of keeping it. `"none"`:
             nothing. `"activation"`: all but the products of the first linear layers. `"all"`: all, from the tokens.
             Results are the same. Experts of another form than linear, activation, linear (or gated) are recomputed
@@ -72,6 +84,10 @@ class CoVFTConfig:
         instructions: What the text encoder reads of a text. `"as_given"`: all of it, as in the paper authors' code.
             `"clean"`: without format suffixes, answer options, OCR tokens and bounding boxes, as
             `covft.data.clean_instruction` removes them. Features and tokenised batches are never changed.
+        null_text: Whether one learned vector stands for the features of a question where there is none. Calls without
+            text, and entries None among texts, then mean it; without it they are errors.
+        null_text_rate: Share of the images whose text is replaced by the null text in training, drawn afresh in every
+            forward, so that the vector and the routers learn what no question means.
 
     Raises:
         ConfigError: If a value cannot work.
@@ -91,10 +107,15 @@ class CoVFTConfig:
     num_heads: int = _option(4, per_block=True)
     expert_rank: int | None = _option(None, per_block=True)
     attention_rank: int | None = _option(None)
+    expert_init: str = _option("upcycled", "upcycled", "noise", "drop", per_block=True, changes_model=False)
+    expert_init_scale: float = _option(0.1, per_block=True, changes_model=False)
+    expert_init_seed: int = _option(0, per_block=True, changes_model=False, least=0)
     recompute: str = _option("all", "none", "activation", "all", per_block=True, changes_model=False)
     router_aux_loss_coef: float = _option(0.01, changes_model=False)
-    feature_layer: int | None = _option(None, changes_model=False)
+    feature_layer: int | None = _option(None, changes_model=False, least=None)
     instructions: str = _option("as_given", "as_given", "clean")
+    null_text: bool = _option(False)
+    null_text_rate: float = _option(0.1, changes_model=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _layer_tuple(self.layers))
@@ -109,16 +130,55 @@ class CoVFTConfig:
                 )
             if name == "layers" or choices or (value is None and field.default is None):
                 continue
+            if isinstance(field.default, bool):
+                _check_switch(name, value)
+                continue
             if isinstance(field.default, float):
                 object.__setattr__(self, name, _factor(name, value))
                 continue
-            object.__setattr__(self, name, _whole_number(name, value, None if name == "feature_layer" else 1))
+            object.__setattr__(self, name, _whole_number(name, value, field.metadata["least"]))
         if self.routing in ("sparse", "random") and self.top_k > self.experts:
             raise ConfigError(
                 f"top_k={self.top_k} asks for more experts than there are.",
                 expected=f"top_k in [1, {self.experts}]  (experts={self.experts})",
                 got=self.top_k,
                 fix=f"top_k={self.experts}, or routing='dense' to use all of them",
+            )
+        self._check_start()
+        self._check_null_text()
+
+    def _check_start(self) -> None:
+        if self.expert_init != "drop":
+            return
+        if self.expert_rank is not None:
+            raise ConfigError(
+                "expert_init='drop' draws units of each expert anew, but experts of low rank share all units.",
+                expected="expert_rank=None, which copies the whole FFN",
+                got=f"expert_rank={self.expert_rank}",
+                fix="expert_init='noise'",
+            )
+        if self.expert_init_scale > 1:
+            raise ConfigError(
+                f"expert_init_scale={self.expert_init_scale} is not a share of the units.",
+                expected="a number from 0 to 1 with expert_init='drop'",
+                got=self.expert_init_scale,
+                fix="expert_init_scale=0.1",
+            )
+
+    def _check_null_text(self) -> None:
+        if self.null_text and not self.needs_text:
+            raise ConfigError(
+                "null_text=True learns what no text means, but this routing reads no text.",
+                expected="routing='dense' or 'sparse', with a context that reads text",
+                got=f"routing={self.routing!r}, context={self.context!r}",
+                fix="null_text=False: a call without text works",
+            )
+        if self.null_text_rate > 1:
+            raise ConfigError(
+                f"null_text_rate={self.null_text_rate} is not a share of the images.",
+                expected="a number from 0 to 1",
+                got=self.null_text_rate,
+                fix="null_text_rate=0.1",
             )
 
     @property
@@ -128,7 +188,7 @@ class CoVFTConfig:
 
     @property
     def needs_text(self) -> bool:
-        """Whether the routing needs text, so that a call without text is an error."""
+        """Whether the routing reads text, so that a call without text is an error unless there is a null text."""
         return self.has_router and self.context != "image"
 
     def of_each_block(self) -> dict[str, Any]:
@@ -227,10 +287,15 @@ class Settings(TypedDict, total=False):
     num_heads: int
     expert_rank: int | None
     attention_rank: int | None
+    expert_init: str
+    expert_init_scale: float
+    expert_init_seed: int
     recompute: str
     router_aux_loss_coef: float
     feature_layer: int | None
     instructions: str
+    null_text: bool
+    null_text_rate: float
 
 
 def show_settings(function: Function) -> Function:
@@ -274,6 +339,11 @@ def _whole_number(name: str, value: Any, least: int | None) -> int:
         bound = f"a whole number from {lowest} to {MOST}"
         raise ConfigError(f"{name}={short(value)} cannot be used.", expected=bound, got=short(value))
     return number
+
+
+def _check_switch(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={short(value)} cannot be used.", expected="True or False", got=short(value))
 
 
 def _factor(name: str, value: Any) -> float:

@@ -19,11 +19,12 @@ from covft.conditioning.calls import CalledWithText
 from covft.config import CoVFTConfig
 from covft.errors import ConfigError, MergeError, MissingContextError
 from covft.nn.losses import load_balance_loss
+from covft.surgery.dial import Dial, set_strength
 from covft.surgery.precision import widen
 from covft.surgery.slot import Original
 from covft.surgery.wrapped import TextSource, WrappedViT
 from covft.text import TextEncoder
-from covft.utils.arguments import check_kinds
+from covft.utils.arguments import check_kinds, check_strength
 from covft.utils.parameters import param_groups
 
 
@@ -61,10 +62,36 @@ class ContextEncoder(CalledWithText, WrappedViT):
         super().__init__(vit, covft_config, spec, conditioning, original, source)
         # Past nn.Module's own __setattr__: even a text encoder that is a module must not become a child.
         self.__dict__["text_encoder"] = text_encoder
+        self._dial: Dial | None = None
 
     @property
     def _cleans_text(self) -> bool:
         return self.covft_config.instructions == "clean"
+
+    @property
+    def strength(self) -> float:
+        r"""Strength $s$ of what was trained: 0 for the ViT as it was, 1 as trained. Setting it changes no weight.
+
+        Every adapted FFN computes $(1 - s)\, \mathrm{FFN}(x) + s\, \mathrm{CoMoE}(x)$ with the pretrained FFN, and
+        every trained norm the same mixture of the pretrained norm and the trained one; since a norm is linear in its
+        weights, that is the norm with mixed weights. At 0 only the originals count, so that the outputs are exactly the
+        plain ViT's; at 1, where it starts, only what was trained runs, and the dial costs nothing. In between both run.
+        A call needs its text at every strength. Other parameters of the ViT that the caller trained, and adapters of
+        peft, keep their values.
+
+        It is part of copies and pickles, but never saved. Gradients are those of the mixture. Set it before
+        `torch.compile`, or call `torch.compiler.reset()` afterwards.
+
+        Raises:
+            ConfigError: If it is set to anything but a number from 0 to 1.
+            UnsupportedViTError: If it is set, and the originals are not known (the ViT was wrapped on the meta device),
+                or other code has replaced FFNs or norms since.
+        """
+        return 1.0 if self._dial is None else self._dial.strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        self._dial = set_strength(self, self._dial, check_strength(strength))
 
     # Inspect the last forward
 

@@ -21,6 +21,7 @@ from covft.errors import UnsupportedViTError
 from covft.surgery.attention import add_updates, attention_layers, expected_updates, remove_updates
 from covft.surgery.checks import (
     check_not_distributed,
+    check_null_text,
     check_restorable,
     check_text_dim,
     check_text_weights,
@@ -66,7 +67,7 @@ class WrapPlan:
         """
         vit, spec, config = self.vit, self.spec, self.config
         conditioning = self._conditioning()
-        slots = build_slots(vit, spec, config, conditioning, self._text_dim)
+        slots = build_slots(vit, spec, self._built, conditioning, self._text_dim)
         # From here on nothing can fail, in what is foreseen.
         original = install_slots(vit, spec, slots, config.train_norms)
         if config.attention_rank is not None:
@@ -86,6 +87,11 @@ class WrapPlan:
         return encoder
 
     @property
+    def null_text(self) -> bool:
+        """Whether rows without an instruction have a trained text."""
+        return self.config.null_text
+
+    @property
     def needs_text(self) -> bool:
         """Whether a call without text is an error."""
         return self.config.needs_text
@@ -97,12 +103,17 @@ class WrapPlan:
             CheckpointError: If tensors are missing, unexpected, or of another shape or kind of number.
         """
         assert self.saved is not None
-        wanted = expected_tensors(self.vit, self.spec, self.config, self._conditioning(), self._text_dim)
+        wanted = expected_tensors(self.vit, self.spec, self._built, self._conditioning(), self._text_dim)
         if self.config.attention_rank is not None:
             wanted.update(expected_updates(self.vit, self.attention, self.config.attention_rank))
         slots = tuple(f"{self.spec.blocks[layer].mlp_path}." for layer in self.config.layers or ())
         state = {n: t for n, t in self.vit.state_dict(keep_vars=True).items() if not n.startswith(slots)}
         self.saved.check_tensors(self.vit, wanted, state)
+
+    @property
+    def _built(self) -> CoVFTConfig:
+        """The settings to build with: saved weights replace any start."""
+        return self.config if self.saved is None else self.config.replace(expert_init="upcycled")
 
     @property
     def _text_dim(self) -> int | None:
@@ -112,6 +123,7 @@ class WrapPlan:
         return Conditioning(
             self.spec.input,
             needs_text=self.config.needs_text,
+            has_null_text=self.config.null_text,
             draws_seeds=self.config.routing == "random",
             has_batch_norm=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.vit.modules()),
         )
@@ -141,6 +153,7 @@ def plan_wrap(
     with unpartitioned():
         texts = None if text_encoder is None else as_text_encoder(text_encoder)
     check_text_dim(chosen, None if texts is None else texts.text_dim)
+    check_null_text(vit, chosen)
     pretrained.check(vit)
     attention = [] if chosen.attention_rank is None else attention_layers(vit, spec, layers)
     return WrapPlan(vit, spec, dataclasses.replace(chosen, layers=layers), texts, attention)
@@ -183,7 +196,8 @@ def wrap(
     """Make a ViT context-aware, in place.
 
     In every adapted block the FFN is replaced by a mixture of copies of it, weighted by what the image and the text
-    say. All else of the ViT is frozen, except for norms. In eval mode no output changes at the start.
+    say. All else of the ViT is frozen, except for norms. In eval mode no output changes at the start, unless
+    `expert_init` asks for a start that keeps experts apart.
 
     Args:
         vit: A vision transformer of timm, open_clip, transformers, or one that `adapter` knows.
@@ -271,6 +285,7 @@ def unwrap(encoder: ContextEncoder) -> nn.Module:
     check_not_distributed(vit, engine, "build the ViT anew from its source")
     check_restorable(vit, encoder.original)
     encoder.check_in_place("unwrap()")
+    encoder.strength = 1.0
     remove_hooks(vit, lambda owner: owner is conditioning or isinstance(owner, FrozenWatch))
     run_all_blocks(vit)
     pretrained.remove(vit)

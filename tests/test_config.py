@@ -31,6 +31,9 @@ def configs(draw):
         train_norms=draw(st.sampled_from(["all", "adapted", "none"])),
         activation=draw(st.sampled_from(["gelu", "quick_gelu"])),
         num_heads=draw(st.integers(1, 32)),
+        expert_init=draw(st.sampled_from(["upcycled", "noise", "drop"])),
+        expert_init_scale=draw(st.floats(0, 1)),
+        expert_init_seed=draw(st.integers(0, 99)),
     )
 
 
@@ -54,10 +57,15 @@ def test_json_holds_plain_values_under_the_names_of_the_keywords():
         "num_heads": 4,
         "expert_rank": None,
         "attention_rank": None,
+        "expert_init": "upcycled",
+        "expert_init_scale": 0.1,
+        "expert_init_seed": 0,
         "recompute": "all",
         "router_aux_loss_coef": 0.01,
         "feature_layer": None,
         "instructions": "as_given",
+        "null_text": False,
+        "null_text_rate": 0.1,
     }
 
 

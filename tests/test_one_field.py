@@ -16,7 +16,7 @@ import covft
 pytestmark = pytest.mark.long
 ROOT = Path(covft.__file__).parents[1]
 FIELD = "    made_up: int = _option(3)\n"
-AFTER = "    feature_layer: int | None = _option(None, changes_model=False)\n"
+AFTER = "    feature_layer: int | None = _option(None, changes_model=False, least=None)\n"
 
 CHECKS = {
     "wrap": """

@@ -18,7 +18,7 @@ from covft.checkpoints.folder import CONFIG_NAME, write_folder
 from covft.checkpoints.sources import public_revision, public_source
 from covft.errors import CheckpointError
 from covft.surgery.attention import is_update
-from covft.surgery.wrapped import WrappedViT
+from covft.surgery.wrapped import NULL_TEXT, WrappedViT
 from covft.utils.sharding import full, is_main_process, is_sharded
 from covft.utils.torch_internals import without_checkpointing
 from covft.utils.transformers_names import commit_of, saved_names
@@ -58,7 +58,8 @@ def base_state_dict(encoder: WrappedViT, gathered: Mapping[str, Tensor] | None =
         gathered: Tensors by name that replace those of the modules.
     """
     original = encoder.original
-    slots = tuple(f"{path}." for path in original.ffns)  # with other names of the same FFN, and second halves
+    # With other names of the same FFN, and second halves.
+    slots = (*(f"{path}." for path in original.ffns), f"{NULL_TEXT}.")
     whole = _state(encoder, gathered)
     state = {name: tensor for name, tensor in whole.items() if not (name.startswith(slots) or is_update(name))}
     state.update({name: value for name, value in original.values.items() if name in state})
@@ -186,4 +187,4 @@ def _first(names: Iterable[str]) -> str:
 
 
 def _slot_prefixes(encoder: WrappedViT) -> tuple[str, ...]:
-    return tuple(f"{encoder.spec.blocks[layer].mlp_path}." for layer in encoder.layers)
+    return (*(f"{encoder.spec.blocks[layer].mlp_path}." for layer in encoder.layers), f"{NULL_TEXT}.")

@@ -63,7 +63,8 @@ class CalledWithText(_Module):
             images: Whatever the ViT takes first, usually `(B, 3, H, W)`; may also come by the ViT's own keyword, such
                 as `pixel_values=`.
             text: A question for all images, one per image, features `(S, C)`, or a tokenised batch; None takes the
-                text of an open `condition(...)`.
+                text of an open `condition(...)`. With a null text, entries of a list may be None, and without an open
+                `condition(...)` None means no text for any image.
             index: Which text each image has, shape `(B,)`; None where image i has text i.
             **kwargs: Passed to the ViT.
 
@@ -195,7 +196,10 @@ class CalledWithText(_Module):
         self.__dict__["text_encoder"] = text_encoder
 
     def _enter(self, text: Any, index: Any, generator: Generator | None = None) -> Scope:
-        features, mask = text, None
+        features, mask, without_text = text, None, None
+        if self.conditioning.has_null_text and isinstance(text, list | tuple) and None in text:
+            text, without_text = self._without_nulls(text)
+            features = text
         if isinstance(text, Tensor):
             check_text_features(text.flatten(0, 1) if self.reads_states and text.dim() == 3 else text, self.text_dim)
             features = text.to(self._device())
@@ -209,7 +213,18 @@ class CalledWithText(_Module):
         if index is not None:
             index = as_index(index, 0 if features is None else len(features)).to(self._device())
         shared = isinstance(text, str) and index is None
-        return self.conditioning.enter(features, index, shared=shared, generator=generator, text_mask=mask)
+        return self.conditioning.enter(
+            features, index, shared=shared, generator=generator, text_mask=mask, without_text=without_text
+        )
+
+    def _without_nulls(self, texts: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+        """Encode the texts of a list in which some are None; return features, and which rows have no text."""
+        without_text = torch.tensor([text is None for text in texts], device=self._device())
+        given = [text for text in texts if text is not None]
+        encoded = self.encode_text(given) if given else torch.zeros(0, self.text_dim or 0, device=self._device())
+        features = encoded.new_zeros(len(texts), encoded.shape[-1])
+        features[~without_text] = encoded
+        return features, without_text
 
     def _device(self) -> torch.device:
         return next(self.vit.parameters()).device

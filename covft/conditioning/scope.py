@@ -38,6 +38,7 @@ class Scope:
         call: What this run of the tower knows; None where the scope is a text that was given.
         parent: The text that a run of the tower was given; None for a text.
         text_mask: Which token states are of the text and not padding, shape `(S, L)`; None where all are.
+        without_text: Which rows of the features stand for no text, shape `(S,)`; None where all are of texts.
 
     Attributes:
         groups: How many images are repeated together, one after another, if all are repeated before the ViT runs, as
@@ -66,6 +67,7 @@ class Scope:
         "shared",
         "text_features",
         "text_mask",
+        "without_text",
     )
 
     def __init__(
@@ -78,8 +80,10 @@ class Scope:
         call: TowerCall | None = None,
         parent: Scope | None = None,
         text_mask: Tensor | None = None,
+        without_text: Tensor | None = None,
     ) -> None:
         self.text_features = text_features
+        self.without_text = without_text
         self.text_mask = text_mask
         self.index = index
         self.shared = shared
@@ -121,6 +125,10 @@ class Scope:
     def text_mask_for(self, num_images: int) -> Tensor | None:
         """Return which token states of each image's text are not padding, shape `(num_images, L)`; None if all are."""
         return self._per_image(self.text_mask, num_images)
+
+    def without_text_for(self, num_images: int) -> Tensor | None:
+        """Return which images have no text, shape `(num_images,)`; None if all have one, or none has."""
+        return self._per_image(self.without_text, num_images)
 
     def _per_image(self, rows: Tensor | None, num_images: int) -> Tensor | None:
         if rows is None or self.text_features is None:
@@ -169,7 +177,8 @@ class Conditioning:
 
     Args:
         format: How images reach the ViT.
-        needs_text: Whether a call without text is an error.
+        needs_text: Whether text is read, so that a call without text is an error.
+        has_null_text: Whether a call without text is none, because a null text stands for it.
         draws_seeds: Whether runs of the tower get a seed (random routing).
         has_batch_norm: Whether the ViT has batch norms, whose statistics are kept as they are.
 
@@ -186,19 +195,22 @@ class Conditioning:
         needs_text: bool = True,
         draws_seeds: bool = False,
         has_batch_norm: bool = False,
+        has_null_text: bool = False,
     ) -> None:
         check_torch()
         self.format = InputFormat() if format is None else format
         self.needs_text = needs_text
         self.draws_seeds = draws_seeds
         self.has_batch_norm = has_batch_norm
+        self.has_null_text = has_null_text
         self._open = OpenScopes()
         self._draws = Draws()
         self._noted: weakref.WeakKeyDictionary[Any, Scope] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
-        return (_rebuild, (self.format, self.needs_text, self.draws_seeds, self.has_batch_norm))
+        settings = (self.needs_text, self.draws_seeds, self.has_batch_norm, self.has_null_text)
+        return (_rebuild, (self.format, *settings))
 
     def enter(
         self,
@@ -208,6 +220,7 @@ class Conditioning:
         shared: bool = False,
         generator: Generator | None = None,
         text_mask: Tensor | None = None,
+        without_text: Tensor | None = None,
     ) -> Scope:
         """Open a scope; `leave` must follow, whatever happens in between.
 
@@ -217,8 +230,16 @@ class Conditioning:
             shared: Whether the one text is for all images.
             generator: The generator that may be suspended before `leave`; None if there is none.
             text_mask: Which token states are not padding, shape `(S, L)`.
+            without_text: Which rows of the features stand for no text, shape `(S,)`.
         """
-        scope = Scope(text_features, index, shared=shared, seed=self.new_seed(), text_mask=text_mask)
+        scope = Scope(
+            text_features,
+            index,
+            shared=shared,
+            seed=self.new_seed(),
+            text_mask=text_mask,
+            without_text=without_text,
+        )
         scope.generator = generator
         self._open.open(scope)
         return scope
@@ -253,7 +274,8 @@ class Conditioning:
             MissingContextError: If the routing needs text and there is none.
         """
         scope = self.scope()
-        if self.needs_text and (scope is None or scope.text_features is None):
+        missing = scope is None or scope.text_features is None
+        if missing and self.needs_text and not self.has_null_text:
             raise self._missing()
         return scope
 
@@ -270,14 +292,14 @@ class Conditioning:
             parent.text_for(call.num_images)
         if self.has_batch_norm and vit.training:
             freeze_batch_norms(vit)
-        seed = self.new_seed()
+        seed = self.new_seed(replaces_texts=vit.training)
         if parent is None:
             scope = Scope(None, seed=seed, call=call)
         else:
             text, index = parent.text_features, parent.index
             mask = parent.text_mask
             scope = Scope(text, index, shared=parent.shared, seed=seed, call=call, parent=parent, text_mask=mask)
-            scope.groups = parent.groups
+            scope.groups, scope.without_text = parent.groups, parent.without_text
         self._open.open(scope)
 
     def leave_tower(self, vit: nn.Module, args: tuple, output: Any) -> None:
@@ -337,9 +359,13 @@ class Conditioning:
                     return
                 self._noted[frame] = scope
 
-    def new_seed(self) -> int | None:
-        """Draw a seed for random routing, the same in a recomputation as in its forward; None for other routings."""
-        return self._draws.next() if self.draws_seeds else None
+    def new_seed(self, *, replaces_texts: bool = False) -> int | None:
+        """Draw a seed, the same in a recomputation as in its forward; None where nothing is drawn with it.
+
+        Args:
+            replaces_texts: Whether texts are about to be replaced by the null text, if there is one.
+        """
+        return self._draws.next() if self.draws_seeds or (self.has_null_text and replaces_texts) else None
 
     def _missing(self) -> MissingContextError:
         problem, fix = "A context-aware ViT was called without text.", "encoder(images, ['the question', ...]), or "
@@ -356,8 +382,16 @@ class Conditioning:
         )
 
 
-def _rebuild(format: InputFormat, needs_text: bool, draws_seeds: bool, has_batch_norm: bool) -> Conditioning:
-    return Conditioning(format, needs_text=needs_text, draws_seeds=draws_seeds, has_batch_norm=has_batch_norm)
+def _rebuild(
+    format: InputFormat, needs_text: bool, draws_seeds: bool, has_batch_norm: bool, has_null_text: bool
+) -> Conditioning:
+    return Conditioning(
+        format,
+        needs_text=needs_text,
+        draws_seeds=draws_seeds,
+        has_batch_norm=has_batch_norm,
+        has_null_text=has_null_text,
+    )
 
 
 def freeze_batch_norms(module: nn.Module) -> None:

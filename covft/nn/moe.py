@@ -19,6 +19,7 @@ from covft.nn.functional import Place, in_type_of
 from covft.nn.low_rank import LowRankExperts
 from covft.nn.router import Routing, make_router
 from covft.nn.segments import Segments
+from covft.nn.starts import start_apart
 from covft.utils.arguments import check_kinds, check_sizes
 
 
@@ -26,7 +27,8 @@ class ContextualMoE(nn.Module):
     r"""Mix upcycled FFNs, one set of weights per image.
 
     $y = \sum_e g_e(c)\, E_e(x)$, eq. 10 of the CoVFT paper; its CoMoE, with the context vector $c$ (its CVE) inside.
-    All experts start equal to the pretrained FFN and the weights sum to 1, so at the start the output is the FFN's.
+    All experts start equal to the pretrained FFN and the weights sum to 1, so at the start the output is the FFN's,
+    unless `expert_init` asks for another start.
 
     Args:
         ffn: The pretrained FFN to copy; not changed.
@@ -38,8 +40,12 @@ class ContextualMoE(nn.Module):
         context: `"cve"`, `"image"`, `"text"` or `"concat"`.
         activation: Of the refinements, `"gelu"` or `"quick_gelu"`.
         num_heads: Heads of the context attention.
-        eval_seed: Seed of `"random"` in eval mode.
+        eval_seed: Index of the block: seed of `"random"` in eval mode, and part of the seed of `expert_init`.
         expert_rank: None copies the FFN for every expert; a number makes them share it and differ at that rank.
+        expert_init: `"upcycled"`, `"noise"` or `"drop"`, as in `CoVFTConfig`; only the first starts from the FFN's
+            output.
+        expert_init_scale: Relative standard deviation of the noise, or share of the units.
+        expert_init_seed: Seed of the noise, or of the units.
         recompute: What backward recomputes of full experts and of the context: `"none"`, `"activation"` or `"all"`.
         plans: As for `Experts.upcycled`.
 
@@ -68,13 +74,17 @@ class ContextualMoE(nn.Module):
         num_heads: int = 4,
         eval_seed: int = 0,
         expert_rank: int | None = None,
+        expert_init: str = "upcycled",
+        expert_init_scale: float = 0.1,
+        expert_init_seed: int = 0,
         recompute: str = "all",
         plans: dict[Any, Any] | None = None,
     ) -> None:
         super().__init__()
         settings = CoVFTConfig(
             experts=num_experts, routing=routing, top_k=top_k, context=context, activation=activation,
-            num_heads=num_heads, expert_rank=expert_rank, recompute=recompute,
+            num_heads=num_heads, expert_rank=expert_rank, expert_init=expert_init,
+            expert_init_scale=expert_init_scale, expert_init_seed=expert_init_seed, recompute=recompute,
         )  # fmt: skip
         check_sizes(embed_dim=embed_dim, text_dim=text_dim)
         if settings.needs_text and text_dim is None:
@@ -94,6 +104,7 @@ class ContextualMoE(nn.Module):
             self.experts = Experts.upcycled(ffn, num_experts, plans=plans)
         else:
             self.experts = LowRankExperts(ffn, num_experts, expert_rank)
+        start_apart(self.experts, expert_init, expert_init_scale, seed=expert_init_seed, layer=eval_seed)
         self.set_recompute(recompute)
         self.train(ffn.training)
 

@@ -207,6 +207,25 @@ def check_text_dim(settings: CoVFTConfig, text_dim: int | None) -> None:
         )
 
 
+def check_null_text(vit: nn.Module, settings: CoVFTConfig) -> None:
+    """Refuse a ViT that would call a null text as one of its layers.
+
+    Args:
+        vit: The ViT.
+        settings: The settings.
+
+    Raises:
+        UnsupportedViTError: If it is a sequence of layers.
+    """
+    if settings.null_text and isinstance(vit, nn.Sequential):
+        raise UnsupportedViTError(
+            "A null text becomes a child of the ViT, and this one calls its children one after another.",
+            expected="a ViT with a forward of its own",
+            got=type(vit).__name__,
+            fix="null_text=False, or a module around the sequence",
+        )
+
+
 def resolve_layers(layers: tuple[int, ...] | None, spec: ViTSpec, last: int) -> tuple[int, ...]:
     """Return the indices of the adapted blocks, ascending and not negative.
 

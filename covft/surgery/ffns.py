@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from covft.adapters.spec import ViTSpec
 from covft.conditioning import Conditioning
 from covft.config import CoVFTConfig
+from covft.nn.null_text import NullText
 from covft.surgery.slot import AdaptedFFN, Original
 from covft.surgery.split import SecondHalf, SplitFFN
-from covft.surgery.wrapped import module_at
+from covft.surgery.wrapped import NULL_TEXT, module_at
 from covft.utils.peft import adapter_parameters, plain_name
 from covft.utils.sharding import assign, full, gathered, partition_like, shape_of, whole_copy
 
@@ -55,7 +56,25 @@ def build_slots(
         for module in slots[layer].modules():
             # transformers initialises modules without this mark again when the model around them is.
             module._is_hf_initialized = True  # type: ignore[assignment]
+    if settings.null_text and text_dim is not None and slots:
+        like = next(iter(slots.values()))
+        weight = next(p for p in like.router.parameters())
+        null_text = NullText(text_dim, settings.null_text_rate, device=weight.device, dtype=weight.dtype)
+        partition_like(vit.parameters(), null_text)
+        null_text.train(like.training)
+        null_text._is_hf_initialized = True  # type: ignore[assignment]
+        for slot in slots.values():
+            slot.__dict__["null_text"] = null_text
     return slots
+
+
+def null_text_of(slots: dict[int, AdaptedFFN]) -> Any:
+    """Return the null text that slots share; None if there is none.
+
+    Args:
+        slots: Adapted FFNs.
+    """
+    return next((slot.null_text for slot in slots.values()), None)
 
 
 def expected_tensors(
@@ -79,6 +98,9 @@ def expected_tensors(
     for layer, slot in slots.items():
         state = slot.state_dict()
         tensors.update({f"{spec.blocks[layer].mlp_path}.{name}": tensor for name, tensor in state.items()})
+    null_text = null_text_of(slots)
+    if null_text is not None:
+        tensors.update({f"{NULL_TEXT}.{name}": tensor for name, tensor in null_text.state_dict().items()})
     for name in _norm_parameters(vit, spec, layers, settings.train_norms):
         tensors[name] = _empty_like(vit.get_parameter(name))
     return tensors
@@ -132,6 +154,9 @@ def install_slots(vit: nn.Module, spec: ViTSpec, slots: dict[int, AdaptedFFN], t
         for path, place in places.items():
             original.ffns[path] = copies.get(path, copies[block.mlp_path])
             vit.set_submodule(path, place)
+    null_text = null_text_of(slots)
+    if null_text is not None:
+        vit.add_module(NULL_TEXT, null_text)
     for name in _norm_parameters(vit, spec, slots, train_norms):
         parameter = vit.get_parameter(name)
         original.values[name] = full(parameter).clone()
@@ -150,10 +175,11 @@ def restore_ffns(vit: nn.Module, original: Original) -> None:
     places = {path: (ffn, slot) for path, (ffn, slot) in found.items() if slot is not None}
     narrow = original.type_in(vit)
     for ffn, slot in places.values():
-        _follow(ffn, _first_expert(slot), narrow)
+        follow(ffn, first_expert(slot), narrow)
         ffn.train(slot.training)
     for path, (ffn, _) in places.items():
         vit.set_submodule(path, ffn)
+    vit._modules.pop(NULL_TEXT, None)
     adapters = adapter_parameters(vit)
     named = dict(vit.named_parameters(remove_duplicate=False))
     own = {plain_name(name): parameter for name, parameter in named.items() if id(parameter) not in adapters}
@@ -185,20 +211,44 @@ def _norm_parameters(vit: nn.Module, spec: ViTSpec, layers: Iterable[int], train
     return names
 
 
-def _first_expert(slot: nn.Module) -> nn.Module:
-    """Return the copy of a replaced module that stands in its place now, in a slot or beside it."""
+def first_expert(slot: nn.Module, *, whole: bool = False) -> nn.Module:
+    """Return the copy of a replaced module that stands in its place now, in a slot or beside it.
+
+    Args:
+        slot: The slot, or the second half beside it.
+        whole: Whether both halves of a split FFN are meant.
+    """
     if isinstance(slot, SecondHalf):
         return slot.slot.experts.prototype.output
     assert isinstance(slot, AdaptedFFN)
     expert = slot.experts.prototype
-    return expert.intermediate if isinstance(expert, SplitFFN) else expert
+    return expert.intermediate if isinstance(expert, SplitFFN) and not whole else expert
 
 
-def _follow(ffn: nn.Module, expert: nn.Module, dtype: torch.dtype | None) -> None:
-    """Move an FFN's tensors where an expert's are, each in the given type, or in that of its counterpart."""
+def follow(ffn: nn.Module, expert: nn.Module, dtype: torch.dtype | None) -> None:
+    """Move a module's tensors where those of another are, each in the given type, or in that of its counterpart.
+
+    Args:
+        ffn: The module.
+        expert: The other, with tensors of the same names.
+        dtype: Type of floating-point tensors; None takes that of each counterpart.
+    """
+    for tensor, place in _places(ffn, expert, dtype):
+        tensor.data = tensor.data.to(*place)
+
+
+def follows(ffn: nn.Module, expert: nn.Module, dtype: torch.dtype | None) -> bool:
+    """Return whether `follow` would change nothing; arguments as there."""
+    return all((tensor.device, tensor.dtype) == place for tensor, place in _places(ffn, expert, dtype))
+
+
+def _places(
+    ffn: nn.Module, expert: nn.Module, dtype: torch.dtype | None
+) -> Iterator[tuple[Tensor, tuple[torch.device, torch.dtype]]]:
+    """Yield each tensor of a module that another has too, and the device and type that it should have."""
     tensors = (*expert.named_parameters(), *expert.named_buffers())
     expert_tensors = {plain_name(name): tensor for name, tensor in tensors}
     for name, tensor in (*ffn.named_parameters(), *ffn.named_buffers()):
         if name in expert_tensors:
             like = expert_tensors[name]
-            tensor.data = tensor.data.to(like.device, dtype if dtype and tensor.is_floating_point() else like.dtype)
+            yield tensor, (like.device, dtype if dtype and tensor.is_floating_point() else like.dtype)

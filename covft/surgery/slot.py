@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from covft.conditioning import Conditioning
-from covft.conditioning.scope import freeze_batch_norms, images_in
+from covft.conditioning.scope import Scope, freeze_batch_norms, images_in
 from covft.nn.functional import HALF, autocasts
 from covft.nn.moe import ContextualMoE
 from covft.nn.router import Routing
@@ -80,6 +80,8 @@ class AdaptedFFN(ContextualMoE):
         self.conditioning = conditioning
         self.layout = TokenLayout(layout)
         self.record: RoutingRecord | None = None
+        self.beside: Any = None  # the FFN that was here, which runs too at a strength below 1
+        self.__dict__["null_text"] = None  # past nn.Module: the ViT has it, once for all blocks
 
     def train(self, mode: bool = True) -> AdaptedFFN:
         """Switch to training, except for batch norms: an image must not depend on its batch."""
@@ -96,7 +98,8 @@ class AdaptedFFN(ContextualMoE):
             ReentrantCheckpointError: If the experts' gradients would be lost silently.
         """
         with self._computing_like(x):
-            return self._forward(x, *args, **kwargs)
+            mixed = self._forward(x, *args, **kwargs)
+        return mixed if self.beside is None else self.beside.mix(mixed, x, *args, **kwargs)
 
     def _computing_like(self, x: Tensor) -> AbstractContextManager[Any]:
         """Compute in the type of the tokens, if trained weights are kept wider for the optimizer."""
@@ -108,7 +111,8 @@ class AdaptedFFN(ContextualMoE):
             return contextlib.nullcontext()
         return torch.autocast(kind, x.dtype)
 
-    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Route and mix; None where the mixture is not needed."""
         scope = self.conditioning.require()
         self.conditioning.check_gradients(scope, training=self.training)
         segments = self.conditioning.segments_of(scope, x)
@@ -120,6 +124,8 @@ class AdaptedFFN(ContextualMoE):
         if scope is not None and self.needs_text:
             scope.check_rows(num_images)
             text_BC = scope.text_for(num_images)
+        if self.null_text is not None:
+            text_BC = self._with_null_text(scope, text_BC, num_images)
         mask_BN = None
         if scope is not None and scope.call is not None and tokens.dim() > 2:
             mask_BN = scope.call.mask_for(tokens.shape[1])
@@ -131,7 +137,17 @@ class AdaptedFFN(ContextualMoE):
         self._remember(routing, context_BW)
         if self.layout.is_folded:
             routing = routing.per_token(self.layout.image_of_rows(x, num_images))
+        if self.beside is not None and not self.beside.needs_trained:
+            return None
         return self.mix(x, routing, segments, *args, **kwargs)
+
+    def _with_null_text(self, scope: Scope | None, text_BC: Tensor | None, num_images: int) -> Tensor:
+        """Return the text features of each image, with the null text where there is none."""
+        without_text_B = None if scope is None else scope.without_text_for(num_images)
+        seed = None if scope is None else scope.seed
+        if seed is None:  # of a block that runs without the tower
+            seed = self.conditioning.new_seed(replaces_texts=self.training and text_BC is not None)
+        return self.null_text(text_BC, num_images, without_text_B, seed)
 
     @property
     def _tied_weights_keys(self) -> None:

@@ -19,6 +19,9 @@ from covft.surgery.slot import AdaptedFFN, Original
 from covft.surgery.split import SecondHalf
 from covft.utils.peft import is_adapter
 
+NULL_TEXT = "covft_null_text"
+"""Name of the null text in the ViT."""
+
 
 class TextSource(NamedTuple):
     """The text encoder that the router was trained with.
@@ -167,7 +170,7 @@ class WrappedViT(AdaptedViT):
         result: dict[str, Tensor] = {}
         done: dict[str, Tensor] = {}  # with the first tensor of the slot
         for name, tensor in state.items():
-            if is_update(name):
+            if is_update(name) or name.startswith(f"{prefix}{NULL_TEXT}."):
                 continue
             place = next((place for place in ffns if name.startswith(place)), None)
             if place is None:
@@ -197,6 +200,8 @@ class WrappedViT(AdaptedViT):
                 return "experts" if inner.startswith("experts.") else "router"
         if is_update(name):
             return "attention"
+        if name.startswith(f"{NULL_TEXT}."):
+            return "router"
         return "norms" if name in self.norms else "other"
 
 

@@ -93,6 +93,11 @@ class TunePlan:
     saved: SavedMethod | None = None
 
     @property
+    def null_text(self) -> bool:
+        """Whether rows without an instruction have a trained text."""
+        return False
+
+    @property
     def needs_text(self) -> bool:
         """Whether a call without text is an error."""
         return self.method.needs_text
@@ -198,6 +203,13 @@ def install(method: Method, tower: Tower, change: Change, text_encoder: Any = No
     pretrained.install(tuned)
     return tuned
 
+
+def as_method(method: str | Method, options: dict[str, Any]) -> Method:
+    """Return a method by its name and options, or one that has its options already.
+
+    Raises:
+        ConfigError: If it is not known, or an option cannot work.
+    """
     if isinstance(method, str):
         return make_method(method, options)
     if options:

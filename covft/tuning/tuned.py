@@ -21,7 +21,7 @@ from covft.text import TextEncoder
 from covft.tuning import loading, saving
 from covft.tuning.change import Applied, Change, check_removable, finish
 from covft.tuning.method import Method
-from covft.utils.arguments import check_kinds
+from covft.utils.arguments import check_kinds, check_strength
 from covft.utils.parameters import param_groups
 from covft.utils.sharding import is_sharded
 
@@ -98,22 +98,25 @@ class TunedViT(CalledWithText, AdaptedViT):
 
     @property
     def strength(self) -> float:
-        """Factor of what the method adds, 0 for the frozen tower and 1 as trained.
+        """Strength of what was trained: 0 for the ViT as it was, 1 as trained.
 
         Raises:
-            ConfigError: If the method has no such dial.
+            ConfigError: If the method has no such dial, or it is set to anything but a number from 0 to 1.
         """
         return self._dials()[0].strength
 
     @strength.setter
     def strength(self, strength: float) -> None:
-        for module in self._dials():
-            module.strength = float(strength)
+        dials, strength = self._dials(), check_strength(strength)
+        for module in dials:
+            module.strength = strength
 
     def _dials(self) -> list[Any]:
         dials = [part for m in self.change.added.values() for part in m.modules() if hasattr(part, "strength")]
         if not dials:
-            raise ConfigError(f"{self.method.name!r} has no strength to set.", fix='"cross_attention" has one')
+            raise ConfigError(
+                f"{self.method.name!r} has no strength to set.", fix='"covft" and "cross_attention" have one'
+            )
         return dials
 
     def trained_names(self) -> tuple[str, ...]:

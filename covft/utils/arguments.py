@@ -160,6 +160,24 @@ def check_sizes(**sizes: int | None) -> None:
             raise ConfigError(f"{name}={short(size)} cannot be used.", expected=expected, got=short(size))
 
 
+def check_strength(strength: Any) -> float:
+    """Return the strength of what was trained.
+
+    Args:
+        strength: What it was set to.
+
+    Raises:
+        ConfigError: If it is not a number from 0 to 1.
+    """
+    if not _is_finite(strength) or not 0 <= strength <= 1:
+        raise ConfigError(
+            f"strength={short(strength)} cannot be used.",
+            expected="a number from 0, the ViT as it was, to 1, as trained",
+            got=short(strength),
+        )
+    return float(strength)
+
+
 @functools.cache
 def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
     """Return the annotations of the arguments, resolved on first use, when circular imports are complete."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from covft.config import MOST_BLOCKS, CoVFTConfig
 from covft.errors import ConfigError
-from covft.utils.arguments import check_kinds
+from covft.utils.arguments import check_kinds, short
 
 
 class Option(NamedTuple):
@@ -25,6 +25,11 @@ class Option(NamedTuple):
     default: Any
     help: str
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a parser of command lines reads it: a number or a word."""
+        return self.parse in (int, float, str)
+
 
 def options(without: Collection[str] = ()) -> Iterator[Option]:
     """Yield every field as an option, but for those `without`."""
@@ -32,8 +37,8 @@ def options(without: Collection[str] = ()) -> Iterator[Option]:
     for field in dataclasses.fields(CoVFTConfig):
         if field.name in without:
             continue
-        kinds = [kind for kind in (hints[field.name], *typing.get_args(hints[field.name])) if kind in (int, float, str)]
-        parse = parse_layers if field.name == "layers" else kinds[0]
+        kinds = [kind for kind in (hints[field.name], *typing.get_args(hints[field.name])) if kind in _PARSERS]
+        parse = parse_layers if field.name == "layers" else _PARSERS[kinds[0]]
         yield Option(field.name, parse, field.metadata["choices"], field.default, meanings.get(field.name, ""))
 
 
@@ -44,9 +49,9 @@ def add_options(parser: argparse.ArgumentParser, prefix: str = "", without: Coll
         default = "" if option.default is None else f" (default: {option.default})"
         parser.add_argument(
             f"--{prefix}{option.name}",
-            type=str if option.parse is parse_layers else option.parse,
+            type=option.parse if option.is_plain else str,
             default=argparse.SUPPRESS,  # choices are checked by CoVFTConfig, whose error says more
-            metavar="|".join(option.choices) or ("11-22" if option.name == "layers" else "N"),
+            metavar="|".join(option.choices) or _SHOWN.get(option.parse, "N"),
             help=option.help.replace("%", "%%") + default,
         )
 
@@ -55,13 +60,40 @@ def given_options(*namespaces: argparse.Namespace, prefix: str = "") -> dict[str
     """Return the settings that were given on a command line, by field; a later namespace overrides an earlier one.
 
     Raises:
-        ConfigError: If the layers cannot be read.
+        ConfigError: If the layers or a switch cannot be read.
     """
     names = {f"{prefix}{field.name}": field.name for field in dataclasses.fields(CoVFTConfig)}
     found = {names[key]: value for space in namespaces for key, value in vars(space).items() if key in names}
-    if "layers" in found:
-        found["layers"] = parse_layers(found["layers"])
-    return found
+    return read_options(found)
+
+
+def read_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Return settings whose texts are read: layers and switches, which parsers leave as they were typed.
+
+    Raises:
+        ConfigError: If one cannot be read.
+    """
+    parsers = {option.name: option.parse for option in options() if not option.is_plain}
+    return {
+        name: parsers[name](value) if name in parsers and isinstance(value, str) else value
+        for name, value in given.items()
+    }
+
+
+def parse_switch(text: str) -> bool:
+    """Read `true` or `false`.
+
+    Raises:
+        ConfigError: If it is neither.
+
+    Example:
+        >>> parse_switch("True")
+        True
+    """
+    switches = {"true": True, "false": False}
+    if text.lower() not in switches:
+        raise ConfigError(f"The switch {short(text)} cannot be read.", expected="true or false", got=short(text))
+    return switches[text.lower()]
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -92,6 +124,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
             )
         indices += span
     return tuple(indices)
+
+
+_PARSERS: dict[Any, Callable[[str], Any]] = {int: int, float: float, str: str, bool: parse_switch}
+_SHOWN: dict[Callable[[str], Any], str] = {parse_layers: "11-22", parse_switch: "true|false"}
 
 
 def _meanings() -> dict[str, str]:

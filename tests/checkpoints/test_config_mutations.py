@@ -149,6 +149,9 @@ def test_each_field_with_bad_values(path, saved):
         assert not accepted or path.startswith(FREE), accepted
 
 
+NUMBERS = [0, 1, 7, 1.5, -0.0, 2**31, 10**30, 1e300]
+
+
 def check_accepted_settings(path, accepted, right):
     """Settings that load are those that the same weights fit: they only say how the model runs, or are unused."""
     name = path.partition(".")[2]
@@ -159,7 +162,10 @@ def check_accepted_settings(path, accepted, right):
         "num_heads": [8, 1, 2],
         "feature_layer": [4, -2, -1, 7],
         "train_norms": [],
-        "router_aux_loss_coef": [0, 1, 7, 1.5, -0.0, 2**31, 10**30, 1e300],
+        "router_aux_loss_coef": NUMBERS,
+        "expert_init_scale": NUMBERS,
+        "expert_init_seed": [1, 7, 100_000],
+        "null_text_rate": NUMBERS,
     }
     for value in accepted:
         assert value is DELETED or value in kinds.get(name, []), (value, right)

@@ -15,7 +15,7 @@ from covft.cli import with_settings
 from covft.config import CoVFTConfig
 from covft.errors import ConfigError
 from covft.integrations.codebases.launch import parse
-from covft.utils.options import add_options, given_options, options, parse_layers
+from covft.utils.options import add_options, given_options, options, parse_layers, parse_switch
 
 FIELDS = {field.name: field for field in dataclasses.fields(CoVFTConfig)}
 # A value for every field, as it is typed and as it is set.
@@ -29,10 +29,15 @@ TYPED = {
     "activation": ("quick_gelu", "quick_gelu"),
     "num_heads": ("2", 2),
     "expert_rank": ("16", 16),
+    "expert_init": ("noise", "noise"),
+    "expert_init_scale": ("0.3", 0.3),
+    "expert_init_seed": ("7", 7),
     "recompute": ("activation", "activation"),
     "router_aux_loss_coef": ("0.02", 0.02),
     "feature_layer": ("-2", -2),
     "instructions": ("clean", "clean"),
+    "null_text": ("true", True),
+    "null_text_rate": ("0.2", 0.2),
 }
 
 
@@ -76,7 +81,8 @@ def test_add_options__words_show_their_choices_and_others_what_they_are():
     found = actions(parser_with())
     for name, action in found.items():
         choices = CoVFTConfig.choices(name)
-        assert action.metavar == ("|".join(choices) if choices else "11-22" if name == "layers" else "N")
+        shown = {"layers": "11-22", "null_text": "true|false"}.get(name, "N")
+        assert action.metavar == ("|".join(choices) if choices else shown)
     assert "--routing dense|sparse|uniform|random" in parser_with().format_help()
 
 
@@ -110,6 +116,18 @@ def test_a_wrong_word_is_refused_by_the_settings_and_not_by_the_parser():
     given = given_options(parser_with().parse_args(["--routing=densely"]))
     with pytest.raises(ConfigError, match="routing='densely' is not known"):
         CoVFTConfig(**given)
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False), ("TRUE", True)])
+def test_parse_switch__reads_both_words(text, value):
+    assert parse_switch(text) is value
+
+
+@pytest.mark.parametrize("text", ["", "1", "yes", "truee"])
+def test_parse_switch__refuses_the_rest(text):
+    with pytest.raises(ConfigError, match="cannot be read") as raised:
+        given_options(parser_with().parse_args([f"--null_text={text}"]))
+    assert "true or false" in str(raised.value)
 
 
 @pytest.mark.parametrize(

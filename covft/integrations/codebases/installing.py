@@ -103,6 +103,7 @@ class Codebase(ABC):
                 got=self.describe(conversation),
                 fix=self.unread_fix,
             )
+        reader.has_null_text = plan.null_text
         attachment = TowerAttachment(target, plan.install(), reader, MLLMFamily())
         target.__dict__[KEY] = attachment
         overrides = {**self.overrides, "save_pretrained": SaveOverride}

@@ -63,7 +63,8 @@ def attach(
         turns: User turns that make the instruction: `"all"`, joined by a space, the `"first"` or the `"last"`.
         system: The system prompt of your data. Needed only with templates that put it into the user's turn without a
             mark (Gemma 3, Mistral), where nothing else tells the two apart.
-        empty_instruction: Instruction of rows whose user says nothing; None makes such a row an error.
+        empty_instruction: Instruction of rows whose user says nothing; None makes such a row an error, or with
+            `null_text=True` one without a text.
         pretrained: A saved folder to start from instead of settings: what `model.save_pretrained` wrote to `covft/`,
             or a repository of the Hugging Face Hub.
         config: Settings to start from.
@@ -127,6 +128,7 @@ def attach_planned(
         plan = plan_of(tower, read_layers(target))
     # Install
     encoder = plan.install()
+    reader.has_null_text = encoder.covft_config.null_text
     encoder.reading = None if reader.tokenizer is None else reader.settings
     attachment = Attachment(target, encoder, reader, family)
     target.__dict__[KEY] = attachment

@@ -65,6 +65,7 @@ class PromptReader:
         self.image_ids = frozenset(image_ids)
         self.marks: TurnMarks | None = None
         self.splitter: TurnSplitter | None = None
+        self.has_null_text = False  # whether rows without an instruction have no text, instead of an error
         self.problem = "attach() was given no tokenizer."
         if tokenizer is None:
             return
@@ -83,8 +84,8 @@ class PromptReader:
 
     def read(
         self, input_ids: Tensor, rows: Iterable[int], *, attention_mask: Any = None, labels: Any = None
-    ) -> list[str]:
-        """Read the instruction of each row.
+    ) -> list[Any]:
+        """Read the instruction of each row; None, with a null text, where the user says nothing.
 
         Args:
             input_ids: Shape `(R, L)`.
@@ -101,7 +102,7 @@ class PromptReader:
         targets = labels[rows].tolist() if _fits(labels, input_ids) else [None] * len(rows)
         return [self._row(*row) for row in zip(rows, ids, masks, targets, strict=True)]
 
-    def _row(self, row: int, ids: list[int], mask: list[int] | None, labels: list[int] | None) -> str:
+    def _row(self, row: int, ids: list[int], mask: list[int] | None, labels: list[int] | None) -> str | None:
         if self.marks is None:
             if self.empty_instruction is not None:
                 return self.empty_instruction
@@ -119,6 +120,8 @@ class PromptReader:
         said = [turn for turn in turns if turn.text or turn.unclear]
         if not said and self.empty_instruction is not None:
             return self.empty_instruction
+        if not said and self.has_null_text:
+            return None
         if not said:
             raise MissingContextError(
                 f"The user turns in row {row} of the prompt are empty."

@@ -59,9 +59,14 @@ FLAGS = {
     "num_heads": ("2", 2),
     "expert_rank": ("8", 8),
     "attention_rank": ("2", 2),
+    "expert_init": ("noise", "noise"),
+    "expert_init_scale": ("0.2", 0.2),
+    "expert_init_seed": ("3", 3),
     "recompute": ("activation", "activation"),
     "feature_layer": ("-1", -1),
     "instructions": ("clean", "clean"),
+    "null_text": ("true", True),
+    "null_text_rate": ("0.2", 0.2),
     "router_aux_loss_coef": ("0.5", 0.5),
 }
 
