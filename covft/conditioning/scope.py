@@ -178,7 +178,7 @@ class Conditioning:
     Args:
         format: How images reach the ViT.
         needs_text: Whether text is read, so that a call without text is an error.
-        has_null_text: Whether a call without text is none, because a null text stands for it.
+        has_null_text: Whether a call without text is no error, because a null text stands for it.
         draws_seeds: Whether runs of the tower get a seed (random routing).
         has_batch_norm: Whether the ViT has batch norms, whose statistics are kept as they are.
 

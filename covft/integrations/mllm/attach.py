@@ -128,7 +128,7 @@ def attach_planned(
         plan = plan_of(tower, read_layers(target))
     # Install
     encoder = plan.install()
-    reader.has_null_text = encoder.covft_config.null_text
+    reader.has_null_text = plan.null_text
     encoder.reading = None if reader.tokenizer is None else reader.settings
     attachment = Attachment(target, encoder, reader, family)
     target.__dict__[KEY] = attachment
