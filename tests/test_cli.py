@@ -295,3 +295,34 @@ def test_describe_counts_updates_of_attentions(clip_l):
         assert added["flops"]["updates"] == 2 * 577 * updates
     assert facts["trained_parameters"] - plain["trained_parameters"] == 2 * updates
     assert facts["adapted_parameters"] - plain["adapted_parameters"] == 2 * updates
+
+
+def test_describe_a_method(run, clip_l):
+    code, out, err = run("describe", clip_l, "--method", "lora", "--option", "r=16", "--option", "targets=attention")
+    assert (code, err) == (0, "")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    trained = 24 * 4 * 16 * (1024 + 1024)  # queries, keys, values and the output of each block
+    assert any(line.startswith("Method: lora (r=16, ") for line in lines)
+    assert any(line.startswith(f"Trained parameters: {trained:,} (1.0") for line in lines)
+    facts = json.loads(
+        run("describe", clip_l, "--method=lora", "--option=r=16", "--option=targets=attention", "--json")[1]
+    )
+    assert (facts["trained_parameters"], facts["added_parameters"]) == (trained, trained)
+    assert facts["forward_flops"] == 2 * 577 * trained
+    assert facts["options"]["r"] == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--method", "lora", "--layers", "3"], "layers are settings of covft"),
+        (["--method", "lora", "--option", "r"], "has no value"),
+        (["--method", "lora", "--option", "rank=3"], "has no option rank"),
+        (["--method", "nothing"], "no tuning method 'nothing'"),
+        (["--option", "r=3"], "cannot be options of covft"),
+    ],
+)
+def test_describe_a_method__wrong_arguments(run, arguments, told):
+    code, out, err = run("describe", "timm:test_vit", *arguments)
+    assert (code, out) == (2, "")
+    assert told in err
