@@ -7,8 +7,9 @@ import torch
 
 import covft
 from covft.adapters.sources import load_vit
-from covft.cli import app, gather, main, parse_layers
+from covft.cli import app, gather, main
 from covft.errors import ConfigError
+from covft.utils.options import parse_layers
 
 
 @pytest.fixture
