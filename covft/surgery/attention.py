@@ -33,7 +33,12 @@ class Update(nn.Module):
         in_features: Width of x.
         out_features: Width of the output.
         rank: Rank of the update.
+
+    Attributes:
+        strength: Factor of the update, from 0 to 1: `encoder.strength`.
     """
+
+    strength = 1.0
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
@@ -47,7 +52,12 @@ class Update(nn.Module):
 
     def add(self, linear: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Add it to the output of the linear layer; a forward hook of that."""
-        return output + self(args[0]).to(output.dtype)
+        if self.strength == 0 and not torch.is_grad_enabled():
+            return output
+        added = self(args[0]).to(output.dtype)
+        if self.strength == 0:  # as in `dial.Beside.mix`: gradients of zeros, whatever is trained
+            return torch.where(torch.zeros((), dtype=torch.bool, device=output.device), added, output)
+        return output + (added if self.strength == 1 else self.strength * added)
 
     def extra_repr(self) -> str:
         """Return the rank."""

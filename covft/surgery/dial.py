@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from covft.conditioning.scope import freeze_batch_norms
 from covft.errors import UnsupportedViTError
 from covft.nn.functional import in_type_of
+from covft.surgery.attention import Update
 from covft.surgery.checks import check_restorable
 from covft.surgery.ffns import first_expert, follow, follows
 from covft.surgery.split import SplitFFN
@@ -138,6 +139,9 @@ def set_strength(wrapped: WrappedViT, dial: Dial | None, strength: float) -> Dia
     Returns:
         Its dial from now on.
     """
+    for module in wrapped.vit.modules():
+        if isinstance(module, Update):
+            module.strength = strength
     if strength == 1:
         if dial is not None:
             dial.remove()

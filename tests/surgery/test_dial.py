@@ -55,6 +55,27 @@ def test_strength__both_ends_are_exact_for_every_tower(tower):
     assert not any(module._forward_hooks for module in encoder.vit.modules() if module is not encoder.vit)
 
 
+@pytest.mark.parametrize("name", ["timm-clip", "hf-qwen2.5-vl"])
+def test_strength__counts_for_updates_of_attentions_too(name):
+    encoder, twin, images, text, inputs = wrapped(name, attention_rank=2)
+    with torch.no_grad():
+        for parameter in encoder.adapted_parameters().values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        full, start = features(encoder(images, text, **inputs)), features(twin(images, **inputs))
+        found = {}
+        for strength in (0, 0.5, 1):
+            encoder.strength = strength
+            found[strength] = features(encoder(images, text, **inputs))
+    assert torch.equal(found[0], start)
+    assert torch.equal(found[1], full)
+    assert not torch.allclose(found[0.5], full)
+    encoder.strength = 0
+    features(encoder(images, text, **inputs)).square().sum().backward()
+    updates = [p for n, p in encoder.vit.named_parameters() if "covft_update" in n]
+    assert updates
+    assert all(p.grad is not None and not p.grad.any() for p in updates)
+
+
 @pytest.mark.parametrize("name", ["timm-dinov2", "hf-dinov2-swiglu", "hf-qwen2.5-vl"])
 @pytest.mark.parametrize(
     "settings",
