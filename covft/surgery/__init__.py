@@ -4,6 +4,8 @@ overrides.py    an object that replaces one method of a module, on the instance
 layout.py       where images, tokens and channels are in what an FFN gets
 split.py        FFNs that a block calls in two halves
 slot.py         the module that stands where an FFN stood
+linears.py      the linear layers of blocks that can be given updates
+attention.py    updates of those outside the FFNs
 skipping.py     the blocks that nobody reads
 checks.py       what cannot be wrapped, refused before anything changes
 ffns.py         builds the slots, puts them in, takes them out
