@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from covft.tuning.api import tune as tune
     from covft.tuning.api import untune as untune
     from covft.tuning.budget import budget as budget
-    from covft.tuning.budget import match as match
+    from covft.tuning.matching import match as match
     from covft.wrapping import unwrap as unwrap
     from covft.wrapping import wrap as wrap
 
@@ -52,7 +52,7 @@ _HOMES = {
     "load": "covft.tuning.api",
     "load_model": "covft.integrations.building.saved",
     "lora_exclude": "covft.integrations.training.trainable",
-    "match": "covft.tuning.budget",
+    "match": "covft.tuning.matching",
     "skip_experts": "covft.compression",
     "tune": "covft.tuning.api",
     "untune": "covft.tuning.api",

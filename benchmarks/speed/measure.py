@@ -7,6 +7,7 @@ import ctypes
 import gc
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,22 +134,28 @@ def touch_memory(size: int) -> None:
     _trim()
 
 
+class _Held:
+    """A tensor that autograd keeps, for as long as it does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def bytes_for_backward(function: Callable[[], Any], existing: Iterable[Tensor] = ()) -> int:
     """Return the bytes that autograd keeps of a forward, except those of existing tensors; each storage counts once."""
     there = {tensor.untyped_storage().data_ptr() for tensor in existing}
-    kept: dict[int, int] = {}
+    held: weakref.WeakSet[_Held] = weakref.WeakSet()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in there:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def hold(tensor: Tensor) -> _Held:
+        kept = _Held(tensor)
+        held.add(kept)
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda kept: kept.tensor):
         output = function()
-    total = sum(kept.values())
+    storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage() for kept in held}
     del output
-    return total
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in there)
 
 
 def flops(function: Callable[[], Any]) -> int:
