@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import platform
 import statistics
 import time
 import weakref
@@ -85,6 +86,14 @@ def seconds_of(function: Callable[[], Any], device: str = "cpu", calls: int = 1)
     return before.elapsed_time(after) / 1e3 / calls
 
 
+def machine(device: str = "cpu") -> str:
+    """Describe what is measured on, for the results."""
+    threads = torch.get_num_threads()
+    cores = f"{threads} thread{'s' * (threads > 1)}"
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cores
+    return f"{platform.machine()}, {name}, torch {torch.__version__}, {device}"
+
+
 def peak_allocated(function: Callable[[], Any], device: str) -> int | None:
     """Return the most memory that a GPU holds during a function, in bytes, with what it held before; None on a CPU."""
     if not device.startswith("cuda"):
@@ -138,7 +147,7 @@ class _Held:
     """A tensor that autograd keeps, for as long as it does."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()  # a node that held its own output would never be freed
 
 
 def bytes_for_backward(function: Callable[[], Any], existing: Iterable[Tensor] = ()) -> int:

@@ -127,7 +127,7 @@ class _Held:
     """A tensor that autograd keeps, for as long as it does."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()  # a node that held its own output would never be freed
 
 
 def _kept(tuned: nn.Module, inputs: dict[str, Any], text: Tensor) -> int:
