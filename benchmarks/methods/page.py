@@ -54,9 +54,9 @@ def page(result: dict[str, Any]) -> str:
         f"Times are {clocks}, medians of {runs} interleaved runs: a *forward* relative to that of the frozen tower, "
         f"{shortest:.1f} s here, and a *step* relative to that of full fine-tuning, {longest:.1f} s, both measured "
         "again every few methods, since the machine had other work. The forward of a method that adds nothing is the "
-        f"frozen tower's, so its distance from 1, up to {_disturbance(records):.2f}, shows how far to trust these figures. "
-        "*GFLOPs* are those of a forward and of a step, two operations per "
-        "multiply-add of matrix products. *Kept* is what autograd keeps of the forward, without "
+        f"frozen tower's, so its distance from 1, up to {_disturbance(records):.2f}, shows how far to trust these "
+        "figures. *GFLOPs* are those of a forward and of a step, two operations per multiply-add of matrix products. "
+        "*Kept* is what autograd keeps of the forward, without "
         "weights. Operations are counted by `covft.budget`; bytes are measured, and `covft.budget` gives the same.",
         "",
         _methods(records, plain["flops"]),
