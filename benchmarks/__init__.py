@@ -1,1 +1,1 @@
-"""Benchmarks of covft, run from a clone: `python -m benchmarks.speed`, `python -m benchmarks.coverage`."""
+"""Benchmarks of covft, run from a clone: `python -m benchmarks.speed`, `benchmarks.coverage`, `benchmarks.methods`."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from covft.integrations.tuning.tune import untune as untune
     from covft.tuning.api import load as load
     from covft.tuning.budget import budget as budget
-    from covft.tuning.budget import match as match
+    from covft.tuning.matching import match as match
     from covft.wrapping import unwrap as unwrap
     from covft.wrapping import wrap as wrap
 
@@ -53,7 +53,7 @@ _HOMES = {
     "load": "covft.tuning.api",
     "load_model": "covft.integrations.building.saved",
     "lora_exclude": "covft.integrations.training.trainable",
-    "match": "covft.tuning.budget",
+    "match": "covft.tuning.matching",
     "merge": "covft.integrations.tuning.tune",
     "skip_experts": "covft.compression",
     "tune": "covft.integrations.tuning.tune",

@@ -66,9 +66,11 @@ def name_of(page):
 def reader(tmp_path, monkeypatch):
     """Run in an empty folder, and restore the settings that a page may change."""
     from covft.adapters import registry
+    from covft.tuning import registry as methods
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    monkeypatch.setattr(methods, "_registered", dict(methods._registered))
     grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
     yield
     torch.set_grad_enabled(grad)
@@ -275,7 +277,7 @@ def test_every_setting_that_the_text_names_exists():
         covft.load_model,
     )
     faces += (covft.data.PadToSquare, covft.data.NoTiling)
-    faces += (covft.tuning.Change, covft.tuning.methods()["lora"], covft.tuning.methods()["vpt"])
+    faces += (covft.tuning.Change, covft.match, *covft.tuning.methods().values())
     known |= {name for face in faces for name in inspect.signature(face).parameters}
     known |= {
         "modules_to_save",

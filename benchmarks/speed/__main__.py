@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from benchmarks.speed import cuda_page, report
 from benchmarks.speed.block import measure_block, measure_products
 from benchmarks.speed.llava import LLAVA_7B, TOY, measure_llava
+from benchmarks.speed.measure import machine
 from benchmarks.speed.once import measure_compressed, measure_wrap
 from benchmarks.speed.sizes import CLIP_L, TINY, Record, Size
 from benchmarks.speed.tower import measure_tower, measure_variants
@@ -172,10 +172,9 @@ def _write(file: Path, records: list[Record], part: str, run: Run) -> None:
     """Replace the earlier records of a part."""
     file.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(file.read_text())["records"] if file.exists() else []
-    name = torch.cuda.get_device_name(run.device) if run.cuda else f"{torch.get_num_threads()} threads"
     result = {
         "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {name}, torch {torch.__version__}, {run.device}",
+        "machine": machine(run.device),
         "runs": run.runs,
         "records": [record for record in before if record["part"] != part] + records,
     }

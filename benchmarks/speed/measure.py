@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,6 +86,14 @@ def seconds_of(function: Callable[[], Any], device: str = "cpu", calls: int = 1)
     return before.elapsed_time(after) / 1e3 / calls
 
 
+def machine(device: str = "cpu") -> str:
+    """Describe what is measured on, for the results."""
+    threads = torch.get_num_threads()
+    cores = f"{threads} thread{'s' * (threads > 1)}"
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cores
+    return f"{platform.machine()}, {name}, torch {torch.__version__}, {device}"
+
+
 def peak_allocated(function: Callable[[], Any], device: str) -> int | None:
     """Return the most memory that a GPU holds during a function, in bytes, with what it held before; None on a CPU."""
     if not device.startswith("cuda"):
@@ -133,22 +143,28 @@ def touch_memory(size: int) -> None:
     _trim()
 
 
+class _Held:
+    """A tensor that autograd keeps, for as long as it does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # a node that held its own output would never be freed
+
+
 def bytes_for_backward(function: Callable[[], Any], existing: Iterable[Tensor] = ()) -> int:
     """Return the bytes that autograd keeps of a forward, except those of existing tensors; each storage counts once."""
     there = {tensor.untyped_storage().data_ptr() for tensor in existing}
-    kept: dict[int, int] = {}
+    held: weakref.WeakSet[_Held] = weakref.WeakSet()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in there:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def hold(tensor: Tensor) -> _Held:
+        kept = _Held(tensor)
+        held.add(kept)
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda kept: kept.tensor):
         output = function()
-    total = sum(kept.values())
+    storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage() for kept in held}
     del output
-    return total
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in there)
 
 
 def flops(function: Callable[[], Any]) -> int:

@@ -11,7 +11,8 @@
     texts.py        the base of new modules that read the text
     attentions.py   which attentions take more tokens
     vpt.py, svpt.py, qa_vit.py, adaln.py, cross_attention.py
-    budget.py       budget() and match(): what a method costs
+    budget.py       budget(): what a method costs
+    matching.py     match(): options by which methods train the same number of parameters
     api.py          tune(), untune(), load()
 
 A method says what it would change; `change.py` alone changes ViTs. So applying, undoing, saving, loading and counting
@@ -19,8 +20,9 @@ are the same for every method, and a method of your own is one class.
 """
 
 from covft.tuning.api import load, tune, untune
-from covft.tuning.budget import Budget, budget, match
+from covft.tuning.budget import Budget, budget
 from covft.tuning.change import Change, Hook
+from covft.tuning.matching import Match, match
 from covft.tuning.method import Method, Tower
 from covft.tuning.registry import methods, register_method
 from covft.tuning.tuned import TunedViT
@@ -29,6 +31,7 @@ __all__ = [
     "Budget",
     "Change",
     "Hook",
+    "Match",
     "Method",
     "Tower",
     "TunedViT",

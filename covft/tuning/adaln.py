@@ -32,6 +32,8 @@ class AdaLN(Method):
     (Peebles and Xie, arXiv 2212.09748); instruction-guided vision towers use the idea. Differs from these in that the
     norms and the rest of the tower stay frozen, and that nothing gates the residual branches.
 
+    With inner width $w$ and $m$ norms in each of $n$ blocks it trains $n (C w + w + m (2 w D + 2 D))$ parameters.
+
     Attributes:
         layers: Indices of the blocks, negative ones counted from the end. None takes those that `covft.wrap` would.
         width: Inner width of the two-layer network of each block.

@@ -1,27 +1,24 @@
-"""What a method costs, before anything is built, and which options make methods cost the same."""
+"""What a method costs, before anything is built."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from covft.adapters.registry import describe
-from covft.errors import ConfigError, CoVFTError
-from covft.tuning.api import COVFT, tune
-from covft.tuning.registry import methods
+from covft.tuning.api import tune
 from covft.utils.arguments import check_kinds, check_sizes
 from covft.utils.parameters import count
 
-_MOST = 1 << 16
-_STEPS = 65  # a width may have to be a multiple of the number of heads
+_TOKENS = 16  # of a question
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,10 @@ def budget(
 ) -> Budget:
     """Return what a method would cost, on a twin of the ViT without values: nothing is built, the ViT is not changed.
 
-    FLOPs and bytes are counted in a run of the twin. They are None for a ViT whose input size is not known, and for
-    packed and padded ones.
+    FLOPs and bytes are counted in runs of the twin. They are None for a ViT whose input size is not known, and for
+    packed and padded ones. Bytes are those with fused attention, as `scaled_dot_product_attention` has it on CPUs and
+    GPUs; inside an `nn.MultiheadAttention` (open_clip) the attention's weights are counted, too. A method that reads
+    the tokens of the text is given one of 16 tokens.
 
     Args:
         vit: The ViT.
@@ -75,7 +74,7 @@ def budget(
         21504
     """
     check_sizes(text_dim=text_dim)
-    twin = _twin(vit)
+    twin = twin_of(vit)
     total = count(twin.parameters())
     with torch.device("meta"):
         tuned: Any = tune(twin, method, text_encoder=text_dim, **options)
@@ -83,100 +82,12 @@ def budget(
     cost = (None, None, None)
     given = _inputs(vit)
     if given is not None:
-        cost = _measured(_twin(vit), tuned, given, torch.empty(1, text_dim, device="meta"))
+        shape = (1, _TOKENS, text_dim) if getattr(tuned, "reads_states", False) else (1, text_dim)
+        cost = _measured(twin_of(vit), tuned, given, torch.empty(shape, device="meta"))
     return Budget(method, dict(options), trained, count(twin.parameters()) - total, *cost)
 
 
-@check_kinds
-def match(
-    vit: nn.Module,
-    parameters: int,
-    methods: Iterable[str],
-    *,
-    text_dim: int = 768,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-) -> list[Budget]:
-    """Find the options by which methods come closest to a number of trained parameters.
-
-    The option is that which the method calls its size: the rank of LoRA, the number of prompts, of blocks, the width of
-    a network, or the rank of covft's experts.
-
-    Args:
-        vit: The ViT, which is not changed.
-        parameters: Number of trained parameters to come close to.
-        methods: Names of methods.
-        text_dim: Width C of the text features, for methods that read text.
-        options: Other options of each method, by its name.
-
-    Returns:
-        The budget of each method, in order. The difference from `parameters` may be large where a method cannot come
-        closer.
-
-    Raises:
-        ConfigError: If a method has no size to choose.
-        CoVFTError: As `covft.tune` does.
-    """
-    check_sizes(text_dim=text_dim)
-    if parameters < 1:
-        raise ConfigError(f"parameters={parameters} leaves nothing to train.", expected="at least 1", got=parameters)
-    return [_closest(vit, name, parameters, text_dim, dict((options or {}).get(name, {}))) for name in methods]
-
-
-def _closest(vit: nn.Module, method: str, parameters: int, text_dim: int, options: dict[str, Any]) -> Budget:
-    """Return the budget of a method whose size comes closest."""
-    size, value_of = _size(vit, method)
-    twin = _twin(vit)
-
-    @functools.cache
-    def trained(number: int) -> int:
-        """Return how many parameters a size trains."""
-        with torch.device("meta"):
-            given = {**options, size: value_of(number)}
-            tuned: Any = tune(copy.deepcopy(twin), method, text_encoder=text_dim, **given)
-        return count(tuned.trainable_parameters())
-
-    step = next((step for step in range(1, _STEPS) if _works(trained, step)), None)
-    if step is None:
-        trained(1)  # whose error says what is wrong
-    assert step is not None, "or that would have raised"
-    low = high = 1
-    while high * step < _MOST and _works(trained, high * step) and trained(high * step) < parameters:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = _works(trained, middle * step) and trained(middle * step) <= parameters
-        low, high = (middle, high) if fits else (low, middle)
-    near = [number * step for number in (low, high) if _works(trained, number * step)]
-    best = min(near, key=lambda number: abs(trained(number) - parameters))
-    return budget(vit, method, text_dim=text_dim, **options, **{size: value_of(best)})
-
-
-def _works(trained: Callable[[int], int], number: int) -> bool:
-    """Return whether a size can be used: a width may have to be a multiple of something, a ViT has so many blocks."""
-    try:
-        trained(number)
-    except CoVFTError:
-        return False
-    return True
-
-
-def _size(vit: nn.Module, method: str) -> tuple[str, Callable[[int], Any]]:
-    """Return the option that sets how much a method trains, and its value for a number."""
-    if method == COVFT:
-        return "expert_rank", lambda number: number
-    size = methods()[method].size if method in methods() else None
-    if size is None:
-        raise ConfigError(
-            f"{method!r} has no option that sets how much is trained.",
-            known=", ".join([COVFT, *(name for name, known in methods().items() if known.size)]),
-        )
-    if size != "layers":
-        return size, lambda number: number
-    depth = describe(vit).depth
-    return size, lambda number: tuple(range(max(depth - 1 - number, -1), depth - 1)) if number < depth else (depth,)
-
-
-def _twin(vit: nn.Module) -> nn.Module:
+def twin_of(vit: nn.Module) -> nn.Module:
     """Copy a ViT without the values of its parameters and floating-point buffers."""
     memo: dict[int, Any] = {}
     for parameter in vit.parameters():
@@ -200,30 +111,73 @@ def _measured(
     plain: nn.Module, tuned: nn.Module, inputs: dict[str, Any], text: Tensor
 ) -> tuple[int | None, int | None, int | None]:
     """Count FLOPs and bytes in runs without values."""
-    weights = {_storage(parameter) for parameter in tuned.parameters()}
-    kept: dict[int, int] = {}
-    held: list[Tensor] = []  # so that no storage is freed and its address taken by another
-
-    def note(tensor: Tensor) -> Tensor:
-        held.append(tensor)
-        if _storage(tensor) not in weights:
-            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.no_grad(), FlopCounterMode(display=False) as before:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         plain(**inputs)
-    with torch.no_grad(), FlopCounterMode(display=False) as forward:
-        tuned(text=text, **inputs)
-    with (
-        FlopCounterMode(display=False) as step,
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-    ):
+    base = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
         output = tuned(text=text, **inputs)
+        forward = counter.get_total_flops()
         features = output if isinstance(output, Tensor) else output[0]
         if features.requires_grad:
             features.sum().backward()
-    base = before.get_total_flops()
-    return forward.get_total_flops() - base, step.get_total_flops() - base, sum(kept.values())
+    return forward - base, counter.get_total_flops() - base, _kept(tuned, inputs, text)
+
+
+class _Held:
+    """A tensor that autograd keeps, for as long as it does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # a node that held its own output would never be freed
+
+
+def _kept(tuned: nn.Module, inputs: dict[str, Any], text: Tensor) -> int:
+    """Count the bytes that autograd keeps of a forward, without weights."""
+    weights = {_storage(parameter) for parameter in tuned.parameters()}
+    held: weakref.WeakSet[_Held] = weakref.WeakSet()
+
+    def hold(tensor: Tensor) -> _Held:
+        kept = _Held(tensor)
+        held.add(kept)
+        return kept
+
+    with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(hold, lambda kept: kept.tensor):
+        output = tuned(text=text, **inputs)
+    tensors = [kept.tensor for kept in held]
+    del output
+    sizes = {_storage(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(size for storage, size in sizes.items() if storage not in weights)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Lets attention keep what fused kernels keep: without values it falls back on one that keeps the N x N weights."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replace the attention; called for each function of torch."""
+        if func is nn.functional.scaled_dot_product_attention:
+            named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
+            return _Fused.apply(named["query"], named["key"], named["value"])
+        return func(*args, **(kwargs or {}))
+
+
+class _Fused(torch.autograd.Function):
+    """Attention without values, as far as shapes and what is kept go."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return a tensor of the output's shape, laid out by tokens as those of the kernels are."""
+        *batch, heads, length, _ = (1, *query.shape) if query.dim() == 3 else query.shape
+        output = query.new_empty(*batch, length, heads, value.shape[-1]).transpose(-2, -3)
+        output = output[0] if query.dim() == 3 else output
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, sums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Not called: what is kept is known after the forward."""
+        raise NotImplementedError
 
 
 def _storage(tensor: Tensor) -> int:

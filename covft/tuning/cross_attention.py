@@ -38,6 +38,8 @@ class CrossAttention(Method):
     (Alayrac et al., arXiv 2204.14198), there in the language model; steerable vision towers use the idea. Differs from
     these in that there is no second, gated FFN.
 
+    With width $w$, $n$ blocks train $n (2 w D + 2 w C + 3 w + 3 D + 2 C + 1)$ parameters.
+
     Attributes:
         layers: Indices of the blocks, negative ones counted from the end. None takes those that `covft.wrap` would.
         heads: Heads of the attention.

@@ -33,6 +33,9 @@ class LoRA(Method):
     frozen weights and takes it off again in every forward, which rounds them. Layers whose weights timm's BEiT, EVA and
     Swin v2 read without a call are left out too: no update of theirs would be seen.
 
+    It trains $r\,(d_{\mathrm{in}} + d_{\mathrm{out}})$ parameters per layer. In $L$ blocks of a plain ViT these are
+    $8 r L D$ for the attention, and $2 r L (D + F)$ for the FFNs.
+
     Attributes:
         r: Rank of the updates.
         alpha: Scale; the update is multiplied by alpha / r.
@@ -142,7 +145,8 @@ class DoRA(LoRA):
 
     $y = m \odot \frac{W + \frac{\alpha}{r} B A}{\lVert W + \frac{\alpha}{r} B A \rVert} x$, the norm per output,
     $m$ trained from $\lVert W \rVert$. Liu et al., "DoRA", arXiv 2402.09353; built by peft. It cannot be used with
-    an `nn.MultiheadAttention` (open_clip), whose projections peft adapts by LoRA alone: `targets="ffn"` there.
+    an `nn.MultiheadAttention` (open_clip), whose projections peft adapts by LoRA alone: `targets="ffn"` there. It
+    trains $d_{\mathrm{out}}$ parameters per layer more than LoRA, and has the same options.
     """
 
     name: ClassVar[str] = "dora"

@@ -44,6 +44,8 @@ class QAViT(Method):
     A question is given by a fixed number of states, each the average of an equal span of its tokens, so that questions
     of other lengths in the batch change nothing and the attention needs no mask.
 
+    With inner width $w$, $n$ blocks train $n (C w + w + w D + D + 1)$ parameters.
+
     Attributes:
         layers: Indices of the blocks, negative ones counted from the end. None takes those that `covft.wrap` would.
         tokens: Number of states that stand for a question.

@@ -29,7 +29,10 @@ from covft.utils.arguments import check_kinds, check_sizes
 @check_kinds
 @dataclass(frozen=True, kw_only=True)
 class Frozen(Method):
-    """Train nothing: the frozen tower of most multimodal LLMs."""
+    """Train nothing: the frozen tower of most multimodal LLMs.
+
+    It trains 0 parameters.
+    """
 
     name: ClassVar[str] = "frozen"
     merges: ClassVar[bool] = True
@@ -46,7 +49,7 @@ class Full(Method):
 
     $\theta \leftarrow \theta + \Delta\theta$ for the complete tower. Blocks after the last one that is read, and what
     comes after the blocks if the output of an inner block is read, stay frozen: they would get no gradient. Statistics
-    of batch norms are kept, as by every method.
+    of batch norms are kept, as by every method. It trains all parameters but theirs.
     """
 
     name: ClassVar[str] = "full"
@@ -64,6 +67,9 @@ class BitFit(Method):
 
     In every $W x + b$ and every norm, $b$ is trained and $W$ is frozen. Ben Zaken et al., "BitFit", arXiv 2106.10199.
     Differs from the paper in that no new head is trained here: the language model reads the tokens.
+
+    A plain ViT of $L$ blocks has $L (7 D + F)$ of them in its blocks: $4 D$ in the attention, $F + D$ in the FFN, $2 D$
+    in the norms; and $D$ for each norm outside the blocks.
     """
 
     name: ClassVar[str] = "bitfit"
@@ -87,6 +93,8 @@ class LayerNorm(Method):
     In $\gamma \odot \hat x + \beta$, $\gamma$ and $\beta$ are trained, query and key norms included. Zhao et al.,
     "Tuning LayerNorm in Attention", arXiv 2312.11420. Differs from the paper in that the tower's norms are tuned
     instead of the language model's.
+
+    A plain ViT of $L$ blocks has $4 L D$ of them in its blocks, and $2 D$ for each norm outside the blocks.
     """
 
     name: ClassVar[str] = "layernorm"
@@ -107,7 +115,7 @@ class FFN(Method):
     r"""Train the FFNs of some blocks: the place that covft adapts, with one expert and no context.
 
     $y = E(x)$ with $E$ the pretrained FFN, trained. It separates what the place gives from what experts and context
-    give.
+    give. In $n$ blocks of a plain ViT it trains $n (2 D F + D + F)$ parameters.
 
     Attributes:
         layers: Indices of the blocks, negative ones counted from the end. None takes those that `covft.wrap` would.
@@ -133,9 +141,11 @@ class FFN(Method):
 @check_kinds
 @dataclass(frozen=True, kw_only=True)
 class LastLayers(Method):
-    """Train the last blocks that are read.
+    r"""Train the last blocks that are read.
 
-    Lee et al., "What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning", arXiv 1911.03090.
+    $x_l = B_l(x_{l-1})$ with $B_l$ trained for the last $n$ of these $l$, and backward stops before them. Lee et al.,
+    "What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning", arXiv 1911.03090. Differs from the paper in
+    that there is no head to train. In a plain ViT it trains $n (4 D^2 + 2 D F + 9 D + F)$ parameters.
 
     Attributes:
         n: Number of blocks.
@@ -161,7 +171,7 @@ class LastLayers(Method):
 @check_kinds
 @dataclass(frozen=True, kw_only=True)
 class TopLayer(Method):
-    """Train the last block that is read."""
+    """Train the last block that is read: `last_layers` with `n=1`."""
 
     name: ClassVar[str] = "top_layer"
     merges: ClassVar[bool] = True

@@ -38,6 +38,7 @@ class VPT(Method):
     Prompts are taken off after every block, so that class tokens, registers, hidden states and pooling are where they
     were. They change the output from the start. Differs from the paper in that there is no dropout and no new head,
     and that prompts stand after the image tokens: positions are added before the blocks, so the place does not matter.
+    Deep prompts of $n$ blocks train $n P D$ parameters, shallow ones $P D$.
 
     Attributes:
         prompts: Number of prompts P.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,14 @@ def test_measure__counts_what_it_says():
     assert flops(lambda: x @ weight.t()) == 2 * 4 * 8 * 16
     # The product keeps both factors, the exponential its result.
     assert bytes_for_backward(lambda: (x @ weight.t()).exp(), [weight]) == 4 * 8 * 4 + 4 * 16 * 4
+    results = []
+
+    def forward():
+        results.append(weakref.ref(output := x.exp()))  # which the product's own node keeps
+        return output
+
+    assert bytes_for_backward(forward) == 4 * 4 * 8
+    assert results[0]() is None
     timings = interleaved({"a": lambda: None, "b": lambda: torch.ones(2)}, runs=3)
     assert all(len(timing.runs) == 3 and timing.best <= timing.median for timing in timings.values())
 

@@ -39,6 +39,7 @@ REFUSED = {
 # Methods whose output differs from the plain tower's before training.
 CHANGED_AT_START = ("vpt", "svpt")
 READS_TEXT = ("qa_vit", "adaln", "cross_attention")
+READS_STATES = ("qa_vit", "cross_attention")
 
 
 def cases(methods: list[str]) -> list[Any]:
@@ -76,7 +77,7 @@ def answer(model: nn.Module, tower: Tower, images: Tensor, text: Tensor | None =
 
 def texts(method: str) -> Tensor:
     """Return features of three texts, or states of five tokens each where the method reads those."""
-    shape = (3, 5, TEXT_DIM) if method in ("qa_vit", "cross_attention") else (3, TEXT_DIM)
+    shape = (3, 5, TEXT_DIM) if method in READS_STATES else (3, TEXT_DIM)
     return torch.randn(shape, dtype=torch.float64)
 
 
