@@ -47,6 +47,13 @@ def needs(owner: Any, name: str) -> None:
         pytest.skip(f"{type(owner).__name__} of transformers {version} has no {name}")
 
 
+def needs_hidden_states(owner: Any, output: Any) -> None:
+    """Skip the test where a tower of the installed release does not return its hidden states."""
+    if getattr(output, "hidden_states", None) is None:
+        version = pytest.importorskip("transformers").__version__
+        pytest.skip(f"{type(owner).__name__} of transformers {version} does not return hidden states")
+
+
 def skip_before(oldest: tuple[int, int], what: str) -> None:
     """Skip the test where the installed release is older than the first that has something."""
     if (release := installed()) is None or release < oldest:

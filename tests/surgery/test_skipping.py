@@ -14,10 +14,10 @@ from covft.errors import ConfigError, LayerIndexError
 from covft.integrations import attach, detach, get_encoder
 from covft.surgery.skipping import run_all_blocks
 from tests.helpers.mllms import BY_NAME, Row
-from tests.helpers.releases import trained
+from tests.helpers.releases import needs_hidden_states, trained
 from tests.helpers.tiny_vits import TWO_FFNS, D, TwoFFNs
 from tests.helpers.towers import BY_NAME as TOWERS
-from tests.helpers.towers import body, features, perturb
+from tests.helpers.towers import body, features, hidden_states, perturb
 
 TEXTS = covft.testing.HashTextEncoder(16)
 QUESTIONS = ["what is left of the cup?", "how many people are there?"]
@@ -124,7 +124,9 @@ def outputs_of(vit, images):
     if hasattr(vit, "forward_intermediates"):
         tokens, states = vit.forward_intermediates(images)
         return {"hidden_states": states, "tokens": tokens, "output": vit(images)}
-    return dict(vit(images, output_hidden_states=True))
+    found = vit(images, **hidden_states(vit))
+    needs_hidden_states(vit, found)
+    return dict(found)
 
 
 def answers(encoder, images):

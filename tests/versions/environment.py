@@ -66,6 +66,8 @@ class Environment:
         self.log.write_text("", encoding="utf-8")
         if not self.python.exists():
             self.call("create", interpreter(self.row.python), "-m", "venv", self.folder)
+            # The pip of Python 3.11 (23.2) finds no releases that go with an older transformers, after minutes.
+            self.call("upgrade pip", *self.pip(), "--upgrade", "pip")
 
     def install(self) -> None:
         """Install torch, covft with the row's extras and the tools of the tests in one resolution, then weights."""

@@ -42,7 +42,7 @@ SLOW = dict.fromkeys(
         "tests/test_encoder.py::test_compile__gradients_are_the_same",
         "tests/test_encoder.py::test_compile__new_texts_and_batch_sizes_need_no_new_graphs",
     ),
-    "it takes minutes, and `make test` runs it with the newest releases",
+    "it takes minutes, and CI runs it with the newest releases",
 )
 
 # What safetensors 0.4.4 cannot do.

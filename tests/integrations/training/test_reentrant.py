@@ -102,6 +102,7 @@ def test_a_tower_that_the_trainer_will_set_anew_is_not():
     check_tower(model, off)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # torch 2.8
 def test_the_error_of_a_step_names_the_key_too(tmp_path):
     tiny = tiny_llava()
     arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
