@@ -137,6 +137,7 @@ def _meanings() -> dict[str, str]:
     return {name: re.split(r"(?<=\.)\s", " ".join(text.split()))[0].replace("`", "") for name, text in entries}
 
 
+@check_kinds
 def method_options(method: str, settings: Mapping[str, Any], given: Iterable[str]) -> dict[str, Any]:
     """Return the options of a tuning method that a command line gives.
 

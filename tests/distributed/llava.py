@@ -59,7 +59,9 @@ def tuned_model(folder: Path, method: str) -> Any:
 
     model = LlavaForConditionalGeneration.from_pretrained(folder / "base", dtype=torch.float64)
     torch.manual_seed(8)
-    options = OPTIONS.get(method, {})
+    options: dict[str, Any] = dict(OPTIONS.get(method, {}))
+    if method == "svpt":
+        options["images"] = torch.randn(2, 3, SIZE, SIZE)
     covft.tune(model, method, text_encoder=TEXTS, tokenizer=LLAVA.tokenizer, projector=True, **options)
     with torch.no_grad():
         for parameter in get_encoder(model).trainable_parameters():

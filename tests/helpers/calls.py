@@ -189,7 +189,13 @@ ints = "one negative huge"
 public(covft, "wrap", lambda w: {"vit": w.vit, "text_encoder": 8, "layers": [1]}, text_encoder="one")
 public(covft, "unwrap", lambda w: {"encoder": w.encoder})
 public(covft, "load", lambda w: {"folder_or_repo_id": w.saved, "vit": w.vit, "text_encoder": 8})
-public(covft, "tune", lambda w: {"vit": w.vit, "method": "bitfit"}, text_encoder=ANY)
+public(covft, "tune", lambda w: {"model": w.vit, "method": "bitfit"}, text_encoder=ANY, images=ANY, tokenizer="none")
+public(covft, "merge", lambda w: {"tuned": w.tuned})
+call(
+    "method_options",
+    lambda w: integrations.method_options,
+    lambda w: {"method": "lora", "settings": {}, "given": ["r=2"]},
+)
 public(covft, "untune", lambda w: {"tuned": w.tuned})
 public(covft, "budget", lambda w: {"vit": w.vit, "method": "bitfit"})
 public(covft, "match", lambda w: {"vit": w.vit, "parameters": 1, "methods": ["last_layers"]})

@@ -29,6 +29,7 @@ TYPED = {
     "activation": ("quick_gelu", "quick_gelu"),
     "num_heads": ("2", 2),
     "expert_rank": ("16", 16),
+    "attention_rank": ("4", 4),
     "expert_init": ("noise", "noise"),
     "expert_init_scale": ("0.3", 0.3),
     "expert_init_seed": ("7", 7),

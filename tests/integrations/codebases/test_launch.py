@@ -53,7 +53,7 @@ FLAGS = {
     "experts": ("3", 3),
     "routing": ("sparse", "sparse"),
     "top_k": ("1", 1),
-    "context": ("image", "image"),
+    "context": ("text", "text"),
     "train_norms": ("none", "none"),
     "activation": ("quick_gelu", "quick_gelu"),
     "num_heads": ("2", 2),

@@ -16,6 +16,7 @@ from covft.integrations.tuning.tune import is_mllm
 from covft.testing import HashTextEncoder
 from covft.text.base import TokenStates
 from tests.helpers.attached import CUP, MIXED, PEOPLE, features
+from tests.helpers.mllm_configs import SIZE
 from tests.helpers.mllms import BY_NAME, MLLMS, Row
 from tests.helpers.snapshots import assert_unchanged, snapshot
 from tests.helpers.towers import BY_NAME as TOWERS
@@ -57,6 +58,8 @@ def doubled(batch):
 
 
 def tuned_of(method, mllm, model, **more):
+    if method == "svpt":
+        more["images"] = torch.randn(2, 3, SIZE, SIZE, dtype=torch.float64)
     return covft.tune(model, method, text_encoder=TEXTS, tokenizer=mllm.tokenizer, **OPTIONS.get(method, {}), **more)
 
 
