@@ -43,6 +43,7 @@ def gradients(encoder, tower):
 # recompute
 
 
+@pytest.mark.long
 @every_routing
 @every_tower
 def test_recompute__changes_no_number(tower, routing):
@@ -132,6 +133,7 @@ def plain_of(tower):
     return tower.build().double().eval()
 
 
+@pytest.mark.long
 @every_routing
 @every_tower
 def test_expert_rank__starts_as_the_vit_and_trains_the_differences(tower, routing):

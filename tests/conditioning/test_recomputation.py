@@ -52,11 +52,7 @@ OFTEN = ("timm-clip", "hf-clip", "hf-qwen2.5-vl")  # every way in each run of th
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [
-        pytest.param(name, way, marks=() if name in OFTEN or way is by_library else pytest.mark.long)
-        for name in CHECKPOINTED
-        for way in WAYS
-    ],
+    [pytest.param(name, way, marks=() if name in OFTEN else pytest.mark.long) for name in CHECKPOINTED for way in WAYS],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_gradients__equal_with_and_without_checkpointing(name, way):

@@ -94,6 +94,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", WRAPPED)
 def test_wrapped(case):
     name, options, side, ffns, layouts = WRAPPED[case]

@@ -45,6 +45,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_of_every_kind(kind):
     name, layouts = KINDS[kind]

@@ -65,6 +65,7 @@ class Batch:
         return self.encoder(pixels, self.texts[number : number + 1], **inputs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", ROUTINGS, ids=str)
 @every_packed
 def test_an_image_in_a_batch_is_the_image_alone(tower, settings):

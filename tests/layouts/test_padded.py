@@ -69,6 +69,7 @@ class Batch:
         return [row[: LENGTHS[number]] for row, number in zip(tokens, numbers, strict=True)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @every_tower
 def test_an_image_in_a_batch_is_the_image_alone(name, settings):

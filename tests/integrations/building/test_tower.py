@@ -74,6 +74,7 @@ def states_of(vit, blocks, prefix, images):
     return seen
 
 
+@pytest.mark.long
 @every_tower
 def test_build_attach_train_save_load_and_infer(case, parts, tokenizer, tmp_path, open_clip):
     from transformers import AutoModelForImageTextToText

@@ -21,6 +21,7 @@ WAYS = {
 REPEATS = {"greedy": 1, "beams": 3, "sampling": 2}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 @every_mllm
 def test_generate__reads_the_prompt_once_and_before_it_is_expanded(mllm, way):

@@ -56,7 +56,7 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("projector", [True, False])
+@pytest.mark.parametrize("projector", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("language", CHOICES)
 @pytest.mark.parametrize("method", ["covft", "lora", "frozen"])
 def test_what_trains_is_what_was_asked_for_and_all_comes_back(method, language, projector):

@@ -147,6 +147,7 @@ def test_recomputing_changes_no_gradient(method):
         torch.testing.assert_close(found[1][name], gradient)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mllm", [m for m in MLLMS if m.name != "llava"], ids=str)
 @pytest.mark.parametrize("method", ["lora", "cross_attention"])
 def test_every_family_takes_lora_and_text(mllm, method):
