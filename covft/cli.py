@@ -158,11 +158,7 @@ def cost(source: str, method: str, options: dict[str, Any], *, text_dim: int) ->
     vit = load_vit(source, pretrained=False, device="meta")
     spec, found = describe_vit(vit), budget(vit, method, text_dim=text_dim, **options)
     return {
-        "model": source,
-        "library": spec.library,
-        "class_name": spec.class_name,
-        "depth": spec.depth,
-        "layout": spec.input.layout,
+        **_of_vit(source, spec),
         "parameters": sum(parameter.numel() for parameter in vit.parameters()),
         "method": method,
         "options": make_method(method, options).to_dict(),
@@ -171,6 +167,16 @@ def cost(source: str, method: str, options: dict[str, Any], *, text_dim: int) ->
         "forward_flops": found.forward_flops,
         "step_flops": found.step_flops,
         "kept_bytes": found.kept_bytes,
+    }
+
+
+def _of_vit(source: str, spec: Any) -> dict[str, Any]:
+    return {
+        "model": source,
+        "library": spec.library,
+        "class_name": spec.class_name,
+        "depth": spec.depth,
+        "layout": spec.input.layout,
     }
 
 
@@ -211,11 +217,7 @@ def gather(source: str, *, text_dim: int, tokens: int | None = None, **settings:
     trained = sum(p.numel() for p in encoder.vit.parameters() if p.requires_grad)
     parameters = sum(sum(a["parameters"].values()) for a in added) + (text_dim if config.null_text else 0)
     return {
-        "model": source,
-        "library": spec.library,
-        "class_name": spec.class_name,
-        "depth": spec.depth,
-        "layout": spec.input.layout,
+        **_of_vit(source, spec),
         "image_size": spec.image_size,
         "num_tokens": num_tokens,
         "num_prefix_tokens": spec.input.prefix_tokens,

@@ -103,9 +103,7 @@ class Saved:
             CheckpointError: If its fingerprint is another.
         """
         base = self.base
-        state = by_saved_name(vit, vit.state_dict(keep_vars=True))
-        found = fingerprint((name, tensor) for name, tensor in state.items() if name not in self.others)
-        apart = difference(base["fingerprint"], found)
+        apart = self.apart(by_saved_name(vit, vit.state_dict(keep_vars=True)))
         if apart is not None:
             raise CheckpointError(
                 "The folder was made for other base weights than those of this ViT.",
@@ -113,6 +111,15 @@ class Saved:
                 got=f"{type(vit).__name__}: {apart}",
                 fix="load the base ViT that the encoder was trained from",
             )
+
+    def apart(self, base: Mapping[str, Tensor]) -> str | None:
+        """Describe how base weights differ from those that were trained from; None if they are the same.
+
+        Args:
+            base: Tensors of a ViT by their names in saved folders.
+        """
+        found = fingerprint((name, tensor) for name, tensor in base.items() if name not in self.others)
+        return difference(self.base["fingerprint"], found)
 
     def warn_other_text(self, found: str | None) -> None:
         """Warn that the router gets features it was not trained on, where names can tell."""
@@ -248,9 +255,7 @@ def load_into(wrapped: WrappedViT, folder: str | Path) -> None:
             got=saved.config,
         )
     base = by_saved_name(wrapped.vit, base_state_dict(wrapped))
-    found = fingerprint((name, tensor) for name, tensor in base.items() if name not in saved.extra)
-    apart = difference(saved.base["fingerprint"], found)
-    if apart is not None:
+    if (apart := saved.apart(base)) is not None:
         raise CheckpointError(f"{folder} was made for other base weights than those of this encoder.", got=apart)
     named = saved_names(wrapped.vit)
     others = saved.extra & (set(base) - set(map(named, wrapped.norms)))  # may be trained here, too

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +97,8 @@ def save(
         writes = not sharded or is_main_process()
     if gathered is not None and not writes:
         return
-    if gathered is not None and sharded:
-        raise CheckpointError(
-            "Weights are sharded, and the state dict does not have them.",
-            expected="the state dict of the complete model",
-            got=f"without {_first(sharded)}",
-            fix="model.save_pretrained(folder, state_dict=accelerator.get_state_dict(model)), with ZeRO-3 under "
-            "stage3_gather_16bit_weights_on_model_save",
-        )
+    if gathered is not None:
+        check_gathered(sharded)
     meta = [name for name, tensor in tensors if tensor.is_meta]
     if meta or not writes:
         for tensor in sharded.values():
@@ -122,6 +116,25 @@ def save(
         config = _config(encoder, unsharded, {named(name): tensor for name, tensor in base.items()})
         write_folder(folder, unsharded, config, model_card(encoder))
         encoder.saved_in = Path(folder)
+
+
+def check_gathered(sharded: Collection[str]) -> None:
+    """Refuse a state dict that does not have all weights that are saved.
+
+    Args:
+        sharded: Names of those that it lacks.
+
+    Raises:
+        CheckpointError: If there are any.
+    """
+    if sharded:
+        raise CheckpointError(
+            "Weights are sharded, and the state dict does not have them.",
+            expected="the state dict of the complete model",
+            got=f"without {_first(sharded)}",
+            fix="model.save_pretrained(folder, state_dict=accelerator.get_state_dict(model)), with ZeRO-3 under "
+            "stage3_gather_16bit_weights_on_model_save",
+        )
 
 
 def push(encoder: WrappedViT, repo_id: str, **kwargs: Any) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from covft.checkpoints.fingerprint import difference, fingerprint
 from covft.checkpoints.folder import compare_tensors
 from covft.checkpoints.loading import Saved, by_saved_name, read_saved, read_settings
 from covft.errors import CheckpointError, ConfigError
@@ -106,8 +105,6 @@ def load_into(tuned: TunedViT, folder: str | Path) -> None:
             expected=repr(tuned.method),
             got="covft" if saved is None else repr(saved.method),
         )
-    found = fingerprint((name, tensor) for name, tensor in base_of(tuned).items() if name not in saved.tensors)
-    apart = difference(saved.base["fingerprint"], found)
-    if apart is not None:
+    if (apart := saved.apart(base_of(tuned))) is not None:
         raise CheckpointError(f"{folder} was made for other base weights than those of this ViT.", got=apart)
     saved.fill(tuned)

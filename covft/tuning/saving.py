@@ -16,7 +16,7 @@ from covft.adapters.sources import source_of
 from covft.checkpoints.fingerprint import fingerprint
 from covft.checkpoints.folder import write_folder
 from covft.checkpoints.loading import by_saved_name
-from covft.checkpoints.saving import dtypes
+from covft.checkpoints.saving import check_gathered, dtypes
 from covft.checkpoints.sources import public_revision, public_source
 from covft.errors import CheckpointError
 from covft.tuning.change import check_in_place
@@ -82,13 +82,8 @@ def save(
         writes = not sharded or is_main_process()
     if gathered is not None and not writes:
         return
-    if gathered is not None and sharded:
-        raise CheckpointError(
-            "Weights are sharded, and the state dict does not have them.",
-            expected="the state dict of the complete model",
-            got=f"without {min(sharded)}",
-            fix="model.save_pretrained(folder, state_dict=accelerator.get_state_dict(model))",
-        )
+    if gathered is not None:
+        check_gathered(sharded)
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
         raise CheckpointError(
