@@ -44,7 +44,7 @@ class Block:
     def ways(self, names: tuple[str, ...], backend: str | None = None) -> dict[str, Callable[[], Tensor]]:
         """Return forwards by name: `plain` (the FFN alone), `baseline`, and covft by what backward recomputes.
 
-        After that may come which kernels run between the matrix products, as in `all, triton`.
+        After that may come which kernels run between the matrix products, as in `all, eager`.
 
         Args:
             names: Of the ways.
@@ -63,7 +63,7 @@ class Block:
         if name != "baseline":
             recompute, _, kernels = name.partition(", ")
             self.moe.set_recompute(recompute)
-            self.moe.set_kernels(kernels or "eager")
+            self.moe.set_kernels(kernels or "auto")
         return run(self.x, self.text)
 
     def parameters(self) -> list[Tensor]:
