@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from study.data.scenes import Scene, as_batch, make_scenes
+from study.data.tasks import Example, make_examples
+from study.data.tokenizer import build_tokenizer
+from study.data.word_pictures import word_picture, word_picture_batch
 from study.llava import new_language_model
 from study.probe import measure_language_model, presence_auc, probe_tower
 from study.progress import progress_bar
-from study.scenes import Scene, as_batch, make_scenes
-from study.tasks import Example, make_examples
-from study.tokenizer import build_tokenizer
 from study.towers import small_vit_config
 from study.weights import ASSETS, save_weights
-from study.word_pictures import word_picture, word_picture_batch
 
 PRETRAIN_SEED = 7919  # so that pretraining has other scenes than the study
 

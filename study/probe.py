@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from covft.data import IGNORE_INDEX
-from study.scenes import CELL, GRID, Scene, Thing, as_batch, make_scenes
-from study.tasks import make_examples
-from study.tiles import PHOTOS, SHAPES
-from study.tokenizer import build_tokenizer
-from study.word_pictures import word_picture, word_picture_batch
+from study.data.scenes import CELL, GRID, Scene, Thing, as_batch, make_scenes
+from study.data.tasks import make_examples
+from study.data.tiles import PHOTOS, SHAPES
+from study.data.tokenizer import build_tokenizer
+from study.data.word_pictures import word_picture, word_picture_batch
 
 
 def thing_features(tower: torch.nn.Module, scenes: list[Scene]) -> tuple[np.ndarray, list[Thing]]:

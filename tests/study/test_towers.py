@@ -12,9 +12,9 @@ import torch
 
 from covft.errors import CheckpointError, MissingDependencyError
 from study import backbone
-from study.packages import minilm_folder, package_folder, saliency_model
+from study.data.packages import minilm_folder, package_folder, saliency_model
+from study.data.scenes import make_scenes
 from study.probe import presence_auc, probe_tower, thing_features
-from study.scenes import make_scenes
 from study.towers import IMAGE_TOKENS, small_vit, small_vit_config
 from study.weights import ASSETS, load_weights, save_weights
 

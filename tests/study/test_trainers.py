@@ -11,10 +11,10 @@ import torch
 import covft
 from covft.integrations import CoVFTCallback, MLLMTrainer, MLLMTrainingArguments, get_encoder, train_only
 from study.batches import Collator, Questions
+from study.data.scenes import as_batch, make_scenes
+from study.data.tasks import make_examples
+from study.data.tokenizer import build_tokenizer
 from study.llava import build_llava
-from study.scenes import as_batch, make_scenes
-from study.tasks import make_examples
-from study.tokenizer import build_tokenizer
 from study.towers import small_vit
 
 

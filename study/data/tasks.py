@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from study.scenes import KINDS, PLACES, Scene, Thing
-from study.tiles import COLOURS, DIGITS, PHOTOS, SHAPES, WORDS
+from study.data.scenes import KINDS, PLACES, Scene, Thing
+from study.data.tiles import COLOURS, DIGITS, PHOTOS, SHAPES, WORDS
 
 COUNTED = {"objects": KINDS, "shapes": ("shape",), "photos": ("photo",)}
 SIDES = ("above", "below", "left of", "right of")
@@ -28,6 +28,7 @@ class Example:
         question: The question.
         answer: The answer.
         subject: What the question is about (a name, a place, a pair).
+        pair: Number that two questions share which are scored together; None for the others.
     """
 
     task: str
@@ -35,6 +36,31 @@ class Example:
     question: str
     answer: str
     subject: str
+    pair: int | None = None
+
+
+Ask = Callable[[Scene, np.random.Generator], "tuple[str, str] | None"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of question.
+
+    Attributes:
+        name: Its name.
+        group: `general`, `knowledge`, `vision`, or `conflict`, which is reported apart.
+        tests: What it tests, and the benchmark of the paper that it stands for.
+        metric: How answers are scored: `exact`, `letter`, `pairs`, `cider` or `iou`.
+        ask: Draws a subject and the answer for a scene; None where the scene does not allow the question.
+        phrasings: The question, with `{}` for the subject.
+    """
+
+    name: str
+    group: str
+    tests: str
+    metric: str
+    ask: Ask
+    phrasings: tuple[str, ...]
 
 
 def _pick(rng: np.random.Generator, options: list) -> object:
@@ -60,7 +86,7 @@ def _count(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     return what, DIGITS[sum(thing.kind in COUNTED[what] for thing in scene.things)]
 
 
-def _about(kind: str | None, answer: Callable[[Thing], str]) -> Callable:
+def _about(kind: str | None, answer: Callable[[Thing], str]) -> Ask:
     def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
         things = [thing for thing in scene.things if kind in (None, thing.kind)]
         if not things:
@@ -118,35 +144,56 @@ NAMES = {
     "photo": list(PHOTOS),
 }
 
-# By task: the function that draws a subject and an answer, and the phrasings of the question. Tasks with many
-# subjects have few phrasings, because the text encoder encodes every distinct question.
-TASKS: dict[str, tuple[Callable, tuple[str, ...]]] = {
-    "existence": (_existence, ("is there any {} ?", "can you see any {} ?")),
-    "count": (_count, ("how many {} are there ?", "count the {} .", "what is the number of {} ?")),
-    "colour": (
-        _about("shape", lambda thing: str(thing.tile.colour)),
-        ("what colour is {} ?", "which colour does {} have ?", "name the colour of {} ."),
-    ),
-    "grounding": (
-        _about(None, lambda thing: thing.place),
-        ("where is {} ?", "locate {} .", "in which place is {} ?"),
-    ),
-    "region": (
-        _region,
-        ("what is in the {} ?", "what do you see at the {} ?", "name the object in the {} ."),
-    ),
-    "relation": (_relation, ("is {} ?",)),
-    "digit": (
-        _about("digit", lambda thing: thing.tile.name),
-        ("which is {} ?", "read {} .", "what number does {} show ?"),
-    ),
-    "word": (
-        _about("word", lambda thing: thing.tile.name),
-        ("what does {} say ?", "read {} .", "which letters are in {} ?"),
-    ),
-    "photo": (_only_photo, ("what does {} show ?", "what is in {} ?", "name the subject of {} .")),
-    "caption": (_caption, ("describe {} .", "what does {} show ?", "write a caption for {} .")),
-}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        # Tasks with many subjects have few phrasings, because the text encoder encodes every distinct question.
+        Task(
+            "existence", "general", "whether a named thing is there (POPE)", "exact",
+            _existence, ("is there any {} ?", "can you see any {} ?"),
+        ),
+        Task(
+            "count", "vision", "how many there are (CV-Bench)", "exact",
+            _count, ("how many {} are there ?", "count the {} .", "what is the number of {} ?"),
+        ),
+        Task(
+            "colour", "general", "the colour of a named shape (GQA)", "exact",
+            _about("shape", lambda thing: str(thing.tile.colour)),
+            ("what colour is {} ?", "which colour does {} have ?", "name the colour of {} ."),
+        ),
+        Task(
+            "grounding", "conflict", "where a named thing is (RefCOCO)", "exact",
+            _about(None, lambda thing: thing.place),
+            ("where is {} ?", "locate {} .", "in which place is {} ?"),
+        ),
+        Task(
+            "region", "vision", "what is at a named place", "exact",
+            _region, ("what is in the {} ?", "what do you see at the {} ?", "name the object in the {} ."),
+        ),
+        Task(
+            "relation", "vision", "how two things lie (CV-Bench)", "exact",
+            _relation, ("is {} ?",),
+        ),
+        Task(
+            "digit", "knowledge", "reading a handwritten digit (OCRBench)", "exact",
+            _about("digit", lambda thing: thing.tile.name),
+            ("which is {} ?", "read {} .", "what number does {} show ?"),
+        ),
+        Task(
+            "word", "knowledge", "reading a word (TextVQA)", "exact",
+            _about("word", lambda thing: thing.tile.name),
+            ("what does {} say ?", "read {} .", "which letters are in {} ?"),
+        ),
+        Task(
+            "photo", "vision", "what the only photograph shows (RealWorldQA)", "exact",
+            _only_photo, ("what does {} show ?", "what is in {} ?", "name the subject of {} ."),
+        ),
+        Task(
+            "caption", "conflict", "everything in reading order (COCO captions)", "exact",
+            _caption, ("describe {} .", "what does {} show ?", "write a caption for {} ."),
+        ),
+    )
+}  # fmt: skip
 
 
 def make_examples(
@@ -167,20 +214,20 @@ def make_examples(
         for name in names:
             # seeded by task, so that leaving one out does not change the others
             rng = np.random.default_rng([seed, scene.number, list(TASKS).index(name)])
-            drawn = TASKS[name][0](scene, rng)
+            drawn = TASKS[name].ask(scene, rng)
             if drawn is None or left[name] == 0:
                 continue
             left[name] -= 1
             subject, answer = drawn
-            question = str(_pick(rng, list(TASKS[name][1]))).format(subject)
+            question = str(_pick(rng, list(TASKS[name].phrasings))).format(subject)
             found.append(Example(name, position, question, answer, subject))
     return found
 
 
 def all_words() -> Iterator[str]:
     """Yield every word of the questions and answers, with repetitions."""
-    for _, phrasings in TASKS.values():
-        for phrasing in phrasings:
+    for task in TASKS.values():
+        for phrasing in task.phrasings:
             yield from phrasing.replace("{}", " ").split()
     for names in NAMES.values():
         yield from " ".join(names).split()

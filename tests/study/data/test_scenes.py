@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from study.scenes import CELL, GRID, SIZE, as_batch, make_scenes
-from study.tiles import SPLITS, TEXTURES, tiles
+from study.data.scenes import CELL, GRID, SIZE, as_batch, make_scenes
+from study.data.tiles import SPLITS, TEXTURES, tiles
 
 
 def test_scenes_depend_only_on_the_seed() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from study.tasks import all_words
+from study.data.tasks import all_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from study.packages import easy_vqa_folder, photograph
+from study.data.packages import easy_vqa_folder, photograph
 
 SPLITS = ("train", "validation", "test")
 TILE = 18  # pixels; a cell of 20 with a margin of one

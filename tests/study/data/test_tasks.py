@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from study.scenes import Scene, make_scenes
-from study.tasks import TASKS, Example, make_examples
+from study.data.scenes import Scene, make_scenes
+from study.data.tasks import TASKS, Example, make_examples
 
 ROWS = {"top": 0, "middle": 1, "bottom": 2}
 COLUMNS = {"left": 0, "middle": 1, "right": 2}

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from covft.data import IGNORE_INDEX
-from study.scenes import CELL, GRID, PLACES, SIZE, Scene
-from study.tokenizer import BLANK
+from study.data.scenes import CELL, GRID, PLACES, SIZE, Scene
+from study.data.tokenizer import BLANK
 from study.towers import PATCH
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from study.tiles import SPLITS, TILE, Tile, tiles
+from study.data.tiles import SPLITS, TILE, Tile, tiles
 
 GRID = 3
 CELL = 20  # two patches of ten pixels
