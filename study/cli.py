@@ -15,6 +15,8 @@ except ModuleNotFoundError as error:
         f"python -m study needs {error.name}, which is not installed.", fix='pip install "covft[study]"'
     ) from error
 
+from study.runs.command import run_command, search_command
+
 app = typer.Typer(
     help="LLaVA in miniature, from real parts, in minutes on two cores.",
     add_completion=False,
@@ -59,6 +61,10 @@ def study(
     if tasks is not None:
         given["tasks"] = tuple(name.strip() for name in tasks.split(",") if name.strip())
     run_study(StudySettings.quick(**given) if quick else StudySettings(**given))
+
+
+app.command("run")(run_command)
+app.command("search")(search_command)
 
 
 @app.command("pretrain")
