@@ -114,22 +114,31 @@ def pair_hits(hits: Sequence[Any], pairs: Sequence[Hashable] | None = None) -> l
         One entry per pair, in the order in which the pairs first appear.
 
     Raises:
-        ShapeError: If a pair does not have two questions.
+        ShapeError: If a pair does not have two questions, or hits are not true, false, 1 or 0.
 
     Example:
         >>> pair_hits([True, True, False, True])
         [True, False]
     """
+    right = _truths(hits)
     names = [number // 2 for number in range(len(hits))] if pairs is None else list(pairs)
     if len(names) != len(hits):
         raise ShapeError("Each question belongs to a pair.", expected=f"{len(hits)} pairs", got=f"{len(names)}")
     members: dict[Hashable, list[bool]] = {}
-    for name, hit in zip(names, hits, strict=True):
-        members.setdefault(name, []).append(bool(hit))
+    for name, hit in zip(names, right, strict=True):
+        members.setdefault(name, []).append(hit)
     for name, both in members.items():
         if len(both) != 2:
             raise ShapeError(f"Pair {short(name)} cannot be scored.", expected="2 questions", got=len(both))
     return [all(both) for both in members.values()]
+
+
+def _truths(hits: Sequence[Any]) -> list[bool]:
+    """Return hits as True and False; the text "0" would count as true."""
+    wrong = [hit for hit in hits if isinstance(hit, str) or hit not in (0, 1)]
+    if wrong:
+        raise ShapeError("An answer is right or not.", expected="True, False, 1 or 0", got=short(wrong[0]))
+    return [bool(hit) for hit in hits]
 
 
 @check_kinds

@@ -109,6 +109,12 @@ def test_a_pair_has_two_questions(hits, pairs):
         pair_hits(hits, pairs)
 
 
+@pytest.mark.parametrize("hits", [["0", "1"], [1, None], [0.5, 1], [2, 1], np.array(["0", "1"])])
+def test_hits_are_truths(hits):
+    with pytest.raises(ShapeError, match="right or not"):
+        pair_hits(hits)
+
+
 def test_no_pairs_have_no_accuracy():
     assert pair_hits([]) == []
     with pytest.raises(ShapeError, match="no pairs"):
