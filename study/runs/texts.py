@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from covft.errors import TextEncoderError
-from study.data.prepared import STATES, encode_texts
+from study.data.prepared import encode_texts
 from study.data.tasks import TASKS
 from study.data.tokenizer import build_tokenizer
 from study.runs.settings import RunSettings

@@ -154,9 +154,10 @@ def step_loss(
     if questions.texts is None:
         # the tower sees no question, so it runs once for all questions about a picture
         patches = model.read(questions.tower_inputs(scenes[::per_picture]), None)
-        pictures = model.project(patches).repeat_interleave(per_picture, 0)
+        pictures = model.project(patches, None).repeat_interleave(per_picture, 0)
     else:
-        pictures = model.project(model.read(questions.tower_inputs(scenes), questions.texts[texts]))
+        told = questions.texts[texts]
+        pictures = model.project(model.read(questions.tower_inputs(scenes), told), told)
     logits = model.answer_logits(pictures, questions.ids[rows, :longest], questions.start[rows], words)
     labels = questions.labels[rows, :words]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
