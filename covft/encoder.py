@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from covft.conditioning import Conditioning
 from covft.conditioning.calls import CalledWithText
 from covft.config import CoVFTConfig
 from covft.errors import ConfigError, MergeError, MissingContextError
+from covft.nn.fused import has_triton
 from covft.nn.losses import load_balance_loss
 from covft.surgery.dial import Dial, set_strength
 from covft.surgery.precision import widen
@@ -191,19 +191,21 @@ class ContextEncoder(CalledWithText, WrappedViT):
     def set_kernels(self, kernels: str) -> None:
         """Choose what runs between the matrix products of experts and contexts: activations, weights, sums.
 
-        Triton kernels read and write each tensor once. They need `recompute="activation"` or `"all"`, a GPU, and an
-        activation that they know (GELU, its tanh form, QuickGELU, SiLU; plain or gated); elsewhere, torch's
-        operations run. They were never measured on a GPU, so they are off by default. The setting is not saved.
+        Triton kernels read and write each tensor once. They run on a GPU, with `recompute="activation"` or `"all"`,
+        where they know the activation (GELU, its tanh form, QuickGELU, SiLU; plain or gated); elsewhere, torch's
+        operations run. The setting is not saved.
 
         Args:
-            kernels: `"eager"`, torch's operations; `"triton"`, kernels of its own.
+            kernels: `"auto"`, the default: Triton kernels where Triton is installed and they can run; `"eager"`,
+                torch's operations; `"triton"`, as `"auto"`, but refused where Triton is not installed.
 
         Raises:
             ConfigError: If it is not known, or Triton is not installed.
         """
-        if kernels not in ("eager", "triton"):
-            raise ConfigError(f"kernels={kernels!r} is not known.", expected="'eager' or 'triton'", got=repr(kernels))
-        if kernels == "triton" and importlib.util.find_spec("triton") is None:
+        if kernels not in ("auto", "eager", "triton"):
+            known = "'auto', 'eager' or 'triton'"
+            raise ConfigError(f"kernels={kernels!r} is not known.", expected=known, got=repr(kernels))
+        if kernels == "triton" and not has_triton():
             fix = "encoder.set_kernels('eager'), or pip install triton, which torch for CUDA brings along"
             raise ConfigError("Triton is not installed.", expected="the package triton", got="none", fix=fix)
         for slot in self.slots().values():

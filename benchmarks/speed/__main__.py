@@ -20,6 +20,7 @@ from benchmarks.speed.measure import machine
 from benchmarks.speed.once import measure_compressed, measure_wrap
 from benchmarks.speed.sizes import CLIP_L, TINY, Record, Size
 from benchmarks.speed.tower import measure_tower, measure_variants
+from covft.nn.fused import has_triton
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Run:
 
 def _blocks(run: Run) -> Iterator[Record]:
     names = ["plain", "baseline", "none", "activation", "all"]
-    if run.cuda and importlib.util.find_spec("triton"):
-        names += ["activation, triton", "all, triton"]
+    if run.cuda and has_triton():  # then the others run its kernels
+        names += ["activation, eager", "all, eager"]
     for dtype in run.dtypes:
         common = {"batch": run.batch, "experts": 4, "dtype": dtype, "runs": run.runs, "device": run.device}
         yield from measure_block(run.size, names=tuple(names), **common)

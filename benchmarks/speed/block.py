@@ -40,11 +40,12 @@ class Block:
         self.baseline = ObviousMoE.like(self.moe)
         self.x = torch.randn(batch, size.tokens, size.embed_dim, device=device, dtype=dtype, requires_grad=True)
         self.text = torch.randn(batch, size.text_dim, device=device, dtype=dtype)
+        self._parameters = [*self.ffn.parameters(), *self.moe.parameters(), *self.baseline.parameters()]
 
     def ways(self, names: tuple[str, ...], backend: str | None = None) -> dict[str, Callable[[], Tensor]]:
         """Return forwards by name: `plain` (the FFN alone), `baseline`, and covft by what backward recomputes.
 
-        After that may come which kernels run between the matrix products, as in `all, triton`.
+        After that may come which kernels run between the matrix products, as in `all, eager`.
 
         Args:
             names: Of the ways.
@@ -63,15 +64,15 @@ class Block:
         if name != "baseline":
             recompute, _, kernels = name.partition(", ")
             self.moe.set_recompute(recompute)
-            self.moe.set_kernels(kernels or "eager")
+            self.moe.set_kernels(kernels or "auto")
         return run(self.x, self.text)
 
     def parameters(self) -> list[Tensor]:
         """Return all weights."""
-        return [*self.ffn.parameters(), *self.moe.parameters(), *self.baseline.parameters()]
+        return self._parameters
 
     def forget(self) -> None:
-        """Drop all gradients."""
+        """Drop all gradients; in every timed step, so in as little time as can be."""
         for tensor in (self.x, *self.parameters()):
             tensor.grad = None
 

@@ -73,6 +73,8 @@ def measure_tower(
     models: dict[str, nn.Module] = {
         "plain": tower.plain(), "baseline": tower.obvious(), "covft": own, "covft, recompute=activation": own,
     }  # fmt: skip
+    if device.startswith("cuda"):
+        models["covft, recompute=none"] = own
     yield from _measure_towers(tower, models, runs)
 
 

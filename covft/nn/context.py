@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 
 from covft.errors import ConfigError
 from covft.nn.functional import Place, autocasts, in_type_of, masked_mean, wide_softmax, without_autocast
-from covft.nn.fused import can_mix, mix
+from covft.nn.fused import mix, weights_to_mix
 from covft.nn.plan import FFNPlan, identity_of, run_ffn
 from covft.nn.segments import Segments
 from covft.utils.arguments import check_kinds, check_sizes
@@ -72,7 +72,7 @@ class ResidualRefinement(nn.Module):
         if activation not in _ACTIVATIONS:
             known = " | ".join(_ACTIVATIONS)
             raise ConfigError(f"activation={activation!r} is not known.", expected=known, got=repr(activation))
-        self.recompute, self.kernels = "none", "eager"
+        self.recompute, self.kernels = "none", "auto"
         self.up = nn.Linear(dim, 2 * dim, **place)
         self.act = _ACTIVATIONS[activation]()
         self.down = nn.Linear(2 * dim, dim, **place)
@@ -80,14 +80,15 @@ class ResidualRefinement(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         """Refine and normalise; shape `(..., dim)` in and out."""
-        if self.recompute == "none" or not can_mix(_PLAN, [self]):
+        weights = None if self.recompute == "none" else weights_to_mix(_PLAN, [self])
+        if weights is None:
             hidden = self.act(self.up(in_type_of(v, self.up.weight)))
             return self._normalised(v + self.down(in_type_of(hidden, self.down.weight)))
         # A mixture of one.
         v = in_type_of(v, self.up.weight)
         alone_B1 = torch.ones(len(v), 1, device=v.device, dtype=v.dtype)
         keep = self.recompute == "activation"
-        mixed = mix(v, alone_B1, [self], _PLAN, keep_pre_activations=keep, kernels=self.kernels)
+        mixed = mix(v, alone_B1, [self], _PLAN, weights, keep_pre_activations=keep, kernels=self.kernels)
         return self._normalised(v + mixed)
 
     def _normalised(self, refined: Tensor) -> Tensor:
@@ -174,14 +175,14 @@ class SingleQueryAttention(nn.Module):
         query_BHA = query_BC.unflatten(-1, (heads, -1))
         query_BHA = query_BHA * query_BHA.shape[-1] ** -0.5
         key_HAD = in_type_of(self.k_proj_weight, like).unflatten(0, (heads, -1))
-        folded_BHD = torch.einsum("bha,had->bhd", query_BHA, key_HAD)
-        scores_BHN = torch.einsum("bhd,bnd->bhn", folded_BHD, tokens_BND)
+        folded_BHD = (query_BHA.transpose(0, 1) @ key_HAD).transpose(0, 1)
+        scores_BHN = folded_BHD @ tokens_BND.mT
         if mask_BN is not None:
             scores_BHN = scores_BHN.masked_fill(~mask_BN[:, None], -torch.inf)
         attention_BHN = wide_softmax(scores_BHN).to(tokens_BND.dtype)
-        mean_BHD = torch.einsum("bhn,bnd->bhd", attention_BHN, tokens_BND)
+        mean_BHD = attention_BHN @ tokens_BND
         value_HAD = in_type_of(self.v_proj_image_weight, like).unflatten(0, (heads, -1))
-        image_BHA = torch.einsum("bhd,had->bha", mean_BHD, value_HAD)
+        image_BHA = (mean_BHD.transpose(0, 1) @ value_HAD.mT).transpose(0, 1)
         of_text_BC = self.v_proj_text(in_type_of(text_BC, self.v_proj_text.weight))
         value_BC = image_BHA.flatten(1) + in_type_of(of_text_BC, like)
         return self.out_proj(in_type_of(value_BC, self.out_proj.weight))

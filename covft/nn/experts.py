@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from covft.nn.functional import per_image
-from covft.nn.fused import can_mix, mix, needs_plain_operations
+from covft.nn.fused import mix, needs_plain_operations, weights_to_mix
 from covft.nn.plan import FFNPlan
 from covft.nn.router import Routing
 from covft.utils.torch_internals import is_transformed
@@ -31,14 +31,15 @@ class Experts(nn.ModuleList):
     Attributes:
         recompute: What backward recomputes: `"none"`; `"activation"`, all but the products of the first linear layers,
             which are kept; `"all"`, where only the tokens are kept.
-        kernels: What runs between the matrix products: `"eager"` operations of torch, or `"triton"` where it can.
+        kernels: What runs between the matrix products: `"auto"`, Triton kernels on a GPU where they can; or `"eager"`
+            operations of torch.
         plan: How the experts compute, if it is known.
         unfused_reason: Why it is not known.
         skip_below: In eval mode, experts with smaller weights are skipped for an image; 0 skips none.
     """
 
     recompute: str = "none"
-    kernels: str = "eager"
+    kernels: str = "auto"
     skip_below: float = 0.0
     plan: FFNPlan | None = None
     unfused_reason: str = "it was not looked for"
@@ -106,10 +107,11 @@ class Experts(nn.ModuleList):
         return mixed
 
     def _mix(self, x: Tensor, weights_BE: Tensor, experts: Sequence[nn.Module], *args: Any, **kwargs: Any) -> Tensor:
-        if self.recompute != "none" and not args and not kwargs and can_mix(self.plan, experts):
+        weights = None if self.recompute == "none" or args or kwargs else weights_to_mix(self.plan, experts)
+        if weights is not None:
             assert self.plan is not None
             keep = self.recompute == "activation"
-            return mix(x, weights_BE, experts, self.plan, keep_pre_activations=keep, kernels=self.kernels)
+            return mix(x, weights_BE, experts, self.plan, weights, keep_pre_activations=keep, kernels=self.kernels)
         mixed: Any = None
         for weight_B, expert in zip(weights_BE.unbind(-1), experts, strict=True):
             if self.recompute == "all" and torch.is_grad_enabled() and not needs_plain_operations():

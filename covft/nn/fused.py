@@ -9,6 +9,7 @@ Shapes: B images, T tokens of all images, D embed_dim, F ffn_dim, E experts.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,11 +26,17 @@ from covft.utils.torch_internals import is_transformed
 _ROWS = 512
 
 
-def can_mix(plan: FFNPlan | None, experts: Sequence[nn.Module]) -> bool:
-    """Return whether `mix` can run these experts now."""
+def weights_to_mix(plan: FFNPlan | None, experts: Sequence[nn.Module]) -> list[Tensor | None] | None:
+    """Return the weights that `mix` needs of these experts, or None where it cannot run them now."""
     if plan is None or needs_plain_operations():
-        return False
-    return all(plan.applies_to(expert) for expert in experts)
+        return None
+    found: list[Tensor | None] = []
+    for expert in experts:
+        weights = plan.weights_now(expert)
+        if weights is None:
+            return None
+        found += weights
+    return found
 
 
 def needs_plain_operations() -> bool:
@@ -46,29 +53,38 @@ def mix(
     weights_BE: Tensor,
     experts: Sequence[nn.Module],
     plan: FFNPlan,
+    weights: Sequence[Tensor | None] | None = None,
     *,
     keep_pre_activations: bool,
-    kernels: str = "eager",
+    kernels: str = "auto",
 ) -> Tensor:
     """Run experts of one plan on tokens of shape `(B, ..., D)`, and mix their outputs, same shape.
 
-    Backward recomputes the pre-activations unless they are kept. With `kernels="triton"`, Triton kernels run between
-    the matrix products where they can.
+    The weights are what `weights_to_mix` returned, where it was asked. Backward recomputes the pre-activations unless
+    they are kept. Between the matrix products Triton kernels run where they can: with `kernels="auto"` on a GPU; with
+    `"triton"` in Triton's interpreter too; with `"eager"` nowhere.
     """
+    if weights is None:
+        weights = [tensor for expert in experts for tensor in plan.weights(expert)]
     autocast = autocasts(x.device.type)
-    weights = [tensor for expert in experts for tensor in plan.weights(expert)]
     settings = Settings(
         tuple(plan.between(expert) for expert in experts),
         keep_pre_activations and torch.is_grad_enabled(),
         torch.get_autocast_dtype(x.device.type) if autocast else None,
     )
     mixture: Any = _Mixture
-    if kernels == "triton" and importlib.util.find_spec("triton"):
+    if (kernels == "triton" or (kernels == "auto" and x.is_cuda)) and has_triton():
         from covft.nn import kernel_mixture
 
         if kernel_mixture.can_run(x, settings.between):
             mixture = kernel_mixture.KernelMixture
     return mixture.apply(x, weights_BE, settings, *weights)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Return whether Triton is installed; torch for CUDA brings it along."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)

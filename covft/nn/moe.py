@@ -121,7 +121,7 @@ class ContextualMoE(nn.Module):
         """Choose what runs between the matrix products of full experts and of the context.
 
         Args:
-            kernels: `"eager"` or `"triton"`.
+            kernels: `"auto"`, `"eager"` or `"triton"`, as for `ContextEncoder.set_kernels`.
         """
         for module in self._fusible():
             module.kernels = kernels

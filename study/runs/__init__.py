@@ -7,6 +7,7 @@ texts.py        what the tower is told: text features of each question, and the 
 methods.py      each method of covft.tune, as the study uses it
 model.py        LLaVA in miniature: tower, fewer tokens, projector, language model
 train.py        the training loop
+graph.py        a step as a CUDA graph
 score.py        scores by teacher forcing, and greedy answers
 run.py          one run, from its settings to its row
 plan.py         the named studies, as lists of runs

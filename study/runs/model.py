@@ -7,12 +7,13 @@ language model, L words, A words of an answer.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from covft.tuning.q_moe import CONNECTOR
 from study.trunk import PassThrough, blocks_of, depth, upper_blocks
 
 READ = -2  # the hidden state that is read: the output of the last block but one, as in LLaVA
@@ -43,9 +44,16 @@ class Miniature(nn.Module):
         """
         return self.encoder(inputs, text).last_hidden_state[:, 1:]
 
-    def project(self, patches: Tensor) -> Tensor:
-        """Average patches over squares, and project them to the width of the language model, `(B, T, H)`."""
-        return self.llava.model.multi_modal_projector(averaged_over_squares(patches, self.tokens))
+    def project(self, patches: Tensor, text: Tensor | None) -> Tensor:
+        """Average patches over squares, and project them to the width of the language model, `(B, T, H)`.
+
+        Args:
+            patches: What `read` returned.
+            text: As for `read`; of those methods that route in the projector too.
+        """
+        routed = text is not None and CONNECTOR in self.encoder.vit._modules
+        with self.encoder.condition(text) if routed else nullcontext():
+            return self.llava.model.multi_modal_projector(averaged_over_squares(patches, self.tokens))
 
     def answer_logits(self, pictures: Tensor, ids: Tensor, start: Tensor, length: int) -> Tensor:
         """Return the logits of each word of the answers, `(R, A, V)`.
@@ -85,7 +93,7 @@ def first_trained(tower: nn.Module) -> int:
     last = depth(tower) - 1
     first = last
     for name, parameter in tower.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not name.startswith(f"{CONNECTOR}."):  # those run after the tower
             _, found, rest = name.partition("layers." if "layers." in name else "layer.")
             first = min(first, int(rest.partition(".")[0]) if found and name.startswith("encoder.") else 0)
     return first

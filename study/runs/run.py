@@ -82,6 +82,7 @@ def run(
                 model, asked, order, groups,
                 per_picture=settings.per_picture,
                 shuffle_texts=settings.seed if shuffled else None,
+                graph=settings.routing != "random",
                 deadline=deadline,
                 report=None if report is None else lambda step: report("train", step),
             )  # fmt: skip
@@ -228,8 +229,8 @@ def _of_upstream(settings: RunSettings) -> RunSettings:
     return settings.replace(**own, tasks=settings.upstream, upstream=(), vision_lr=None, fraction=1.0)
 
 
-def _after_upstream(settings: RunSettings, device: str) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Train on the upstream tasks, once for all runs that start from there; return weights, and scores of all tasks."""
+def _after_upstream(settings: RunSettings, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Train on the upstream tasks, once for all runs that start from there; return weights, and hits of all tasks."""
     key = (f"upstream {settings}", device)
     if key not in _STARTS:
         train, held_out = training_part(settings), held_out_part(settings)
@@ -246,7 +247,7 @@ def _after_upstream(settings: RunSettings, device: str) -> tuple[dict[str, Tenso
         order = training_order(asked.table, settings.steps, settings.batch, settings.per_picture, settings.seed)
         with started_at(encoder.vit, first):
             fit(model, asked, order, parameter_groups(llava, encoder, settings), per_picture=settings.per_picture)
-            scores = percent(by_task(scored.table.examples, right_answers(model, scored)))
+            scores = written(by_task(scored.table.examples, right_answers(model, scored)))
         covft.untune(llava)
         weights = {
             n: v.detach().cpu() for n, v in llava.state_dict().items() if not n.startswith("model.vision_tower.")

@@ -73,7 +73,7 @@ def _pictures(model: Miniature, questions: Questions, shuffle_texts: int | None)
     if questions.texts is None:
         everything = torch.arange(len(questions.inputs), device=text.device)
         cached = torch.cat(
-            [model.project(model.read(questions.tower_inputs(s), None)) for s in everything.split(BATCH)]
+            [model.project(model.read(questions.tower_inputs(s), None), None) for s in everything.split(BATCH)]
         )
     for rows in torch.arange(len(text), device=text.device).split(BATCH):
         scenes = questions.scene[rows]
@@ -81,7 +81,8 @@ def _pictures(model: Miniature, questions: Questions, shuffle_texts: int | None)
             yield rows, cached[scenes]
         else:
             assert questions.texts is not None
-            yield rows, model.project(model.read(questions.tower_inputs(scenes), questions.texts[text[rows]]))
+            told = questions.texts[text[rows]]
+            yield rows, model.project(model.read(questions.tower_inputs(scenes), told), told)
 
 
 def by_task(examples: list[Example], right: np.ndarray) -> Hits:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from covft.errors import TextEncoderError
-from covft.tuning.qa_vit import averaged
+from study.data.prepared import encode_texts
 from study.data.tasks import TASKS
 from study.data.tokenizer import build_tokenizer
 from study.runs.settings import RunSettings
 from study.runs.tables import Table
 
 WIDTH = 384  # of MiniLM; all text encoders and controls have it, so that the towers have the same parameters
-STATES = 8  # a question's token states, averaged over as many equal spans, as `qa_vit` reads them
 
 
 def text_rows(settings: RunSettings, table: Table, *, states: bool) -> Tensor:
@@ -57,7 +56,7 @@ def encode(name: str, texts: tuple[str, ...], *, states: bool = False) -> Tensor
         return bag_of_words(texts)
     if name == "random":
         return torch.stack([_random(text) for text in texts])
-    return _minilm(texts, states)
+    return encode_texts(texts, states=states)
 
 
 def bag_of_words(texts: tuple[str, ...]) -> Tensor:
@@ -75,14 +74,3 @@ def bag_of_words(texts: tuple[str, ...]) -> Tensor:
 def _random(text: str) -> Tensor:
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
     return torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
-
-
-def _minilm(texts: tuple[str, ...], states: bool) -> Tensor:
-    from covft.text import as_text_encoder
-    from study.data.packages import minilm_folder
-
-    if not states:
-        return as_text_encoder(str(minilm_folder())).encode(list(texts)).float()
-    encoder = as_text_encoder(f"{minilm_folder()}?pooling=mean")  # as a model of transformers, which has states
-    found = encoder.encode_states(list(texts))  # type: ignore[attr-defined]
-    return averaged(found.states.float(), found.mask, STATES)

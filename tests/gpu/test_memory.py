@@ -60,6 +60,10 @@ def test_step__peaks_where_the_arithmetic_says(recompute, device):
     sizes = sum(p.nbytes for p in moe.parameters())
     tokens, width = x.shape[1:]
     wide = 2 * B * tokens * 4 * width  # one tensor of the FFN's inner width
+    gc.collect()  # what earlier tests left in cycles
+    moe(x, text).sum().backward()  # the first product takes cuBLAS its workspace
+    moe.zero_grad()
+    x.grad = None
     start = torch.cuda.memory_allocated(device)
     for _ in range(2):
         moe(x, text).sum().backward()
@@ -68,7 +72,7 @@ def test_step__peaks_where_the_arithmetic_says(recompute, device):
         x.grad = None
     gc.collect()
     held = torch.cuda.memory_allocated(device) - start
-    assert 2 * sizes <= held < 2.05 * sizes + 2**26  # two moments; and the workspace of cuBLAS
+    assert 2 * sizes <= held < 2.05 * sizes + 2**20  # two moments; and the steps' numbers
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     moe(x, text).sum().backward()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,11 +20,12 @@ from study.runs.plan import method_runs
 from study.runs.score import by_task, greedy_answers, right_answers
 from study.runs.settings import RunSettings
 from study.runs.tables import IGNORED, make_table, training_order
-from study.runs.train import Questions, Steps, as_tower_takes, schedule, step_loss
+from study.runs.train import Questions, as_tower_takes, step_loss
 from study.towers import small_vit
 from study.trunk import run_trunk
 
 SCENES = 10
+QUICK = ("full", "covft", "lora")  # methods that are tested by default
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +37,15 @@ def _pictures(scenes: list) -> torch.Tensor:
     return torch.from_numpy(np.stack([scene.pixels for scene in scenes]))
 
 
-def _miniature(settings: RunSettings, pictures: torch.Tensor) -> tuple[Miniature, int]:
-    llava = build_llava(small_vit(), seed=settings.seed)
+def _miniature(settings: RunSettings, pictures: torch.Tensor) -> tuple[Any, int]:
+    llava = build_llava(small_vit(), folder=None, seed=settings.seed)
     torch.manual_seed(settings.seed)
     encoder = tune(llava, settings, as_tower_takes(pictures))
-    bos = build_tokenizer().convert_tokens_to_ids("<bos>")
+    bos: Any = build_tokenizer().convert_tokens_to_ids("<bos>")
     return Miniature(llava, encoder, settings.tokens, bos), first_trained(encoder.vit)
 
 
-def _questions(model: Miniature, first: int, scenes: list, states: bool = False) -> Questions:
+def _questions(model: Any, first: int, scenes: list, states: bool = False) -> Questions:
     table = make_table(make_examples(scenes))
     pictures = _pictures(scenes)
     inputs = pictures if first == 0 else run_trunk(small_vit(), as_tower_takes(pictures), (first,))[first]
@@ -50,17 +54,18 @@ def _questions(model: Miniature, first: int, scenes: list, states: bool = False)
     return Questions.of(table, inputs, texts)
 
 
+@pytest.mark.long
 def test_all_tokens_give_the_logits_and_the_answers_of_llava(scenes: list) -> None:
     model, first = _miniature(RunSettings(method="frozen", tokens=36), _pictures(scenes))
     questions, tokenizer = _questions(model, first, scenes), build_tokenizer()
-    picked = torch.arange(0, len(questions.table.examples), 7)
+    picked = torch.arange(0, len(questions.table.examples), 23)
     examples = [questions.table.examples[i] for i in picked]
-    ids = tokenizer.get_vocab()
+    ids: Any = tokenizer.get_vocab()
     with torch.no_grad(), started_at(model.encoder.vit, first):
-        pictures = model.project(model.read(questions.inputs[questions.scene[picked]], None))
+        pictures = model.project(model.read(questions.inputs[questions.scene[picked]], None), None)
         words = questions.labels.shape[1]
         ours = model.answer_logits(pictures, questions.ids[picked], questions.start[picked], words)
-    plain = build_llava(small_vit(), seed=0).eval()
+    plain: Any = build_llava(small_vit(), folder=None, seed=0).eval()
     images = torch.from_numpy(as_batch(scenes))
     generated = []
     for row, example in zip(ours, examples, strict=True):
@@ -77,15 +82,23 @@ def test_all_tokens_give_the_logits_and_the_answers_of_llava(scenes: list) -> No
         generated.append(told[: told.index(ids["<eos>"])] if ids["<eos>"] in told else told)
     with started_at(model.encoder.vit, first):
         greedy = greedy_answers(model, questions, ids["<eos>"])
-        right = right_answers(model, questions)
-    assert [greedy[i] for i in picked] == generated
-    assert right.tolist() == [
-        words == [ids[word] for word in example.answer.split()]
-        for words, example in zip(greedy, questions.table.examples, strict=True)
-    ]
+        assert [greedy[i] for i in picked] == generated
+        # an answer is right if it is what is generated, and only then
+        said = [
+            replace(e, answer=" ".join(tokenizer.convert_ids_to_tokens(generated[i]))) for i, e in enumerate(examples)
+        ]
+        changed = [replace(e, answer=f"{e.answer.rpartition(' ')[0]} blank".strip()) for e in said[::2]]
+        asked = Questions.of(make_table([*said, *changed]), questions.inputs, None)
+        cut = [i for i, words in enumerate(generated) if len(words) == questions.labels.shape[1]]  # no <eos> yet
+        right = right_answers(model, asked)
+    assert [i for i in range(len(said)) if not right[i]] == cut
+    assert not right[len(said) :].any()
 
 
-@pytest.mark.parametrize("run", method_runs(), ids=lambda run: run.name)
+@pytest.mark.parametrize(
+    "run",
+    [pytest.param(r, marks=[] if r.method in QUICK else pytest.mark.long, id=r.name) for r in method_runs()],
+)
 def test_every_method_starts_at_its_first_block_and_trains_what_it_says(run: RunSettings, scenes: list) -> None:
     run = run.replace(options={**run.options, **({"start": "sample"} if run.method == "svpt" else {})})
     model, first = _miniature(run, _pictures(scenes))
@@ -108,45 +121,13 @@ def test_every_method_starts_at_its_first_block_and_trains_what_it_says(run: Run
             assert run.method == "frozen"
             return
         on = torch.from_numpy(rows)
-        loss = step_loss(model, questions, on[0], questions.text[on[0]], questions.ids.shape[1], 12, 4)
+        loss = step_loss(
+            model, questions, on[0], questions.text[on[0]], questions.ids.shape[1], questions.labels.shape[1], 4
+        )
         loss.backward()
     inside = {n for n, p in model.encoder.vit.named_parameters() if p.requires_grad}
     assert {n for n, p in model.encoder.vit.named_parameters() if p.grad is not None} == inside
     covft.untune(model.llava)
-
-
-def test_steps_are_those_of_adamw_with_a_cosine(scenes: list) -> None:
-    from transformers import get_cosine_schedule_with_warmup
-
-    found = []
-    for plain in (False, True):
-        model, first = _miniature(RunSettings(method="last_layers"), _pictures(scenes))
-        questions = _questions(model, first, scenes)
-        order = training_order(questions.table, 5, 8, 4, 0)
-        groups = [
-            {"params": list(model.encoder.trainable_parameters()), "lr": 1e-2, "weight_decay": 0.0},
-            {"params": list(model.llava.model.multi_modal_projector.parameters()), "lr": 3e-3},
-        ]
-        trained = [p for group in groups for p in group["params"]]
-        with started_at(model.encoder.vit, first):
-            if plain:
-                optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-                decay = get_cosine_schedule_with_warmup(optimizer, 1, 5)
-                for rows in torch.from_numpy(order):
-                    longest = int(questions.table.lengths_N[rows].max())
-                    loss = step_loss(model, questions, rows, questions.text[rows], longest, 12, 4)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    torch.nn.utils.clip_grad_norm_(trained, 1.0)
-                    optimizer.step()
-                    decay.step()
-            else:
-                steps = Steps(model, questions, order, groups, 4, None)
-                for step in range(5):
-                    steps.take(step)
-        found.append(torch.cat([p.detach().flatten() for p in trained]))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-4)  # of updates of 1e-2
-    assert schedule(40)[[0, 1, 2, 21]].tolist() == pytest.approx([0, 0.5, 1.0, 0.5], abs=1e-6)
 
 
 def test_tables_hold_the_words_and_orders_show_every_picture_before_one_comes_again(scenes: list) -> None:
@@ -181,8 +162,6 @@ def test_tokens_are_averages_of_squares() -> None:
 
 
 def test_pairs_count_when_both_are_right(scenes: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     from study.data import tasks
 
     monkeypatch.setitem(tasks.TASKS, "count", replace(tasks.TASKS["count"], metric="pairs"))
