@@ -16,11 +16,12 @@ from torch import Tensor, nn
 import covft
 from study.llava import build_llava
 from study.progress import timed
+from study.runs.graph import PREPARING
 from study.runs.methods import needs_text, reads_states, tune
 from study.runs.model import Miniature, first_trained, started_at
 from study.runs.score import by_task, percent, right_answers, written
 from study.runs.settings import RunSettings
-from study.runs.tables import Part, chosen, held_out_part, make_table, training_order, training_part
+from study.runs.tables import Part, chosen, held_out_part, make_table, table_of, training_order, training_part
 from study.runs.texts import text_rows
 from study.runs.train import Questions, as_tower_takes, fit
 from study.towers import small_vit
@@ -51,7 +52,7 @@ def run(
     """
     torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
     seconds: dict[str, float] = {}
-    with timed(seconds, "prepare"):
+    with PREPARING, timed(seconds, "prepare"):
         train, held_out = training_part(settings), held_out_part(settings)
         llava = new_llava(settings)
         before = None
@@ -68,13 +69,15 @@ def run(
         trained = {"tower": _count(encoder.vit), "all": _count(llava)}
 
         def questions_of(part: Part, tasks: tuple[str, ...], fraction: float = 1.0) -> Questions:
-            table = make_table(chosen(part, tasks, fraction), with_question=settings.control != "tower_only")
+            table = table_of(part, tasks, fraction, settings.control != "tower_only")
             texts = text_rows(settings, table, states=reads_states(settings)) if reads_text else None
             return Questions.of(table, tower_inputs(settings, part, first, device), texts)
 
         asked, scored = questions_of(train, settings.tasks, settings.fraction), questions_of(held_out, settings.scored)
         order = training_order(asked.table, settings.steps, settings.batch, settings.per_picture, settings.seed)
         groups = parameter_groups(llava, encoder, settings)
+        if device == "cuda":
+            torch.cuda.current_stream().synchronize()  # other threads share what was made here
     shuffled = settings.control == "shuffled"
     with started_at(encoder.vit, first):
         with timed(seconds, "train"):
