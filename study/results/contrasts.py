@@ -1,0 +1,172 @@
+"""Differences between groups of runs, with intervals.
+
+Runs of one seed start from the same projector and see the data in the same order, and all runs answer the same
+questions. So differences are taken within a seed and a question, and the bootstrap draws seeds and, in each task,
+questions. Every comparison here, from one mean to a difference of differences, is a weighted sum of mean scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from study.results import interim as statistics
+from study.results.load import Group
+
+LEVEL = 0.95
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Term:
+    """One mean in a weighted sum: of a group's scores over tasks.
+
+    Attributes:
+        weight: Its weight.
+        group: The runs.
+        tasks: The tasks; each counts the same.
+    """
+
+    weight: float
+    group: Group
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval.
+
+    Attributes:
+        value: The number, mostly in percentage points.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        seeds: Number of seeds behind it.
+        tasks: Number of tasks behind it.
+    """
+
+    value: float
+    low: float
+    high: float
+    seeds: int
+    tasks: int
+
+    @property
+    def sign(self) -> int:
+        """1 if the interval is above 0, -1 if below, 0 if it contains 0."""
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+    def negated(self) -> Estimate:
+        """Return the same comparison the other way round."""
+        return Estimate(-self.value, -self.high, -self.low, self.seeds, self.tasks)
+
+
+@dataclass(frozen=True)
+class Wins:
+    """Tasks on which one group is better.
+
+    Attributes:
+        won: Tasks with a higher mean.
+        lost: Tasks with a lower mean.
+        tied: Tasks with the same mean.
+        p: Two-sided p-value of the sign test, without ties.
+    """
+
+    won: int
+    lost: int
+    tied: int
+    p: float
+
+
+def contrast(terms: Sequence[Term]) -> Estimate | None:
+    """Estimate a weighted sum of mean scores; None without a common seed or without tasks.
+
+    Args:
+        terms: The means. All are paired by seed and by question.
+    """
+    found = _differences(terms)
+    if found is None:
+        return None
+    values, low, high = statistics.paired_bootstrap(found, resamples=RESAMPLES, level=LEVEL)
+    return Estimate(values, low, high, len(found[0]), len(found))
+
+
+def mean(group: Group, tasks: Iterable[str]) -> Estimate | None:
+    """Estimate the mean score of a group over tasks; None if it was not scored on all of them."""
+    tasks = tuple(tasks)
+    return contrast([Term(1, group, tasks)]) if tasks and set(tasks) <= set(group.tasks) else None
+
+
+def difference(ours: Group, theirs: Group, tasks: Iterable[str]) -> Estimate | None:
+    """Estimate the difference of mean scores over the tasks that both were scored on."""
+    tasks = common(tasks, ours, theirs)
+    return contrast([Term(1, ours, tasks), Term(-1, theirs, tasks)]) if tasks else None
+
+
+def share(part: Sequence[Term], whole: Sequence[Term]) -> Estimate | None:
+    """Estimate the ratio of two sums in percent; None if the interval of the second contains 0.
+
+    Args:
+        part: The numerator.
+        whole: The denominator, of the same groups' tasks.
+    """
+    everything = contrast(whole)
+    if everything is None or everything.sign == 0:
+        return None
+    # zero weights give both sums the same seeds and tasks in the same order, so that both are drawn alike
+    top = _differences([*part, *(Term(0, term.group, term.tasks) for term in whole)])
+    bottom = _differences([*(Term(0, term.group, term.tasks) for term in part), *whole])
+    if top is None or bottom is None:
+        return None
+    value, low, high = statistics.ratio_bootstrap(top, bottom, resamples=RESAMPLES, level=LEVEL)
+    return Estimate(100 * value, 100 * low, 100 * high, len(top[0]), len(top))
+
+
+def wins(ours: Group, theirs: Group, tasks: Iterable[str]) -> Wins | None:
+    """Count the tasks with a higher mean over the common seeds, and test the count; None without a common seed."""
+    seeds = sorted(set(ours.rows) & set(theirs.rows))
+    tasks = common(tasks, ours, theirs)
+    if not seeds or not tasks:
+        return None
+    apart = [
+        float(np.mean([ours.rows[s].hits[task].mean() - theirs.rows[s].hits[task].mean() for s in seeds]))
+        for task in tasks
+    ]
+    apart = [0.0 if abs(value) < 1e-9 else value for value in apart]
+    won, lost = sum(value > 0 for value in apart), sum(value < 0 for value in apart)
+    return Wins(won, lost, len(apart) - won - lost, statistics.sign_test(won, lost))
+
+
+def holm(found: dict[str, Wins | None]) -> dict[str, float]:
+    """Correct the p-values of several comparisons with one reference; absent ones are left out."""
+    known = {label: each.p for label, each in found.items() if each is not None}
+    return dict(zip(known, statistics.holm(list(known.values())), strict=True))
+
+
+def common(tasks: Iterable[str], *groups: Group) -> tuple[str, ...]:
+    """Return the tasks that all groups were scored on, in their order."""
+    return tuple(task for task in tasks if all(task in group.tasks for group in groups))
+
+
+def _differences(terms: Sequence[Term]) -> list[np.ndarray] | None:
+    """Return, per task, the weighted sum of scores by seed and question, in points, scaled so that their means add up.
+
+    The mean of each array is its task's part of the sum, times the number of tasks.
+    """
+    if not terms:
+        return None
+    seeds = sorted(set.intersection(*(set(term.group.rows) for term in terms)))
+    tasks = list(dict.fromkeys(task for term in terms for task in term.tasks))
+    if not seeds or not tasks or not all(set(term.tasks) <= set(term.group.tasks) for term in terms):
+        return None
+    found = []
+    for task in tasks:
+        parts = [
+            100 * len(tasks) / len(term.tasks) * term.weight
+            * np.stack([term.group.rows[seed].hits[task] for seed in seeds])
+            for term in terms
+            if task in term.tasks
+        ]  # fmt: skip
+        found.append(np.sum(parts, axis=0))
+    return found
