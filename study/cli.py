@@ -15,11 +15,14 @@ except ModuleNotFoundError as error:
         f"python -m study needs {error.name}, which is not installed.", fix='pip install "covft[study]"'
     ) from error
 
+from study.results import command as results
+
 app = typer.Typer(
     help="LLaVA in miniature, from real parts, in minutes on two cores.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+results.register(app)
 
 
 def main(arguments: list[str] | None = None) -> None:

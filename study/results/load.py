@@ -43,6 +43,8 @@ class Row:
         device: What it ran on.
         versions: Versions of the libraries.
         date: When it ran.
+        before: As `hits`, of the same run before it was tuned; only of runs that are tuned twice.
+        more: Other fields of the file.
     """
 
     name: str
@@ -60,6 +62,8 @@ class Row:
     device: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     date: str = ""
+    before: dict[str, np.ndarray] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,8 +141,15 @@ def groups_of(rows: Iterable[Row], split: str = "test") -> list[Group]:
 def _read(path: Path) -> Row:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        hits = {task: _hits(values) for task, values in record["hits"].items()}
-        row = Row(**{**record, "hits": hits, "studies": tuple(record["studies"]), "losses": tuple(record["losses"])})
+        known = {name: value for name, value in record.items() if name in Row.__dataclass_fields__}
+        own = {
+            "hits": {task: _hits(values) for task, values in record["hits"].items()},
+            "before": {task: _hits(values) for task, values in record.get("before", {}).get("hits", {}).items()},
+            "studies": tuple(record["studies"]),
+            "losses": tuple(record["losses"]),
+            "more": {name: value for name, value in record.items() if name not in known},
+        }
+        row = Row(**{**known, **own})
         _scores_are_those_of_hits(row)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise RowsError(

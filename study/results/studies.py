@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+from covft.errors import ConfigError
 from study.results.interim import GROUPS
 from study.results.load import Group, Row, groups_of
 
@@ -83,6 +84,24 @@ STUDIES = {
         ),
     )
 }  # fmt: skip
+
+
+def chosen(names: str | None) -> list[Study]:
+    """Return the studies of these names, separated by commas; all without names.
+
+    Raises:
+        ConfigError: If there is none of a name.
+    """
+    wanted = list(STUDIES) if names is None else [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name not in STUDIES:
+            raise ConfigError(
+                f"study={name} is not one of the studies.",
+                expected=", ".join(STUDIES),
+                got=name,
+                fix="python -m study table --study methods",
+            )
+    return [STUDIES[name] for name in wanted]
 
 
 def method_of(group: Group) -> str:

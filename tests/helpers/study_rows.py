@@ -58,3 +58,68 @@ def write(rows, folder):
     for row in rows:
         (folder / f"{row['name']}.json").write_text(json.dumps(row))
     return folder
+
+
+def world(**changed):
+    """Return rows of every study, in which CoVFT is what the paper says, and the question makes half of its gain.
+
+    Args:
+        **changed: Mean scores of some runs, by label with `_` for what is not a letter or digit.
+    """
+
+    def run(label, mean, studies, vision=0.0, **settings):
+        key = "".join(c if c.isalnum() else "_" for c in label)
+        percent = percents(changed.get(key, mean), vision)
+        trained = settings.get("tasks", TWELVE)
+        return planted(label, {task: percent[task] for task in TWELVE if task in trained}, studies, **settings)
+
+    rows = [
+        *run("frozen", 40, ["methods", "controls", "fraction", "tokens"], method="frozen"),
+        *run("full", 43, ["methods", "context", "placement", "diversity"], method="full"),
+        *run("bitfit", 41, ["methods"], method="bitfit"),
+        *run("lora, r=8", 40, ["methods"], method="lora", options={"r": 8}),
+        *run("covft", 48, ["methods", "controls", "context", "placement", "experts", "diversity"], 6),
+        *run("covft, texts shuffled", 44, ["controls"], 3, control="shuffled"),
+        *run("covft, text = name of the task", 48, ["controls"], 6, control="oracle"),
+        *run("covft, uniform routing", 43, ["controls"], control="uniform"),
+        *run("covft, question to the tower only", 20, ["controls"], control="tower_only"),
+        *run("covft, context=image", 44, ["context"], context="image"),
+        *run("covft, context=text", 46, ["context"], 3, context="text"),
+        *run("covft, routing=sparse", 46, ["context"], routing="sparse"),
+        *run("covft, routing=random", 42, ["context"], routing="random"),
+        *run("covft, layers=0,1,2", 44, ["placement"], layers=[0, 1, 2]),
+        *run("covft, experts=2", 46, ["experts", "diversity"], experts=2),
+        *run("covft, experts=8", 47, ["experts", "diversity"], 8, experts=8),
+        *run("covft, text_encoder=random", 44, ["text_encoder"], text_encoder="random"),
+        *run("lora, r=512", 43, ["matched"], method="lora", options={"r": 512}),
+    ]
+    for count, low in ((3, 50), (6, 47)):
+        few = list(GROUPS["vision"][:3]) + list(TWELVE[: count - 3])
+        for experts, extra in ((2, 3), (4, 2 + count / 6), (8, 1 + count / 3)):
+            of = "" if experts == 4 else f", experts={experts}"
+            rows += run(f"covft{of}, {count} tasks", low + extra, ["diversity"], tasks=few, experts=experts)
+        rows += run(f"full, {count} tasks", low, ["diversity"], tasks=few, method="full")
+    for part, (studies, settings) in {
+        "50% of the data": (["fraction"], {"fraction": 0.5}),
+        "25% of the data": (["fraction"], {"fraction": 0.25}),
+        "1 tokens": (["tokens"], {"tokens": 1}),
+        "36 tokens": (["tokens"], {"tokens": 36}),
+        "tower=backbone": (["tower"], {"tower": "backbone"}),
+    }.items():
+        for method, mean in (("frozen", 36), ("full", 38), ("covft", 41)):
+            rows += run(f"{method}, {part}", mean, studies, method=method, **settings)
+    return [*rows, *forgetting()]
+
+
+def forgetting(seeds=(0, 1, 2)):
+    """Return rows of a language model tuned on three tasks: full learns more and forgets more than LoRA."""
+    new, old = TWELVE[:3], TWELVE[3:]
+    rows = []
+    for label, language, gained, lost in (("full", "full", 30, 12), ("lora", {"method": "lora"}, 26, 2)):
+        label = f"frozen, language={label}"
+        earlier = planted(label, dict.fromkeys(TWELVE, 40), [], seeds)
+        after = {task: 40 + gained if task in new else 40 - lost for task in TWELVE}
+        settings = {"method": "frozen", "language": language, "tasks": list(new), "upstream": list(old)}
+        later = planted(label, after, ["forgetting"], seeds, **settings)
+        rows += [{**row, "before": {"hits": base["hits"]}} for row, base in zip(later, earlier, strict=True)]
+    return rows

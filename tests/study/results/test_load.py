@@ -43,7 +43,7 @@ def test_a_file_that_is_not_a_row_is_named(tmp_path):
         lambda row: row["scores"].update(count=41.0),  # not the mean of its hits
         lambda row: row["hits"].update(count=""),
         lambda row: row["hits"].update(count=[float("nan")] * 100),
-        lambda row: row.update(something="else"),
+        lambda row: row.update(losses=None),
         lambda row: row.pop("hits"),
     ],
 )
@@ -83,3 +83,8 @@ def test_lists_of_scores_are_read_as_they_are(tmp_path):
     row["scores"]["caption"] = 100.0
     (tmp_path / "row.json").write_text(json.dumps(row))
     np.testing.assert_array_equal(read_rows(tmp_path)[0].hits["caption"], [0.5, 1.5])
+
+
+def test_fields_of_later_versions_are_kept(tmp_path):
+    row = planted("frozen", percents(40), ["methods"], seeds=(0,))[0]
+    assert read_rows(write([{**row, "something": "else"}], tmp_path))[0].more == {"something": "else"}

@@ -1,0 +1,177 @@
+"""Tables of the studies."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import numpy as np
+
+from study.results import contrasts
+from study.results.contrasts import Estimate, Term
+from study.results.forgetting import forgetting_table
+from study.results.formats import NOTHING, Table, counted, interval, number, p_value, plural, seeds_of
+from study.results.interim import GROUPS
+from study.results.load import Group
+from study.results.studies import PAIR, STUDIES, TITLES, TWELVE, Results, Study
+
+NOT_RUN = "Not run."
+BEHIND = (
+    "In brackets: 95 percent intervals, from a bootstrap over seeds and questions, paired by both where two "
+    "methods are compared."
+)
+SIGN = (
+    "*Wins*: tasks of twelve with a higher mean; *p*: its sign test, two-sided, corrected by Holm over the rows of the "
+    "table."
+)
+
+
+def tables_of(results: Results, study: Study) -> list[Table]:
+    """Return the tables of a study; one that says so if it was not run."""
+    if study.name == "forgetting":
+        return [forgetting_table(results, study)]
+    parts = results.parts(study)
+    if not parts:
+        return [Table(study.title, ["", "mean"], notes=[NOT_RUN])]
+    found = [summary(results, study, parts)]
+    if study.name in ("methods", "controls"):
+        found.append(by_task(results, study, parts))
+    return found
+
+
+def all_tables(results: Results) -> list[Table]:
+    """Return the tables of all studies, in their order."""
+    return [table for study in STUDIES.values() for table in tables_of(results, study)]
+
+
+def scored_tasks(groups: list[Group]) -> tuple[str, ...]:
+    """Return those of the twelve tasks that every group of a part was scored on."""
+    return contrasts.common(TWELVE, *groups)
+
+
+def gain(group: Group, reference: Group, tasks: tuple[str, ...]) -> list[Term]:
+    """Return the terms of a difference."""
+    return [Term(1, group, tasks), Term(-1, reference, tasks)]
+
+
+def summary(results: Results, study: Study, parts: dict[Hashable, list[Group]]) -> Table:
+    """Tabulate group means, the mean, and the differences to the references."""
+    controls = study.name == "controls"
+    header = ["", *([""] if study.part else []), "trained", "seeds", *TITLES.values(), "mean", "sd"]
+    for role in study.references:
+        header += [f"minus {role}", "wins", "p"]
+    table = Table(study.title, [*header, *(["of the gain"] if controls else [])])
+    for part, groups in parts.items():
+        tasks = scored_tasks(groups)
+        references = {role: results.reference(study, groups, role) for role in study.references}
+        found = {role: _wins(groups, reference, tasks) for role, reference in references.items()}
+        start = len(table.rows)
+        for group in groups:
+            row = [group.label, *([study.part_name.format(part)] if study.part else [])]
+            row += [f"{group.first.trained.get('tower', 0):,}", str(len(group.rows))]
+            row += [_group_mean(group, name, tasks) for name in TITLES]
+            row += [interval(contrasts.mean(group, tasks), difference=False), deviation(group, tasks)]
+            for role, reference in references.items():
+                row += _compared(group, reference, tasks, *found[role])
+            if controls:
+                row.append(remaining(group, references, tasks))
+            table.rows.append(row)
+        _mark_best(table, start, len(table.header) - (3 * len(study.references) + controls) - 2)
+        if set(tasks) != set(TWELVE):
+            where = study.part_name.format(part) if study.part else "All rows"
+            table.notes.append(f"{where}: means over {plural(len(tasks), 'task')} ({', '.join(tasks)}).")
+    seeds = {len(group.rows) for groups in parts.values() for group in groups}
+    single = " A row with one seed has an interval over questions alone." if 1 in seeds else ""
+    table.notes.insert(0, f"{seeds_of(seeds).capitalize()}. {BEHIND}{single} {SIGN}")
+    if controls:
+        table.notes.append(
+            "*Of the gain*: how much of CoVFT's gain over the frozen tower the row has; nothing where the interval of "
+            "that gain contains 0."
+        )
+    return table
+
+
+def by_task(results: Results, study: Study, parts: dict[Hashable, list[Group]]) -> Table:
+    """Tabulate the scores of every task, and the floors."""
+    groups = [group for each in parts.values() for group in each]
+    known = {task for group in groups for task in group.tasks}
+    tasks = [task for task in (*TWELVE, *PAIR, *sorted(known - {*TWELVE, *PAIR})) if task in known]
+    table = Table(f"{study.title}, by task", ["", *tasks])
+    for group in groups:
+        table.rows.append([group.label, *(number(group.score(t)) if t in group.tasks else NOTHING for t in tasks)])
+    for x in range(1, len(table.header)):
+        _mark_best(table, 0, x)
+    for name, floor in floors(results).items():
+        table.rows.append([f"floor: {name}", *(number(floor[t]) if t in floor else NOTHING for t in tasks)])
+    pair = [task for task in PAIR if task in known]
+    table.notes.append(
+        "Means over the seeds, in percent of each task's metric, without intervals: compare methods by the table of "
+        "differences, not by these." + (f" {' and '.join(pair).capitalize()} are outside the means." if pair else "")
+    )
+    return table
+
+
+def floors(results: Results) -> dict[str, dict[str, float]]:
+    """Return the floors of each task: the mean over the rows that have them."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in results.rows:
+        for name, scores in row.floors.items():
+            for task, score in scores.items():
+                found.setdefault(name.replace("_", " "), {}).setdefault(task, []).append(score)
+    return {name: {task: float(np.mean(values)) for task, values in tasks.items()} for name, tasks in found.items()}
+
+
+def deviation(group: Group, tasks: tuple[str, ...]) -> str:
+    """Write the standard deviation of the mean over seeds; nothing for one seed."""
+    if len(group.rows) < 2 or not tasks:
+        return NOTHING
+    return number(float(np.std([np.mean([row.scores[task] for task in tasks]) for row in group.rows.values()], ddof=1)))
+
+
+def remaining(group: Group, references: dict[str, Group | None], tasks: tuple[str, ...]) -> str:
+    """Write how much of CoVFT's gain over the frozen tower a group has."""
+    frozen, covft = references["frozen"], references["covft"]
+    if frozen is None or covft is None or group.label == frozen.label:
+        return NOTHING
+    found = contrasts.share(gain(group, frozen, tasks), gain(covft, frozen, tasks))
+    return NOTHING if found is None else percent(found)
+
+
+def percent(found: Estimate) -> str:
+    """Write a share and its interval."""
+    return f"{found.value:.0f}% [{found.low:.0f}, {found.high:.0f}]".replace("-", "−")
+
+
+def _group_mean(group: Group, name: str, tasks: tuple[str, ...]) -> str:
+    mine = [task for task in GROUPS[name] if task in tasks]
+    return number(float(np.mean([group.score(task) for task in mine]))) if mine else NOTHING
+
+
+def _wins(
+    groups: list[Group], reference: Group | None, tasks: tuple[str, ...]
+) -> tuple[dict[str, contrasts.Wins | None], dict[str, float]]:
+    if reference is None:
+        return {}, {}
+    found = {g.label: contrasts.wins(g, reference, tasks) for g in groups if g.label != reference.label}
+    return found, contrasts.holm(found)
+
+
+def _compared(
+    group: Group,
+    reference: Group | None,
+    tasks: tuple[str, ...],
+    found: dict[str, contrasts.Wins | None],
+    corrected: dict[str, float],
+) -> list[str]:
+    if reference is None or group.label == reference.label:
+        return [NOTHING] * 3
+    apart = contrasts.difference(group, reference, tasks)
+    return [interval(apart), counted(found[group.label]), p_value(corrected.get(group.label))]
+
+
+def _mark_best(table: Table, start: int, column: int) -> None:
+    """Mark the highest number of a column, from a row on."""
+    values = {
+        y: float(table.rows[y][column].split()[0]) for y in range(start, len(table.rows)) if table.rows[y][column]
+    }
+    if len(values) > 1:
+        table.strong |= {(y, column) for y, value in values.items() if value == max(values.values())}
