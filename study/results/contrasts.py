@@ -7,8 +7,10 @@ questions. Every comparison here, from one mean to a difference of differences, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from study.results import interim as statistics
 from study.results.load import Group
 
 LEVEL = 0.95
-RESAMPLES = 4000
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Estimate:
         high: Upper end of the interval.
         seeds: Number of seeds behind it.
         tasks: Number of tasks behind it.
+        deviation: Standard deviation over the seeds; None of one seed.
     """
 
     value: float
@@ -51,6 +54,7 @@ class Estimate:
     high: float
     seeds: int
     tasks: int
+    deviation: float | None = None
 
     @property
     def sign(self) -> int:
@@ -59,7 +63,7 @@ class Estimate:
 
     def negated(self) -> Estimate:
         """Return the same comparison the other way round."""
-        return Estimate(-self.value, -self.high, -self.low, self.seeds, self.tasks)
+        return replace(self, value=-self.value, low=-self.high, high=-self.low)
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,17 @@ def contrast(terms: Sequence[Term]) -> Estimate | None:
     Args:
         terms: The means. All are paired by seed and by question.
     """
-    found = _differences(terms)
+    return _contrast(tuple(terms))
+
+
+@lru_cache(maxsize=4096)  # tables, figures and verdicts ask for the same ones
+def _contrast(terms: tuple[Term, ...]) -> Estimate | None:
+    found = _sums(terms)
     if found is None:
         return None
-    values, low, high = statistics.paired_bootstrap(found, resamples=RESAMPLES, level=LEVEL)
-    return Estimate(values, low, high, len(found[0]), len(found))
+    drawn = statistics.bootstrap(found, resamples=RESAMPLES, level=LEVEL)
+    tasks = len(next(iter(found.values())))
+    return Estimate(drawn.mean, drawn.low, drawn.high, drawn.seeds, tasks, drawn.std)
 
 
 def mean(group: Group, tasks: Iterable[str]) -> Estimate | None:
@@ -105,22 +115,43 @@ def difference(ours: Group, theirs: Group, tasks: Iterable[str]) -> Estimate | N
 
 
 def share(part: Sequence[Term], whole: Sequence[Term]) -> Estimate | None:
-    """Estimate the ratio of two sums in percent; None if the interval of the second contains 0.
+    """Estimate the ratio of two sums in percent; None if the interval of the second is not above 0.
+
+    The interval has the ratios r for which that of `part - r * whole` contains 0 (Fieller's way).
 
     Args:
         part: The numerator.
-        whole: The denominator, of the same groups' tasks.
+        whole: The denominator.
     """
-    everything = contrast(whole)
-    if everything is None or everything.sign == 0:
+    # zero weights: both over the seeds that all of them have
+    top = contrast([*part, *(replace(term, weight=0) for term in whole)])
+    bottom = contrast([*whole, *(replace(term, weight=0) for term in part)])
+    if top is None or bottom is None or bottom.sign <= 0:
         return None
-    # zero weights give both sums the same seeds and tasks in the same order, so that both are drawn alike
-    top = _differences([*part, *(Term(0, term.group, term.tasks) for term in whole)])
-    bottom = _differences([*(Term(0, term.group, term.tasks) for term in part), *whole])
-    if top is None or bottom is None:
-        return None
-    value, low, high = statistics.ratio_bootstrap(top, bottom, resamples=RESAMPLES, level=LEVEL)
-    return Estimate(100 * value, 100 * low, 100 * high, len(top[0]), len(top))
+
+    def rest(ratio: float) -> Estimate:
+        found = contrast([*part, *(replace(term, weight=-ratio * term.weight) for term in whole)])
+        assert found is not None
+        return found
+
+    value = top.value / bottom.value
+    width = (top.high - top.low) / 2 / bottom.value
+    low = _crossing(lambda ratio: rest(ratio).low, value, value - width)
+    high = _crossing(lambda ratio: rest(ratio).high, value, value + width)
+    return Estimate(100 * value, 100 * low, 100 * high, top.seeds, top.tasks)
+
+
+def _crossing(end: Callable[[float], float], near: float, far: float) -> float:
+    """Return where a nearly linear function is 0, by secants from two places."""
+    at_near, at_far = end(near), end(far)
+    for _ in range(12):
+        if abs(at_far - at_near) < 1e-9:
+            break
+        near, far, at_near = far, far - at_far * (far - near) / (at_far - at_near), at_far
+        at_far = end(far)
+        if abs(far - near) < 2e-3:
+            break
+    return far
 
 
 def wins(ours: Group, theirs: Group, tasks: Iterable[str]) -> Wins | None:
@@ -149,10 +180,10 @@ def common(tasks: Iterable[str], *groups: Group) -> tuple[str, ...]:
     return tuple(task for task in tasks if all(task in group.tasks for group in groups))
 
 
-def _differences(terms: Sequence[Term]) -> list[np.ndarray] | None:
-    """Return, per task, the weighted sum of scores by seed and question, in points, scaled so that their means add up.
+def _sums(terms: Sequence[Term]) -> dict[int, dict[str, Any]] | None:
+    """Return the weighted sum of scores by seed, task and question, in points.
 
-    The mean of each array is its task's part of the sum, times the number of tasks.
+    The mean of the sum over questions and tasks, each task counting the same, is the sum of the means.
     """
     if not terms:
         return None
@@ -160,13 +191,11 @@ def _differences(terms: Sequence[Term]) -> list[np.ndarray] | None:
     tasks = list(dict.fromkeys(task for term in terms for task in term.tasks))
     if not seeds or not tasks or not all(set(term.tasks) <= set(term.group.tasks) for term in terms):
         return None
-    found = []
-    for task in tasks:
-        parts = [
-            100 * len(tasks) / len(term.tasks) * term.weight
-            * np.stack([term.group.rows[seed].hits[task] for seed in seeds])
-            for term in terms
-            if task in term.tasks
-        ]  # fmt: skip
-        found.append(np.sum(parts, axis=0))
+    found: dict[int, dict[str, Any]] = {}
+    for seed in seeds:
+        found[seed] = dict.fromkeys(tasks, 0.0)
+        for term in terms:
+            weight = 100 * term.weight * len(tasks) / len(term.tasks)
+            for task in term.tasks:
+                found[seed][task] = found[seed][task] + weight * term.group.rows[seed].hits[task]
     return found

@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import comb
 
 import numpy as np
 
 
-def _draws(tasks: list[np.ndarray], resamples: int) -> np.ndarray:
-    """Return resampled means over tasks; the same draws for arrays of the same shapes."""
+@dataclass
+class Estimate:
+    """As in covft.metrics."""
+
+    mean: float
+    std: float | None
+    low: float
+    high: float
+    seeds: int
+
+
+def bootstrap(scores: dict, *, resamples: int, level: float) -> Estimate:
+    """Return the mean over tasks and its interval."""
+    tasks = [np.stack([by_task[task] for by_task in scores.values()]) for task in next(iter(scores.values()))]
     rng = np.random.default_rng(0)
     seeds = len(tasks[0])
-    chosen = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)
+    shares = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
+    if seeds > 1:
+        shares = 1 / seeds + (seeds / (seeds - 1)) ** 0.5 * (shares - 1 / seeds)
     total = np.zeros(resamples)
     for values in tasks:
         number = values.shape[1]
-        counts = rng.multinomial(number, np.full(number, 1 / number), resamples)
-        total += ((chosen @ values) * counts).sum(1) / (seeds * number)
-    return total / len(tasks)
-
-
-def _mean(tasks: list[np.ndarray]) -> float:
-    return float(np.mean([values.mean() for values in tasks]))
-
-
-def _interval(draws: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def paired_bootstrap(tasks: list[np.ndarray], *, resamples: int, level: float) -> tuple[float, float, float]:
-    """Return the mean over tasks and its interval."""
-    return (_mean(tasks), *_interval(_draws(tasks, resamples), level))
-
-
-def ratio_bootstrap(
-    top: list[np.ndarray], bottom: list[np.ndarray], *, resamples: int, level: float
-) -> tuple[float, float, float]:
-    """Return the ratio of two means over tasks and its interval."""
-    draws = _draws(top, resamples) / _draws(bottom, resamples)
-    return (_mean(top) / _mean(bottom), *_interval(draws, level))
+        drawn = rng.integers(number, size=(resamples, number)) + number * np.arange(resamples)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=resamples * number).reshape(resamples, number) / number
+        total += ((counts @ values.T) * shares).sum(1)
+    low, high = np.quantile(total / len(tasks), [(1 - level) / 2, (1 + level) / 2])
+    runs = np.mean([values.mean(1) for values in tasks], 0)
+    return Estimate(float(runs.mean()), float(runs.std(ddof=1)) if seeds > 1 else None, float(low), float(high), seeds)
 
 
 def sign_test(won: int, lost: int) -> float:

@@ -23,7 +23,7 @@ class RowsError(CoVFTError, ValueError):
     """Rows that cannot be read, or that do not belong together."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One run.
 
@@ -43,7 +43,8 @@ class Row:
         device: What it ran on.
         versions: Versions of the libraries.
         date: When it ran.
-        before: As `hits`, of the same run before it was tuned; only of runs that are tuned twice.
+        before: As `hits`, of the same run before it was tuned; only of runs that are tuned twice. Where the file has
+            only a score, every question has it.
         more: Other fields of the file.
     """
 
@@ -66,7 +67,7 @@ class Row:
     more: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity
 class Group:
     """Runs that differ only in the seed.
 
@@ -144,7 +145,9 @@ def _read(path: Path) -> Row:
         known = {name: value for name, value in record.items() if name in Row.__dataclass_fields__}
         own = {
             "hits": {task: _hits(values) for task, values in record["hits"].items()},
-            "before": {task: _hits(values) for task, values in record.get("before", {}).get("hits", {}).items()},
+            "before": {
+                task: _earlier(values, record["hits"][task]) for task, values in record.get("before", {}).items()
+            },
             "studies": tuple(record["studies"]),
             "losses": tuple(record["losses"]),
             "more": {name: value for name, value in record.items() if name not in known},
@@ -166,6 +169,10 @@ def _hits(values: str | list[float]) -> np.ndarray:
     if found.ndim != 1 or not found.size or not np.isfinite(found).all():
         raise ValueError("hits are one finite number per question")
     return found
+
+
+def _earlier(values: float | str | list[float], later: str | list[float]) -> np.ndarray:
+    return np.full(len(later), values / 100) if isinstance(values, int | float) else _hits(values)
 
 
 def _scores_are_those_of_hits(row: Row) -> None:

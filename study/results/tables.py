@@ -69,7 +69,9 @@ def summary(results: Results, study: Study, parts: dict[Hashable, list[Group]]) 
             row = [group.label, *([study.part_name.format(part)] if study.part else [])]
             row += [f"{group.first.trained.get('tower', 0):,}", str(len(group.rows))]
             row += [_group_mean(group, name, tasks) for name in TITLES]
-            row += [interval(contrasts.mean(group, tasks), difference=False), deviation(group, tasks)]
+            overall = contrasts.mean(group, tasks)
+            deviation = None if overall is None else overall.deviation
+            row += [interval(overall, difference=False), NOTHING if deviation is None else number(deviation)]
             for role, reference in references.items():
                 row += _compared(group, reference, tasks, *found[role])
             if controls:
@@ -118,13 +120,6 @@ def floors(results: Results) -> dict[str, dict[str, float]]:
             for task, score in scores.items():
                 found.setdefault(name.replace("_", " "), {}).setdefault(task, []).append(score)
     return {name: {task: float(np.mean(values)) for task, values in tasks.items()} for name, tasks in found.items()}
-
-
-def deviation(group: Group, tasks: tuple[str, ...]) -> str:
-    """Write the standard deviation of the mean over seeds; nothing for one seed."""
-    if len(group.rows) < 2 or not tasks:
-        return NOTHING
-    return number(float(np.std([np.mean([row.scores[task] for task in tasks]) for row in group.rows.values()], ddof=1)))
 
 
 def remaining(group: Group, references: dict[str, Group | None], tasks: tuple[str, ...]) -> str:
