@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from study.results import contrasts
 from study.results.contrasts import Estimate, Term
-from study.results.formats import Table, interval, seeds_of
+from study.results.formats import Table, interval
 from study.results.load import Group
 from study.results.studies import Results, Study
 
@@ -79,15 +79,17 @@ def forgetting_table(results: Results, study: Study) -> Table:
     """Tabulate E, F and O."""
     groups = tuned(results)
     if not groups:
-        return Table(study.title, ["", "E", "F", "O"], notes=["Not run."])
-    table = Table(study.title, ["", "trained", "E: improvement downstream", "F: loss upstream", "O: mean of both"])
+        return Table(study.title, [""], notes=["Not run."])
+    table = Table(
+        study.title, ["", "trained", "seeds", "E: improvement downstream", "F: loss upstream", "O: mean of both"]
+    )
     for group in groups:
         found = forgetting_of(group)
         signed = [interval(found.improvement), interval(found.loss), interval(found.overall, difference=False)]
-        table.rows.append([group.label, f"{group.first.trained.get('all', 0):,}", *signed])
+        table.rows.append([group.label, f"{group.first.trained.get('all', 0):,}", str(len(group.rows)), *signed])
     downstream, upstream = sides(groups[0])
     table.notes.append(
         f"Downstream: {', '.join(downstream)}; upstream: {', '.join(upstream)}. "
-        f"{seeds_of({len(group.rows) for group in groups}).capitalize()}; in brackets: 95 percent intervals."
+        "Scores before tuning count as exact where a row has no answers of then."
     )
     return table

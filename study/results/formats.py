@@ -19,10 +19,11 @@ class Table:
 
     Attributes:
         title: Its title.
-        header: Names of the columns; the first column is text, the others are numbers.
+        header: Names of the columns.
         rows: Cells, as plain text.
         notes: Sentences that follow it.
         strong: Cells in bold, by row and column.
+        text: Columns of text; the others are numbers.
     """
 
     title: str
@@ -30,23 +31,25 @@ class Table:
     rows: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     strong: set[tuple[int, int]] = field(default_factory=set)
+    text: frozenset[int] = frozenset({0})
 
     def markdown(self) -> str:
         """Return it as Markdown, without its title."""
-        lines = [f"| {' | '.join(self.header)} |", f"|{'---|' + '---:|' * (len(self.header) - 1)}"]
+        rule = "".join("---|" if x in self.text else "---:|" for x in range(len(self.header)))
+        lines = [f"| {' | '.join(self.header)} |", f"|{rule}"]
         for y, row in enumerate(self.rows):
             cells = [f"**{cell}**" if (y, x) in self.strong and cell else cell for x, cell in enumerate(row)]
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-        return "\n".join(["\n".join(lines), *(f"\n{note}" for note in self.notes)])
+        return "\n\n".join([*(["\n".join(lines)] if self.rows else []), *self.notes])
 
     def rich(self) -> RichTable:
         """Return it for the console."""
         from rich.markup import escape
         from rich.table import Table as RichTable
 
-        table = RichTable(title=self.title, caption=" ".join(self.notes) or None)
+        table = RichTable(title=self.title, caption=" ".join(self.notes) or None, show_header=bool(self.rows))
         for place, name in enumerate(self.header):
-            table.add_column(escape(name), justify="right" if place else "left", overflow="fold")
+            table.add_column(escape(name), justify="left" if place in self.text else "right", overflow="fold")
         for y, row in enumerate(self.rows):
             cells = [
                 f"[bold]{escape(cell)}[/bold]" if (y, x) in self.strong else escape(cell) for x, cell in enumerate(row)
@@ -57,12 +60,12 @@ class Table:
 
 def number(value: float) -> str:
     """Write a score."""
-    return f"{value:.1f}"
+    return f"{round(value, 6):.1f}"  # the same where sums differ in their last bits
 
 
 def signed(value: float) -> str:
     """Write a difference, with a true minus."""
-    text = f"{value:+.1f}"
+    text = f"{round(value, 6):+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 

@@ -25,7 +25,8 @@ class Study:
         text: What is asked, and which table or figure of the paper asks it.
         references: Methods that every group is compared with.
         part: Splits the runs into parts, each with references of its own; None for one part.
-        part_name: What a part is called, with the value in it.
+        part_title: What a part is, as the title of a column.
+        part_form: Format of a part.
     """
 
     name: str
@@ -33,7 +34,8 @@ class Study:
     text: str
     references: tuple[str, ...] = ("full", "covft")
     part: Callable[[dict[str, Any]], Hashable] | None = None
-    part_name: str = "{}"
+    part_title: str = ""
+    part_form: str = "{}"
 
 
 STUDIES = {
@@ -56,7 +58,7 @@ STUDIES = {
         Study(
             "diversity", "Experts over task diversity",
             "The number of experts, when the training data has fewer or more kinds of task (Table 6).",
-            ("full",), lambda settings: len(settings.get("tasks") or TWELVE), "trained on {} tasks",
+            ("full",), lambda settings: len(settings.get("tasks") or TWELVE), "tasks",
         ),
         Study("text_encoder", "Text encoder", "Features of the question from MiniLM, a bag of words, or random ones."),
         Study(
@@ -65,17 +67,17 @@ STUDIES = {
         ),
         Study(
             "fraction", "Data fraction", "A part of the training data (Fig. 4).",
-            ("frozen", "full"), lambda settings: settings.get("fraction", 1.0), "{:.1%} of the data",
+            ("frozen", "full"), lambda settings: 100 * settings.get("fraction", 1.0), "data", "{:g}%",
         ),
         Study(
             "tower", "Another tower", "The same comparison with another tower (Table 3).",
-            ("frozen", "full"), lambda settings: settings.get("tower", "the study's ViT"), "{}",
+            ("frozen", "full"), lambda settings: settings.get("tower", "small_vit"), "tower",
         ),
         Study("start", "Start of the experts", "Experts copied from the FFN or low-rank, and their rank."),
         Study(
             "tokens", "Tokens kept",
             "How many visual tokens the language model gets: the fewer, the more the tower has to choose.",
-            ("frozen", "full"), lambda settings: settings.get("tokens"), "{} tokens",
+            ("frozen", "full"), lambda settings: settings.get("tokens"), "tokens",
         ),
         Study(
             "forgetting", "Tuning against forgetting",
@@ -139,10 +141,6 @@ class Results:
         found = [group for group in self.groups if role_of(group) == role and "methods" in group.studies]
         return min(found, key=lambda group: len(group.label), default=None)
 
-    def labelled(self, label: str) -> Group | None:
-        """Return the group of a label."""
-        return next((group for group in self.groups if group.label == label), None)
-
     def parts(self, study: Study) -> dict[Hashable, list[Group]]:
         """Return the groups of a study by part, references first; one part None where a study has no parts."""
         own = [group for group in self.groups if study.name in group.studies]
@@ -154,7 +152,8 @@ class Results:
         found: dict[Hashable, list[Group]] = {}
         for group in own:
             found.setdefault(study.part(group.settings), []).append(group)
-        for group in mains:
+        covft = self.main("covft")
+        for group in [*mains, *([covft] if covft is not None else [])]:
             part = study.part(group.settings)
             if part in found:
                 found[part].append(group)

@@ -9,19 +9,17 @@ import numpy as np
 from study.results import contrasts
 from study.results.contrasts import Estimate, Term
 from study.results.forgetting import forgetting_table
-from study.results.formats import NOTHING, Table, counted, interval, number, p_value, plural, seeds_of
+from study.results.formats import NOTHING, Table, counted, interval, number, p_value, plural
 from study.results.interim import GROUPS
 from study.results.load import Group
-from study.results.studies import PAIR, STUDIES, TITLES, TWELVE, Results, Study
+from study.results.studies import PAIR, STUDIES, TITLES, TWELVE, Results, Study, role_of
 
 NOT_RUN = "Not run."
-BEHIND = (
-    "In brackets: 95 percent intervals, from a bootstrap over seeds and questions, paired by both where two "
-    "methods are compared."
-)
-SIGN = (
-    "*Wins*: tasks of twelve with a higher mean; *p*: its sign test, two-sided, corrected by Holm over the rows of the "
-    "table."
+HOW_TO_READ = (
+    "In brackets are 95 percent intervals, from a bootstrap over seeds and questions; differences are paired by both. "
+    "A row with one seed has an interval over questions alone. *Trained* counts the tower's parameters. *sd* is the "
+    "standard deviation of the mean over seeds. *Wins* are tasks with a higher mean, and *p* is their sign test, "
+    "two-sided, corrected by Holm over the rows of the table."
 )
 
 
@@ -31,7 +29,7 @@ def tables_of(results: Results, study: Study) -> list[Table]:
         return [forgetting_table(results, study)]
     parts = results.parts(study)
     if not parts:
-        return [Table(study.title, ["", "mean"], notes=[NOT_RUN])]
+        return [Table(study.title, [""], notes=[NOT_RUN])]
     found = [summary(results, study, parts)]
     if study.name in ("methods", "controls"):
         found.append(by_task(results, study, parts))
@@ -56,7 +54,7 @@ def gain(group: Group, reference: Group, tasks: tuple[str, ...]) -> list[Term]:
 def summary(results: Results, study: Study, parts: dict[Hashable, list[Group]]) -> Table:
     """Tabulate group means, the mean, and the differences to the references."""
     controls = study.name == "controls"
-    header = ["", *([""] if study.part else []), "trained", "seeds", *TITLES.values(), "mean", "sd"]
+    header = ["", *([study.part_title] if study.part else []), "trained", "seeds", *TITLES.values(), "mean", "sd"]
     for role in study.references:
         header += [f"minus {role}", "wins", "p"]
     table = Table(study.title, [*header, *(["of the gain"] if controls else [])])
@@ -65,8 +63,8 @@ def summary(results: Results, study: Study, parts: dict[Hashable, list[Group]]) 
         references = {role: results.reference(study, groups, role) for role in study.references}
         found = {role: _wins(groups, reference, tasks) for role, reference in references.items()}
         start = len(table.rows)
-        for group in groups:
-            row = [group.label, *([study.part_name.format(part)] if study.part else [])]
+        for group in _in_order(study, groups, tasks):
+            row = [group.label, *([study.part_form.format(part)] if study.part else [])]
             row += [f"{group.first.trained.get('tower', 0):,}", str(len(group.rows))]
             row += [_group_mean(group, name, tasks) for name in TITLES]
             overall = contrasts.mean(group, tasks)
@@ -79,11 +77,8 @@ def summary(results: Results, study: Study, parts: dict[Hashable, list[Group]]) 
             table.rows.append(row)
         _mark_best(table, start, len(table.header) - (3 * len(study.references) + controls) - 2)
         if set(tasks) != set(TWELVE):
-            where = study.part_name.format(part) if study.part else "All rows"
-            table.notes.append(f"{where}: means over {plural(len(tasks), 'task')} ({', '.join(tasks)}).")
-    seeds = {len(group.rows) for groups in parts.values() for group in groups}
-    single = " A row with one seed has an interval over questions alone." if 1 in seeds else ""
-    table.notes.insert(0, f"{seeds_of(seeds).capitalize()}. {BEHIND}{single} {SIGN}")
+            where = f" with {study.part_title} {study.part_form.format(part)}" if study.part else ""
+            table.notes.append(f"Means{where} are over {plural(len(tasks), 'task')}: {', '.join(tasks)}.")
     if controls:
         table.notes.append(
             "*Of the gain*: how much of CoVFT's gain over the frozen tower the row has; nothing where the interval of "
@@ -100,8 +95,6 @@ def by_task(results: Results, study: Study, parts: dict[Hashable, list[Group]]) 
     table = Table(f"{study.title}, by task", ["", *tasks])
     for group in groups:
         table.rows.append([group.label, *(number(group.score(t)) if t in group.tasks else NOTHING for t in tasks)])
-    for x in range(1, len(table.header)):
-        _mark_best(table, 0, x)
     for name, floor in floors(results).items():
         table.rows.append([f"floor: {name}", *(number(floor[t]) if t in floor else NOTHING for t in tasks)])
     pair = [task for task in PAIR if task in known]
@@ -110,6 +103,15 @@ def by_task(results: Results, study: Study, parts: dict[Hashable, list[Group]]) 
         "differences, not by these." + (f" {' and '.join(pair).capitalize()} are outside the means." if pair else "")
     )
     return table
+
+
+def _in_order(study: Study, groups: list[Group], tasks: tuple[str, ...]) -> list[Group]:
+    """Return the groups of a part: references first, and where they have no order of their own, by their mean."""
+    if study.name not in ("methods", "controls") or not tasks:
+        return groups
+    first = [group for group in groups if role_of(group) in study.references]
+    others = [group for group in groups if group not in first]
+    return [*first, *sorted(others, key=lambda group: -sum(group.score(task) for task in tasks))]
 
 
 def floors(results: Results) -> dict[str, dict[str, float]]:

@@ -88,6 +88,7 @@ def world(**changed):
         *run("covft, routing=sparse", 50, ["context"], 10, routing="sparse"),
         *run("covft, routing=random", 40, ["context"], routing="random"),
         *run("covft, layers=0,1,2", 45, ["placement"], layers=[0, 1, 2]),
+        *run("covft, layers=0,1,2,3,4", 65, ["placement"], layers=[0, 1, 2, 3, 4]),
         *run("covft, experts=2", 50, ["experts", "diversity"], 10, experts=2),
         *run("covft, experts=8", 45, ["experts", "diversity"], 30, experts=8),
         *run("covft, text_encoder=random", 45, ["text_encoder"], text_encoder="random"),
