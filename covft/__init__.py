@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from covft import data as data
     from covft import errors as errors
     from covft import integrations as integrations
+    from covft import metrics as metrics
     from covft import nn as nn
     from covft import testing as testing
     from covft import text as text
@@ -61,7 +62,18 @@ _HOMES = {
     "unwrap": "covft.wrapping",
     "wrap": "covft.wrapping",
 }
-_SUBMODULES = ("adapters", "checkpoints", "data", "errors", "integrations", "nn", "testing", "text", "tuning")
+_SUBMODULES = (
+    "adapters",
+    "checkpoints",
+    "data",
+    "errors",
+    "integrations",
+    "metrics",
+    "nn",
+    "testing",
+    "text",
+    "tuning",
+)
 
 __all__ = [
     "CoVFTCallback",
@@ -85,6 +97,7 @@ __all__ = [
     "lora_exclude",
     "match",
     "merge",
+    "metrics",
     "nn",
     "skip_experts",
     "testing",
