@@ -1,16 +1,11 @@
 """The paper's comparison in miniature: LLaVA with a frozen ViT and with CoVFT, in minutes on two cores.
 
-    packages.py         data and weights inside installed packages
-    tiles.py            real pixels: digits, photographs, easy-VQA shapes, drawn shapes, rendered words
-    scenes.py           seeded images of two to four objects on a 3 x 3 grid, in three splits
-    tasks.py            ten kinds of question about a scene, with their answers
-    tokenizer.py        a word-level tokenizer and the prompt
+    data/               pictures, questions and answers, the tokenizer
 
     weights.py          committed weights with their cards
     towers.py           the small ViT and the text encoder
     backbone.py         the packaged DINOv2-S/14-architecture backbone
     llava.py            transformers' own LLaVA around a tower
-    word_pictures.py    scenes as text, which the language model is pretrained on
     pretrain.py         pretraining of the small ViT and the language model (`python -m study pretrain`)
     probe.py            what the pretrained networks can do
 

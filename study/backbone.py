@@ -20,7 +20,7 @@ import torch
 from covft.errors import CheckpointError
 from covft.utils.extras import import_library
 from covft.utils.files import file_sha256, write_tensors
-from study.packages import saliency_model
+from study.data.packages import saliency_model
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model

@@ -9,11 +9,11 @@ import torch
 from covft.utils.parameters import count
 from study.backbone import PATCH, packaged_backbone
 from study.batches import Questions
+from study.data.scenes import Scene, as_batch, make_scenes
+from study.data.tasks import make_examples
+from study.data.tokenizer import build_tokenizer
 from study.llava import build_llava
-from study.scenes import Scene, as_batch, make_scenes
 from study.settings import StudySettings
-from study.tasks import make_examples
-from study.tokenizer import build_tokenizer
 from study.towers import IMAGE_TOKENS, wrap_tower
 from study.train import Schedule, fit
 from study.trunk import run_trunk, upper_blocks

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import Dataset
 
 from covft.data import IGNORE_INDEX
-from study.tasks import Example
-from study.tokenizer import prompt
+from study.data.tasks import Example
+from study.data.tokenizer import prompt
 from study.towers import IMAGE_TOKENS
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from study.batches import Questions
+from study.data.scenes import Scene, as_batch, make_scenes
+from study.data.tasks import Example, make_examples
+from study.data.tokenizer import build_tokenizer
 from study.evaluate import generate_answers
 from study.llava import build_llava
 from study.progress import timed
-from study.scenes import Scene, as_batch, make_scenes
 from study.settings import StudySettings
-from study.tasks import Example, make_examples
-from study.tokenizer import build_tokenizer
 from study.towers import small_vit, wrap_tower
 from study.train import Schedule, fit
 from study.trunk import depth, install_recording, run_trunk, upper_blocks

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from study.batches import Collator, Questions
+from study.data.tasks import Example
 from study.progress import progress_bar
-from study.tasks import Example
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from study.data.tasks import TASKS
 from study.inspection import Inspection
-from study.tasks import TASKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

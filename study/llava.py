@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from study.tokenizer import build_tokenizer
+from study.data.tokenizer import build_tokenizer
 from study.weights import ASSETS, load_weights
 
 if TYPE_CHECKING:

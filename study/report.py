@@ -9,11 +9,11 @@ from pathlib import Path
 from covft.utils.files import write_text
 from study import figures
 from study.backbone import NAME
+from study.data.scenes import Scene
+from study.data.tasks import Example
 from study.inspection import Inspection
 from study.result import StudyResult
-from study.scenes import Scene
 from study.settings import StudySettings
-from study.tasks import Example
 
 STYLE = """
 :root { --ink: #1f2733; --soft: #657084; --line: #e3e7ee;

@@ -17,13 +17,13 @@ from study.comparison import (
     train_projector,
     tune_on_instructions,
 )
+from study.data.packages import minilm_folder
+from study.data.scenes import as_batch
 from study.evaluate import best_of, most_frequent_answers, score
 from study.inspection import inspect_routing
-from study.packages import minilm_folder
 from study.progress import timed
 from study.report import Report, write_report
 from study.result import StudyResult, write_result
-from study.scenes import as_batch
 from study.settings import StudySettings
 from study.towers import small_vit
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from covft.errors import ConfigError
-from study.tasks import TASKS
+from study.data.tasks import TASKS
 
 METHODS = ("frozen", "covft")
 

@@ -15,9 +15,9 @@ from torch import nn
 import covft
 from study.backbone import packaged_backbone
 from study.backbone_check import as_backbone_batch
-from study.packages import minilm_folder
-from study.scenes import make_scenes
-from study.tasks import make_examples
+from study.data.packages import minilm_folder
+from study.data.scenes import make_scenes
+from study.data.tasks import make_examples
 
 STARTS = [
     ("upcycled", 0.0),

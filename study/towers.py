@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from study.packages import minilm_folder
-from study.scenes import SIZE
+from study.data.packages import minilm_folder
+from study.data.scenes import SIZE
 from study.settings import StudySettings
 from study.weights import ASSETS, load_weights
 

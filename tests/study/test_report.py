@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
+from study.data.scenes import make_scenes
+from study.data.tasks import TASKS, make_examples
 from study.inspection import Inspection
 from study.report import Report, write_report
 from study.result import StudyResult
-from study.scenes import make_scenes
 from study.settings import StudySettings
-from study.tasks import TASKS, make_examples
 
 
 def _report(method: str) -> Report:

@@ -11,10 +11,10 @@ import torch
 import covft
 from covft.integrations import CoVFTCallback, MLLMTrainer, MLLMTrainingArguments, get_encoder, train_only
 from study.batches import Collator, Questions
+from study.data.scenes import as_batch, make_scenes
+from study.data.tasks import make_examples
+from study.data.tokenizer import build_tokenizer
 from study.llava import build_llava
-from study.scenes import as_batch, make_scenes
-from study.tasks import make_examples
-from study.tokenizer import build_tokenizer
 from study.towers import small_vit
 
 
@@ -48,7 +48,7 @@ def test_both_trainers_have_the_same_falling_losses(tmp_path: Path) -> None:
     collate = Batches(torch.from_numpy(as_batch(scenes)), tokenizer.pad_token_id)
     curves = []
     for kind, trainer_class in (("ours", MLLMTrainer), ("plain", Trainer)):
-        model = build_llava(small_vit())
+        model = build_llava(small_vit(), folder=None)
         callback = CoVFTCallback(covft.testing.HashTextEncoder(64), layers=[3, 4], experts=2)
         args = MLLMTrainingArguments(
             str(tmp_path / kind),

@@ -11,12 +11,12 @@ from covft.data import IGNORE_INDEX
 from covft.errors import ConfigError
 from study.batches import Collator, Questions
 from study.comparison import answer_held_out, prepare, train_projector, tune_on_instructions
+from study.data.scenes import make_scenes
+from study.data.tasks import Example, make_examples
+from study.data.tokenizer import build_tokenizer
 from study.evaluate import best_of, most_frequent_answers, score
 from study.llava import build_llava
-from study.scenes import make_scenes
 from study.settings import StudySettings
-from study.tasks import Example, make_examples
-from study.tokenizer import build_tokenizer
 from study.towers import small_vit
 
 

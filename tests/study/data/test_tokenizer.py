@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from study.scenes import make_scenes
-from study.tasks import all_words, make_examples
-from study.tokenizer import build_tokenizer, prompt
+from study.data.scenes import make_scenes
+from study.data.tasks import all_words, make_examples
+from study.data.tokenizer import build_tokenizer, prompt
 
 
 def test_questions_and_answers_survive_the_round_trip() -> None:
