@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from study.results import interim as statistics
+from covft import metrics
 from study.results.load import Group
 
 LEVEL = 0.95
@@ -97,7 +97,7 @@ def _contrast(terms: tuple[Term, ...]) -> Estimate | None:
     found = _sums(terms)
     if found is None:
         return None
-    drawn = statistics.bootstrap(found, resamples=RESAMPLES, level=LEVEL)
+    drawn = metrics.bootstrap(found, resamples=RESAMPLES, level=LEVEL)
     tasks = len(next(iter(found.values())))
     return Estimate(drawn.mean, drawn.low, drawn.high, drawn.seeds, tasks, drawn.std)
 
@@ -166,13 +166,13 @@ def wins(ours: Group, theirs: Group, tasks: Iterable[str]) -> Wins | None:
     ]
     apart = [0.0 if abs(value) < 1e-9 else value for value in apart]
     won, lost = sum(value > 0 for value in apart), sum(value < 0 for value in apart)
-    return Wins(won, lost, len(apart) - won - lost, statistics.sign_test(won, lost))
+    return Wins(won, lost, len(apart) - won - lost, metrics.sign_test(won, lost))
 
 
 def holm(found: dict[str, Wins | None]) -> dict[str, float]:
     """Correct the p-values of several comparisons with one reference; absent ones are left out."""
     known = {label: each.p for label, each in found.items() if each is not None}
-    return dict(zip(known, statistics.holm(list(known.values())), strict=True))
+    return dict(zip(known, metrics.holm(list(known.values())), strict=True))
 
 
 def common(tasks: Iterable[str], *groups: Group) -> tuple[str, ...]:

@@ -74,7 +74,7 @@ def interval(found: Estimate | None, *, difference: bool = True) -> str:
     if found is None:
         return NOTHING
     write = signed if difference else number
-    return f"{write(found.value)} [{write(found.low)}, {write(found.high)}]"
+    return f"{write(found.value)} [{write(found.low)},\u00a0{write(found.high)}]"
 
 
 def counted(found: Wins | None) -> str:

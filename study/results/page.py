@@ -33,13 +33,19 @@ def page(results: Results, plots: list[Plot]) -> str:
         results: The results.
         plots: The figures that stand beside it.
     """
-    parts = ["# Does a question-aware tower help?", _made(results), *_short(results), *_what_was_run(results)]
+    parts = [
+        "# Does a question-aware tower help?",
+        _made(results),
+        *_short(results),
+        "## How to read the tables",
+        HOW_TO_READ,
+    ]
     for study in STUDIES.values():
         parts += [f"## {study.title}", study.text]
         for place, table in enumerate(tables_of(results, study)):
             parts += [*([f"### {table.title}"] if place else []), table.markdown()]
         parts += [f"![{plot.alt}]({plot.name}.svg){{ .scrolls }}" for plot in plots if plot.study == study.name]
-    parts += [*_claims(results), *_against_itself(), *_limits(results), *_again(results)]
+    parts += [*_claims(results), *_against_itself(), *_what_was_run(results), *_limits(results), *_again(results)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -61,7 +67,7 @@ def _made(results: Results) -> str:
 
 def _short(results: Results) -> list[str]:
     """Return what the rows say about the main questions."""
-    first = (*paper_claims.PAPER[:2], *paper_claims.OWN)
+    first = (*paper_claims.PAPER[:2], *paper_claims.OWN[:7])
     lines = []
     for claim in first:
         found = claim.compare(results)
@@ -85,8 +91,6 @@ def _what_was_run(results: Results) -> list[str]:
         settings_table(results).markdown(),
         "### Tasks",
         tasks_table(results).markdown(),
-        "### How to read the tables",
-        HOW_TO_READ,
     ]
 
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable
 from study.results import contrasts, forgetting
 from study.results.claims import Claim, Comparison
 from study.results.contrasts import Term
-from study.results.interim import GROUPS
 from study.results.load import Group
-from study.results.studies import STUDIES, TWELVE, Results, method_of, role_of
+from study.results.studies import GROUPS, STUDIES, TWELVE, Results, method_of, role_of
 
 Compare = Callable[[Results], list[Comparison]]
 

@@ -12,9 +12,8 @@ import numpy as np
 
 from study.results import contrasts, marks
 from study.results.contrasts import Estimate
-from study.results.interim import GROUPS
 from study.results.load import Group
-from study.results.studies import PAIR, STUDIES, TITLES, TWELVE, Results, method_of, role_of
+from study.results.studies import GROUPS, PAIR, STUDIES, TITLES, TWELVE, Results, method_of, role_of
 from study.results.tables import scored_tasks
 
 if TYPE_CHECKING:

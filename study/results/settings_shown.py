@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from study.data.tasks import TASKS
 from study.results.formats import NOTHING, Table, number, seeds_of
-from study.results.interim import GROUPS
 from study.results.studies import STUDIES, TITLES, Results
 from study.results.tables import floors
 
@@ -36,27 +36,27 @@ def settings_table(results: Results) -> Table:
     for name, value in (main.settings if main else {}).items():
         others = dict.fromkeys(_shown(group.settings.get(name)) for group in results.groups)
         others.pop(_shown(value), None)
-        table.rows.append([f"`{name}`", _shown(value) or "none", ", ".join(each or "none" for each in others)])
+        table.rows.append([f"`{name}`", _shown(value) or "none", "; ".join(each or "none" for each in others)])
     return table
 
 
 def tasks_table(results: Results) -> Table:
-    """Tabulate the tasks: questions and floors, and whether every method is at the floor."""
+    """Tabulate the tasks: what they test, questions, floors, and the range of the methods."""
     counts = {task: len(row.hits[task]) for row in results.rows for task in row.hits}
     known = floors(results)
-    table = Table("Tasks", ["task", "group", "questions", *(f"floor: {name}" for name in known), "lowest", "highest"])
-    table.text = frozenset({0, 1})
-    for name, tasks in GROUPS.items():
-        for task in tasks:
-            scores = [g.score(task) for g in results.groups if task in g.tasks and "methods" in g.studies]
-            ends = [number(min(scores)), number(max(scores))] if scores else [NOTHING] * 2
-            low = [number(floor[task]) if task in floor else NOTHING for floor in known.values()]
-            table.rows.append(
-                [f"`{task}`", TITLES.get(name, "Conflict"), str(counts.get(task, "not run")), *low, *ends]
-            )
+    told = ["task", "group", "tests", "metric", "questions"]
+    table = Table("Tasks", [*told, *(f"floor: {name}" for name in known), "lowest", "highest"])
+    table.text = frozenset(range(4))
+    for task in TASKS.values():
+        scores = [g.score(task.name) for g in results.groups if task.name in g.tasks and "methods" in g.studies]
+        row = [f"`{task.name}`", TITLES.get(task.group, "Conflict"), task.tests.replace("; ", "<br>"), task.metric]
+        row.append(str(counts.get(task.name, "not run")))
+        row += [number(floor[task.name]) if task.name in floor else NOTHING for floor in known.values()]
+        table.rows.append([*row, *([number(min(scores)), number(max(scores))] if scores else [NOTHING] * 2)])
     table.notes.append(
-        "Floors are the scores of the frozen model shown a grey picture, and of the same model not given the question. "
-        "*Lowest* and *highest* are over the study of methods. The two tasks of the conflict are outside the means."
+        "*Tests* says what a task asks, and which benchmark it stands for. Floors are the scores of the frozen model "
+        "shown a grey picture, and of the same model not given the question. *Lowest* and *highest* are over the study "
+        "of methods. The two tasks of the conflict are outside the means."
     )
     return table
 

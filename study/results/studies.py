@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from covft.errors import ConfigError
-from study.results.interim import GROUPS
+from study.data.tasks import TASKS
 from study.results.load import Group, Row, groups_of
 
+GROUPS = {
+    name: tuple(task.name for task in TASKS.values() if task.group == name)
+    for name in dict.fromkeys(task.group for task in TASKS.values())
+}
 TWELVE = tuple(task for name, tasks in GROUPS.items() if name != "conflict" for task in tasks)
 PAIR = GROUPS["conflict"]
 TITLES = {"general": "General", "knowledge": "Knowledge", "vision": "Vision"}

@@ -10,9 +10,8 @@ from study.results import contrasts
 from study.results.contrasts import Estimate, Term
 from study.results.forgetting import forgetting_table
 from study.results.formats import NOTHING, Table, counted, interval, number, p_value, plural
-from study.results.interim import GROUPS
 from study.results.load import Group
-from study.results.studies import PAIR, STUDIES, TITLES, TWELVE, Results, Study, role_of
+from study.results.studies import GROUPS, PAIR, STUDIES, TITLES, TWELVE, Results, Study, role_of
 
 NOT_RUN = "Not run."
 HOW_TO_READ = (
@@ -54,28 +53,27 @@ def gain(group: Group, reference: Group, tasks: tuple[str, ...]) -> list[Term]:
 def summary(results: Results, study: Study, parts: dict[Hashable, list[Group]]) -> Table:
     """Tabulate group means, the mean, and the differences to the references."""
     controls = study.name == "controls"
-    header = ["", *([study.part_title] if study.part else []), "trained", "seeds", *TITLES.values(), "mean", "sd"]
+    header = ["", *([study.part_title] if study.part else []), "mean"]
     for role in study.references:
         header += [f"minus {role}", "wins", "p"]
-    table = Table(study.title, [*header, *(["of the gain"] if controls else [])])
+    header += [*(["of the gain"] if controls else []), *TITLES.values(), "sd", "seeds", "trained"]
+    table = Table(study.title, header)
     for part, groups in parts.items():
         tasks = scored_tasks(groups)
         references = {role: results.reference(study, groups, role) for role in study.references}
         found = {role: _wins(groups, reference, tasks) for role, reference in references.items()}
         start = len(table.rows)
         for group in _in_order(study, groups, tasks):
-            row = [group.label, *([study.part_form.format(part)] if study.part else [])]
-            row += [f"{group.first.trained.get('tower', 0):,}", str(len(group.rows))]
-            row += [_group_mean(group, name, tasks) for name in TITLES]
             overall = contrasts.mean(group, tasks)
-            deviation = None if overall is None else overall.deviation
-            row += [interval(overall, difference=False), NOTHING if deviation is None else number(deviation)]
+            row = [group.label, *([study.part_form.format(part)] if study.part else [])]
+            row.append(interval(overall, difference=False))
             for role, reference in references.items():
                 row += _compared(group, reference, tasks, *found[role])
-            if controls:
-                row.append(remaining(group, references, tasks))
-            table.rows.append(row)
-        _mark_best(table, start, len(table.header) - (3 * len(study.references) + controls) - 2)
+            row += [remaining(group, references, tasks)] if controls else []
+            row += [_group_mean(group, name, tasks) for name in TITLES]
+            row.append(NOTHING if overall is None or overall.deviation is None else number(overall.deviation))
+            table.rows.append([*row, str(len(group.rows)), f"{group.first.trained.get('tower', 0):,}"])
+        _mark_best(table, start, header.index("mean"))
         if set(tasks) != set(TWELVE):
             where = f" with {study.part_title} {study.part_form.format(part)}" if study.part else ""
             table.notes.append(f"Means{where} are over {plural(len(tasks), 'task')}: {', '.join(tasks)}.")
@@ -135,7 +133,7 @@ def remaining(group: Group, references: dict[str, Group | None], tasks: tuple[st
 
 def percent(found: Estimate) -> str:
     """Write a share and its interval."""
-    return f"{found.value:.0f}% [{found.low:.0f}, {found.high:.0f}]".replace("-", "−")
+    return f"{found.value:.0f}% [{found.low:.0f},\u00a0{found.high:.0f}]".replace("-", "−")
 
 
 def _group_mean(group: Group, name: str, tasks: tuple[str, ...]) -> str:

@@ -5,7 +5,9 @@ import re
 import pytest
 from typer.testing import CliRunner
 
+from covft.metrics import forgetting
 from study.cli import app, main
+from study.results.forgetting import forgetting_of, sides, tuned
 from study.results.formats import Table, interval, p_value, signed
 from study.results.load import read_rows
 from study.results.studies import STUDIES, Results
@@ -29,7 +31,7 @@ def test_methods_are_compared_with_frozen_and_full(planted_world):
     covft = cells(table, "covft")
     assert (covft["General"], covft["Knowledge"], covft["Vision"]) == ("50.0", "50.0", "70.0")
     assert [first(covft[name]) for name in ("mean", "minus frozen", "minus full")] == [58.3, 18.3, 13.3]
-    assert re.fullmatch(r"\+18\.3 \[\+\d\d\.\d, \+\d\d\.\d\]", covft["minus frozen"])
+    assert re.fullmatch(r"\+18\.3 \[\+\d\d\.\d,\xa0\+\d\d\.\d\]", covft["minus frozen"])
     assert covft["wins"] == "12/12"
     assert cells(table, "bitfit")["minus full"].startswith("−5.0 [−")
     assert cells(table, "frozen")["minus frozen"] == ""
@@ -49,11 +51,11 @@ def test_p_values_are_corrected_over_the_methods(planted_world):
 
 def test_controls_say_what_remains_of_the_gain(planted_world):
     table = tables_of(planted_world, STUDIES["controls"])[0]
-    kept = {row[0]: row[-1] for row in table.rows}
+    kept = {row[0]: row[table.header.index("of the gain")] for row in table.rows}
     assert kept["covft, texts shuffled"].startswith("50% [")  # 5 + 10 * 5 / 12 of twice as much
     assert kept["covft, uniform routing"].startswith("27% [")  # 5 of 18.3
     assert kept["covft, text = name of the task"].startswith("100% [")
-    assert kept["covft"] == "100% [100, 100]"
+    assert kept["covft"] == "100% [100,\u00a0100]"
     assert kept["frozen"] == ""
 
 
@@ -124,3 +126,13 @@ def test_an_unknown_study_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["table", "--study", "juggling"])
     assert "juggling" in capsys.readouterr().err
+
+
+def test_improvement_and_forgetting_are_those_of_the_metrics(planted_world):
+    for group in tuned(planted_world):
+        downstream, upstream = sides(group)
+        after = {task: group.score(task) for task in group.tasks}
+        expected = forgetting(dict.fromkeys(after, 40.0), after, downstream=downstream, upstream=upstream)
+        found = forgetting_of(group)
+        for name in ("improvement", "loss", "overall"):
+            assert getattr(found, name).value == pytest.approx(getattr(expected, name))
