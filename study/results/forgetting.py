@@ -21,12 +21,12 @@ class Forgetting:
 
     Attributes:
         improvement: E, over the model before it was tuned.
-        loss: F; negative where the upstream tasks improved.
+        forgotten: F; negative where the upstream tasks improved.
         overall: O.
     """
 
     improvement: Estimate | None
-    loss: Estimate | None
+    forgotten: Estimate | None
     overall: Estimate | None
 
 
@@ -85,7 +85,7 @@ def forgetting_table(results: Results, study: Study) -> Table:
     )
     for group in groups:
         found = forgetting_of(group)
-        signed = [interval(found.improvement), interval(found.loss), interval(found.overall, difference=False)]
+        signed = [interval(found.improvement), interval(found.forgotten), interval(found.overall, difference=False)]
         table.rows.append([group.label, f"{group.first.trained.get('all', 0):,}", str(len(group.rows)), *signed])
     downstream, upstream = sides(groups[0])
     table.notes.append(

@@ -134,5 +134,5 @@ def test_improvement_and_forgetting_are_those_of_the_metrics(planted_world):
         after = {task: group.score(task) for task in group.tasks}
         expected = forgetting(dict.fromkeys(after, 40.0), after, downstream=downstream, upstream=upstream)
         found = forgetting_of(group)
-        for name in ("improvement", "loss", "overall"):
+        for name in ("improvement", "forgotten", "overall"):
             assert getattr(found, name).value == pytest.approx(getattr(expected, name))
