@@ -26,6 +26,7 @@ def run_command(
     from pathlib import Path
 
     _before_torch()
+    from study.runs.captions import complete
     from study.runs.plan import STUDIES, plan
     from study.runs.rows import RESULTS, Rows
     from study.runs.work import work
@@ -39,7 +40,9 @@ def run_command(
         for run in store.missing(one.run for one in planned):
             typer.echo(run.name)
         return
-    _end(work(planned, store, device=device, jobs=jobs, time_limit=time_limit))
+    outcome = work(planned, store, device=device, jobs=jobs, time_limit=time_limit)
+    complete(store)
+    _end(outcome)
 
 
 def search_command(

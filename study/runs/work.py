@@ -106,7 +106,7 @@ def _worker(
             try:
                 row = run(
                     one.run, one.studies, device=device, deadline=deadline,
-                    report=lambda part, step, name=name: events.put(("step", name, step)),
+                    report=lambda step, name=name: events.put(("step", name, step)),
                 )  # fmt: skip
             except OutOfTime:
                 break
