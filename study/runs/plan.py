@@ -45,7 +45,11 @@ def _controls() -> list[RunSettings]:
 
 def _context() -> list[RunSettings]:
     contexts = [RunSettings(context=context) for context in ("cve", "image", "text", "concat")]
-    return contexts + [RunSettings(routing=routing) for routing in ("sparse", "uniform", "random")]
+    return [
+        *contexts,
+        *(RunSettings(routing=routing) for routing in ("sparse", "random")),
+        RunSettings(control="uniform"),
+    ]
 
 
 def _placement() -> list[RunSettings]:
