@@ -122,6 +122,12 @@ def make_table(examples: list[Example], *, with_question: bool = True) -> Table:
     )
 
 
+@lru_cache(maxsize=16)
+def table_of(part: Part, tasks: tuple[str, ...], fraction: float = 1.0, with_question: bool = True) -> Table:
+    """Return `make_table` of the questions that `chosen` returns."""
+    return make_table(chosen(part, tasks, fraction), with_question=with_question)
+
+
 def training_order(table: Table, steps: int, batch: int, per_picture: int, seed: int) -> np.ndarray:
     """Return the questions of each step, shape `(steps, batch)`: `per_picture` about each picture, side by side.
 

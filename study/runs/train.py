@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from study.runs.graph import graphed
+from study.runs.graph import PREPARING, graphed
 from study.runs.model import Miniature
 from study.runs.tables import Table, shuffled_within
 
 KEPT_LOSSES = 64
+WEIGHT_DECAY, LARGEST_NORM = 0.01, 1.0
 _LOOK = 50  # steps between looks at the clock
 
 
@@ -110,40 +111,55 @@ def fit(
 
     steps, device = len(order), questions.ids.device
     groups = [group for group in groups if group["params"]]
-    trained = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
     decay = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
     table = questions.table
-    longest = table.lengths_N[order].max(1).tolist()
-    words = (table.lengths_N - table.start_N - 1)[order].max(1).tolist()
     texts = table.text_N[order] if shuffle_texts is None else shuffled_within(table.text_N[order], shuffle_texts)
     order_on, texts_on = torch.from_numpy(order).to(device), torch.from_numpy(texts).to(device)
-    losses = torch.zeros(steps, device=device)
     model.train()
 
     def padded(rows: Tensor, told: Tensor) -> Tensor:
-        """A step at the lengths of the longest question and answer of all."""
+        """The loss at the lengths of the longest question and answer of all."""
         return step_loss(model, questions, rows, told, table.ids_NL.shape[1], table.labels_NA.shape[1], per_picture)
 
-    replay = graphed(padded, (order_on[0], texts_on[0]), trained) if graph else None
+    factors = [decay.lr_lambdas[0](step) for step in range(steps)]
+    recorded = None
+    if graph:
+        with PREPARING:
+            recorded = graphed(
+                padded, (order_on, texts_on), groups, factors, weight_decay=WEIGHT_DECAY, clip=LARGEST_NORM
+            )
+    if recorded is not None:
+        for step in range(steps):
+            recorded()
+            _look(step, deadline, report)
+        return means(recorded.losses.tolist())
+    trained = [parameter for group in groups for parameter in group["params"]]
+    longest = table.lengths_N[order].max(1).tolist()
+    words = (table.lengths_N - table.start_N - 1)[order].max(1).tolist()
+    losses = torch.zeros(steps, device=device)
     for step in range(steps):
-        rows = order_on[step]
-        if replay is not None:
-            loss = replay(rows, texts_on[step])
-        else:
-            optimizer.zero_grad()
-            loss = step_loss(model, questions, rows, texts_on[step], longest[step], words[step], per_picture)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.zero_grad()
+        loss = step_loss(model, questions, order_on[step], texts_on[step], longest[step], words[step], per_picture)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, LARGEST_NORM)
         optimizer.step()
         decay.step()
         losses[step] = loss.detach()
-        if step % _LOOK == 0:
-            if deadline is not None and time.monotonic() > deadline:
-                raise OutOfTime
-            if report is not None:
-                report(step)
+        _look(step, deadline, report)
     return means(losses.tolist())
+
+
+def _look(step: int, deadline: float | None, report: Callable[[int], None] | None) -> None:
+    """Now and then, look at the clock, and report."""
+    if step % _LOOK:
+        return
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()  # else the host would be far ahead
+    if deadline is not None and time.monotonic() > deadline:
+        raise OutOfTime
+    if report is not None:
+        report(step)
 
 
 def step_loss(

@@ -5,8 +5,10 @@ Data are drawn once, before the processes are forked; the parent never touches t
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import queue
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -40,6 +42,7 @@ def work(
     *,
     device: str = "cpu",
     jobs: int = 1,
+    threads: int = 1,
     time_limit: float | None = None,
     show: bool = True,
 ) -> Outcome:
@@ -50,6 +53,7 @@ def work(
         rows: Where their rows go.
         device: `cpu` or `cuda`.
         jobs: Processes.
+        threads: Threads of each process, whose runs share a GPU better than those of several processes.
         time_limit: Seconds after which all stop; runs that are not finished then leave nothing.
         show: Whether to show progress.
     """
@@ -63,7 +67,7 @@ def work(
     context = multiprocessing.get_context("fork")
     events: Any = context.Queue()
     processes = [
-        context.Process(target=_worker, args=(to_do, rows, device, jobs, deadline, events), daemon=True)
+        context.Process(target=_worker, args=(to_do, rows, device, jobs, threads, deadline, events), daemon=True)
         for _ in range(min(jobs, len(to_do)))
     ]
     for process in processes:
@@ -82,16 +86,35 @@ def _draw_data(planned: Sequence[Planned]) -> None:
 
 
 def _worker(
-    planned: Sequence[Planned], rows: Rows, device: str, jobs: int, deadline: float | None, events: Any
+    planned: Sequence[Planned],
+    rows: Rows,
+    device: str,
+    jobs: int,
+    threads: int,
+    deadline: float | None,
+    events: Any,
 ) -> None:
-    """Claim and run what is left, until nothing is or time is up."""
+    """Claim and run what is left, in several threads, until nothing is or time is up."""
     import torch
-
-    from study.runs.run import run
-    from study.runs.train import OutOfTime
 
     cores = multiprocessing.cpu_count()
     torch.set_num_threads(1 if device == "cuda" else max(1, cores // jobs))
+    work_on = functools.partial(_run_all, planned, rows, device, deadline, events)
+    others = [threading.Thread(target=work_on) for _ in range(threads - 1)]
+    for thread in others:
+        thread.start()
+    work_on()
+    for thread in others:
+        thread.join()
+    events.close()
+    events.join_thread()
+
+
+def _run_all(planned: Sequence[Planned], rows: Rows, device: str, deadline: float | None, events: Any) -> None:
+    from study.runs.graph import own_stream
+    from study.runs.run import run
+    from study.runs.train import OutOfTime
+
     longest = 0.0
     tried: set[str] = set()
     for one in planned:
@@ -104,10 +127,11 @@ def _worker(
             tried.add(name)
             began = time.monotonic()
             try:
-                row = run(
-                    one.run, one.studies, device=device, deadline=deadline,
-                    report=lambda step, name=name: events.put(("step", name, step)),
-                )  # fmt: skip
+                with own_stream(device):
+                    row = run(
+                        one.run, one.studies, device=device, deadline=deadline,
+                        report=lambda step, name=name: events.put(("step", name, step)),
+                    )  # fmt: skip
             except OutOfTime:
                 break
             except Exception:
@@ -116,8 +140,6 @@ def _worker(
             rows.write(row)
             longest = max(longest, time.monotonic() - began)
             events.put(("finished", name, sum(row["scores"].values()) / len(row["scores"])))
-    events.close()
-    events.join_thread()
 
 
 def _watch(
