@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,10 @@ class AdaptedViT(nn.Module):
             prefix: Prefix of the ViT's names in it.
         """
         raise NotImplementedError
+
+    def in_saved_types(self) -> AbstractContextManager[None]:
+        """Return a context in which the ViT's own parameters have the types that `original_state` gives them."""
+        return contextlib.nullcontext()
 
     def write(self, folder: Path, gathered: Mapping[str, Tensor] | None = None, writes: bool | None = None) -> None:
         """Write a saved folder, as `save_pretrained` does, also from gathered weights.
