@@ -34,6 +34,8 @@ def test_plans_have_each_run_once_the_longest_first() -> None:
     assert of_controls == set(CONTROLS)
     (covft,) = (one for one in planned if one.run == RunSettings(steps=400))
     assert {"methods", "controls", "context", "experts", "tokens", "fraction"} <= set(covft.studies)
+    backbone = next(one for one in planned if one.run.tower == "backbone")
+    assert planned.index(backbone) == 0
     half = next(one.run for one in planned if one.run.fraction == 0.5)
     assert half.steps == 200
     assert plan(["methods"], [0], ["lora"])[0].run.method == "lora"
