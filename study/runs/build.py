@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from study.data.tasks import Example
 from study.llava import build_llava
 from study.runs.methods import needs_text, reads_states
 from study.runs.model import Miniature
@@ -62,9 +61,11 @@ def ask(
     settings: RunSettings,
     encoder: Any,
     part: Part,
-    examples: list[Example],
+    tasks: tuple[str, ...],
     first: int,
     device: str,
+    *,
+    fraction: float = 1.0,
     shuffle: int | None = None,
 ) -> Questions:
     """Put questions on the device, with what the tower takes and what it is told.
@@ -73,12 +74,13 @@ def ask(
         settings: The run.
         encoder: Its tower.
         part: The scenes.
-        examples: The questions.
+        tasks: The tasks whose questions are asked.
         first: The block at which the tower starts.
         device: Where to.
+        fraction: Share of the scenes.
         shuffle: Seed by which what the tower is told is shuffled over all questions; None leaves it.
     """
-    table = table_of(examples, with_question=settings.control != "tower_only")
+    table = table_of(part, tasks, fraction, settings.control != "tower_only")
     texts = text_rows(settings, table, states=reads_states(settings)) if needs_text(encoder) else None
     return Questions.of(table, tower_inputs(settings, part, first, device), texts, shuffle)
 

@@ -29,7 +29,7 @@ from study.runs.model import Miniature, first_trained, started_at
 from study.runs.score import score
 from study.runs.settings import RunSettings
 from study.runs.starts import start
-from study.runs.tables import Part, chosen, held_out_part, training_order, training_part
+from study.runs.tables import Part, held_out_part, training_order, training_part
 from study.runs.train import Questions, as_tower_takes, fit
 
 
@@ -64,9 +64,9 @@ def run(
         model = new_miniature(llava, encoder, settings).to(device)
         first = first_trained(encoder.vit)
         shuffled = settings.control in ("shuffled", "shuffled_eval")
-        asked = ask(settings, encoder, train, chosen(train, settings.tasks, settings.fraction), first, device)
+        asked = ask(settings, encoder, train, settings.tasks, first, device, fraction=settings.fraction)
         scored = ask(
-            settings, encoder, held_out, chosen(held_out, settings.scored), first, device,
+            settings, encoder, held_out, settings.scored, first, device,
             shuffle=settings.seed if shuffled else None,
         )  # fmt: skip
         order = training_order(asked.table, settings.steps, settings.batch, settings.per_picture, settings.seed)
@@ -108,7 +108,7 @@ def _floors(
     """Score the frozen model shown a blank picture, and not given the question."""
     grey = tower_inputs(settings, Part(np.full_like(part.pictures[:1], GREY), []), first, device)
     blank = grey.expand(len(part.pictures), *[-1] * (grey.dim() - 1))
-    unasked = ask(settings.replace(control="tower_only"), model.encoder, part, scored.table.examples, first, device)
+    unasked = ask(settings.replace(control="tower_only"), model.encoder, part, settings.scored, first, device)
     return {"no_image": score(model, replace(scored, inputs=blank)), "no_question": score(model, unasked)}
 
 

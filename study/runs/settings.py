@@ -14,7 +14,7 @@ from typing import Any
 from covft.errors import ConfigError
 from study.data.tasks import TASKS
 
-SIZES = ("small", "large")
+SIZES = ("small",)
 CONTROLS = {
     "none": "",
     "shuffled": "texts shuffled",
@@ -45,7 +45,7 @@ class RunSettings:
     """Settings of a run.
 
     Attributes:
-        size: `small`, or `large`: the packaged backbone and SmolLM2-135M.
+        size: `small`, the only one so far: the small ViT and the small language model.
         method: A method of `covft.tune`.
         options: Options of the method that are not fields of their own here.
         control: What is done to the texts, or to the routing: a name in `CONTROLS`.

@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor
 
 import covft
+from study.data.tasks import TASKS
 from study.runs.build import ask, new_llava, new_miniature, parameter_groups
 from study.runs.methods import tune
 from study.runs.model import first_trained, started_at
 from study.runs.score import score
 from study.runs.settings import RunSettings
-from study.runs.tables import chosen, held_out_part, training_order, training_part
+from study.runs.tables import held_out_part, training_order, training_part
 from study.runs.train import fit
 
 _SHARED = ("size", "tower", "tokens", "seed", "split", "first_steps", "first_lr", "batch", "train_scenes")
@@ -58,7 +59,7 @@ def _projector(settings: RunSettings, device: str) -> dict[str, Tensor]:
         encoder = tune(llava, settings, None)
         model = new_miniature(llava, encoder, settings).to(device)
         part, first = training_part(settings), first_trained(encoder.vit)
-        asked = ask(settings, encoder, part, chosen(part, settings.tasks), first, device)
+        asked = ask(settings, encoder, part, settings.tasks, first, device)
         order = training_order(asked.table, settings.first_steps, settings.batch, 1, settings.seed)
         with started_at(encoder.vit, first):
             fit(model, asked, order, [{"params": list(projector.parameters()), "lr": settings.first_lr}], per_picture=1)
@@ -78,11 +79,11 @@ def _upstream(settings: RunSettings, device: str) -> tuple[dict[str, Tensor], di
     model = new_miniature(llava, encoder, settings).to(device)
     first = first_trained(encoder.vit)
     train, held_out = training_part(settings), held_out_part(settings)
-    asked = ask(settings, encoder, train, chosen(train, settings.tasks), first, device)
+    asked = ask(settings, encoder, train, settings.tasks, first, device)
     order = training_order(asked.table, settings.steps, settings.batch, settings.per_picture, settings.seed)
     with started_at(encoder.vit, first):
         fit(model, asked, order, parameter_groups(llava, encoder, settings), per_picture=settings.per_picture)
-        found = score(model, ask(settings, encoder, held_out, held_out.examples, first, device))
+        found = score(model, ask(settings, encoder, held_out, tuple(TASKS), first, device))
     covft.untune(llava)
     outside = {n: v.detach().cpu() for n, v in llava.state_dict().items() if not n.startswith("model.vision_tower.")}
     return outside, found

@@ -78,7 +78,6 @@ def held_out_part(settings: RunSettings) -> Part:
     return load_part(settings.split, settings.held_out_scenes, settings.held_out_questions)
 
 
-@lru_cache(maxsize=64)
 def chosen(part: Part, tasks: tuple[str, ...], fraction: float = 1.0) -> list[Example]:
     """Return the questions of some tasks, about the first share of the scenes."""
     count = max(1, round(fraction * len(part.pictures)))
@@ -123,15 +122,10 @@ def make_table(examples: list[Example], *, with_question: bool = True) -> Table:
     )
 
 
-def table_of(examples: list[Example], *, with_question: bool = True) -> Table:
-    """Return `make_table`, made once for each list that `chosen` returns."""
-    key = (id(examples), with_question)
-    if key not in _tables or _tables[key].examples is not examples:
-        _tables[key] = make_table(examples, with_question=with_question)
-    return _tables[key]
-
-
-_tables: dict[tuple[int, bool], Table] = {}
+@lru_cache(maxsize=16)
+def table_of(part: Part, tasks: tuple[str, ...], fraction: float = 1.0, with_question: bool = True) -> Table:
+    """Return `make_table` of the questions that `chosen` returns."""
+    return make_table(chosen(part, tasks, fraction), with_question=with_question)
 
 
 def training_order(table: Table, steps: int, batch: int, per_picture: int, seed: int) -> np.ndarray:

@@ -74,12 +74,12 @@ def work(
 
 
 def _draw_data(planned: Sequence[Planned]) -> None:
-    from study.runs.tables import chosen, held_out_part, table_of, training_part
+    from study.runs.tables import held_out_part, table_of, training_part
 
     for one in planned:
         told = one.run.control != "tower_only"
-        table_of(chosen(training_part(one.run), one.run.tasks, one.run.fraction), with_question=told)
-        table_of(chosen(held_out_part(one.run), one.run.scored), with_question=told)
+        table_of(training_part(one.run), one.run.tasks, one.run.fraction, told)
+        table_of(held_out_part(one.run), one.run.scored, 1.0, told)
 
 
 def _worker(

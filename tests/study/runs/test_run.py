@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from study.runs.settings import CONTROLS, RunSettings
 from study.runs.tables import chosen, held_out_part
 from study.runs.work import work
 
-TINY = {
+TINY: dict[str, Any] = {
     "steps": 3, "first_steps": 1, "train_scenes": 24, "held_out_scenes": 24, "held_out_questions": 4, "batch": 8,
     "text_encoder": "bag_of_words",
 }  # fmt: skip
@@ -33,6 +34,8 @@ def test_plans_have_each_run_once_the_longest_first() -> None:
     assert of_controls == set(CONTROLS)
     (covft,) = (one for one in planned if one.run == RunSettings(steps=400))
     assert {"methods", "controls", "context", "experts", "tokens", "fraction"} <= set(covft.studies)
+    backbone = next(one for one in planned if one.run.tower == "backbone")
+    assert planned.index(backbone) == 0
     half = next(one.run for one in planned if one.run.fraction == 0.5)
     assert half.steps == 200
     assert plan(["methods"], [0], ["lora"])[0].run.method == "lora"
@@ -78,7 +81,7 @@ def test_captions_are_scored_from_what_was_found() -> None:
 @pytest.mark.long
 def test_runs_leave_rows_and_are_not_run_again(tmp_path: Path) -> None:
     rows = Rows(tmp_path)
-    downstream = {"tasks": ("count", "relation"), "upstream": ("existence", "word")}
+    downstream: dict[str, Any] = {"tasks": ("count", "relation"), "upstream": ("existence", "word")}
     runs = [
         RunSettings(**TINY, method="frozen"),
         RunSettings(**TINY, control="shuffled"),
