@@ -146,7 +146,9 @@ def _read(path: Path) -> Row:
         own = {
             "hits": {task: _hits(values) for task, values in record["hits"].items()},
             "before": {
-                task: _earlier(values, record["hits"][task]) for task, values in record.get("before", {}).items()
+                task: _earlier(values, record["hits"][task])
+                for task, values in record.get("before", {}).items()
+                if task in record["hits"]
             },
             "studies": tuple(record["studies"]),
             "losses": tuple(record["losses"]),

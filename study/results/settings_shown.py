@@ -11,6 +11,8 @@ from study.results.formats import NOTHING, Table, number, seeds_of
 from study.results.studies import STUDIES, TITLES, Results
 from study.results.tables import floors
 
+_CEILING = 95
+
 
 def run_table(results: Results) -> Table:
     """Tabulate the number of runs of each study."""
@@ -58,6 +60,12 @@ def tasks_table(results: Results) -> Table:
         "shown a grey picture, and of the same model not given the question. *Lowest* and *highest* are over the study "
         "of methods. The two tasks of the conflict are outside the means."
     )
+    ends = {row[0]: [float(cell) for cell in row[5:] if cell] for row in table.rows if row[-1]}
+    floored = [name for name, (*low, _, highest) in ends.items() if low and highest <= max(low)]
+    full = [name for name, (*_, highest) in ends.items() if highest > _CEILING]
+    for tasks, told in ((floored, "At its floor for every method"), (full, f"Above {_CEILING} for some method")):
+        if tasks:
+            table.notes.append(f"{told}, so that it cannot tell methods apart: {', '.join(tasks)}.")
     return table
 
 

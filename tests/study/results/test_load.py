@@ -88,3 +88,10 @@ def test_lists_of_scores_are_read_as_they_are(tmp_path):
 def test_fields_of_later_versions_are_kept(tmp_path):
     row = planted("frozen", percents(40), ["methods"], seeds=(0,))[0]
     assert read_rows(write([{**row, "something": "else"}], tmp_path))[0].more == {"something": "else"}
+
+
+def test_scores_before_tuning_are_hits_or_one_score_for_all(tmp_path):
+    row = planted("lora", percents(40), ["forgetting"], seeds=(0,))[0]
+    row["before"] = {"count": "01" * 10, "size": 35.0, "never scored after": "01"}
+    before = read_rows(write([row], tmp_path))[0].before
+    assert {task: float(hits.mean()) for task, hits in before.items()} == {"count": 0.5, "size": pytest.approx(0.35)}

@@ -10,6 +10,7 @@ from study.cli import app, main
 from study.results.forgetting import forgetting_of, sides, tuned
 from study.results.formats import Table, interval, p_value, signed
 from study.results.load import read_rows
+from study.results.settings_shown import tasks_table
 from study.results.studies import STUDIES, Results
 from study.results.tables import NOT_RUN, all_tables, tables_of
 from tests.helpers.study_rows import percents, planted, write
@@ -136,3 +137,11 @@ def test_improvement_and_forgetting_are_those_of_the_metrics(planted_world):
         found = forgetting_of(group)
         for name in ("improvement", "forgotten", "overall"):
             assert getattr(found, name).value == pytest.approx(getattr(expected, name))
+
+
+def test_tasks_at_their_floor_or_ceiling_are_named(tmp_path):
+    rows = planted("frozen", percents(40, size=100), ["methods"], method="frozen")
+    for row in rows:
+        row["floors"] = {"no_image": {"count": 45, "word": 35}}
+    notes = tasks_table(Results.of("small", read_rows(write(rows, tmp_path)))).notes
+    assert [note.rpartition(": ")[2] for note in notes[1:]] == ["`count`.", "`size`."]
