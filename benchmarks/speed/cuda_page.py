@@ -36,8 +36,10 @@ def page(result: dict[str, Any] | None) -> str:
         f"Made by `{COMMAND}` on {result['date']}, {result['machine']}. CLIP-L/14 at 336 pixels, 4 experts in 12 of 24 "
         f"blocks, bfloat16. Every figure is the median of {result['runs']} runs, timed by the GPU's events, each over "
         "as many calls as take 20 ms. *baseline* is the obvious implementation of the equations "
-        "(`benchmarks/speed/baseline.py`); *floor* is the time of the matrix products alone.",
+        "(`benchmarks/speed/baseline.py`); *floor* is the time of the matrix products alone; *eager* has torch's "
+        "operations between the products, the other rows of covft Triton kernels.",
         "",
+        *(line for note in result.get("notes", ()) for line in (note, "")),
     ]
     if rows_of(records, part="block", dtype="bfloat16"):
         parts += ["## One block", "", *_block(records), ""]

@@ -87,6 +87,11 @@ def test_measure__counts_what_it_says():
     assert all(len(timing.runs) == 3 and timing.best <= timing.median for timing in timings.values())
 
 
+def test_measure__counts_products_that_are_added_in_place():
+    total, left, right = torch.zeros(3, 5), torch.zeros(3, 4), torch.zeros(4, 5)
+    assert flops(lambda: total.addmm_(left, right)) == flops(lambda: left @ right) == 2 * 3 * 4 * 5
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells")
 def test_measure__sees_the_peak_of_what_is_given_back():
     size = 1 << 27
