@@ -14,6 +14,7 @@ _Rows = Annotated[Path | None, typer.Option(help="Folder of rows; default: study
 _Size = Annotated[str, typer.Option(help="Size whose rows are read: small or large.")]
 _Split = Annotated[str, typer.Option(help="Split whose rows are read.")]
 
+_WIDTH = 200  # of a table, at least: `| less -S` scrolls, and cells that are broken up cannot be read
 PAGE = Path(__file__).parents[2] / "docs" / "study"
 
 
@@ -37,14 +38,15 @@ def table(
     from study.results.studies import chosen
     from study.results.tables import HOW_TO_READ, tables_of
 
-    results = _results(size, rows, split)
+    results, console = _results(size, rows, split), Console()
+    console.width = max(console.width, _WIDTH)
     for each in chosen(study):
         for found in tables_of(results, each):
             if markdown:
                 typer.echo(f"## {found.title}\n\n{found.markdown()}\n")
             else:
-                Console().print(found.rich(), "")
-    (typer.echo if markdown else Console().print)(HOW_TO_READ.replace("*", ""))
+                console.print(found.rich(), "")
+    (typer.echo if markdown else console.print)(HOW_TO_READ.replace("*", ""))
 
 
 def plots(

@@ -1,7 +1,6 @@
 """The training loop: a step is an index into tensors on the device, forward, backward and the optimizer.
 
-It is a plain loop, because a step of these networks takes a GPU a few milliseconds, and the collator, inputs and
-callbacks of transformers' Trainer take Python as long.
+It is a plain loop and not transformers' Trainer, so that a GPU can replay its steps (`graph.py`).
 """
 
 from __future__ import annotations
