@@ -276,6 +276,7 @@ def test_a_missing_library_of_the_command_is_one_sentence_that_names_the_extra(m
     assert done.stderr == f'The covft command needs {missing}, which is not installed. Fix: pip install "covft[cli]"\n'
 
 
+@pytest.mark.long
 def test_describe_counts_low_rank_experts(clip_l):
     block = gather(clip_l, text_dim=768, expert_rank=8)["blocks"][11]["added"]
     shared, weights, thin = 8_393_728, 8_388_608, 8 * (1024 + 4096) * 2
@@ -299,6 +300,7 @@ def test_describe_counts_updates_of_attentions(clip_l):
     assert facts["adapted_parameters"] - plain["adapted_parameters"] == 2 * updates
 
 
+@pytest.mark.long
 def test_describe_a_method(run, clip_l):
     code, out, err = run("describe", clip_l, "--method", "lora", "--option", "r=16", "--option", "targets=attention")
     assert (code, err) == (0, "")

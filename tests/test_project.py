@@ -83,6 +83,7 @@ def test_import_brings_no_optional_library():
     assert run_python(code).stdout.strip() == "[]"
 
 
+@pytest.mark.long
 def test_import_changes_no_global_state():
     code = (
         "import os, random, sys, logging, torch\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -86,7 +86,7 @@ def on_one_scale(scores: Mapping[str, float], names: Sequence[str], divisors: Ma
     missing = [name for name in names if name not in scores]
     if missing:
         raise ConfigError(
-            f"There is no score of {', '.join(missing)}.", expected=", ".join(names), got=", ".join(scores) or "none"
+            f"There is no score of {_listed(missing)}.", expected=_listed(names), got=_listed(scores) or "none"
         )
     if not all(divisors.values()):
         raise ConfigError("Scores cannot be divided by 0.", expected="divisors other than 0", got=dict(divisors))
@@ -95,3 +95,7 @@ def on_one_scale(scores: Mapping[str, float], names: Sequence[str], divisors: Ma
 
 def _mean(values: Sequence[float]) -> float:
     return float(sum(values) / len(values))
+
+
+def _listed(names: Iterable[object]) -> str:
+    return ", ".join(map(str, names))

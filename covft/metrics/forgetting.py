@@ -80,7 +80,7 @@ def forgetting(
           GQA          62.00   58.00   -4.00
           TextVQA      58.00   52.00   -6.00
     """
-    both = [name for name in downstream if name in upstream]
+    both = [str(name) for name in downstream if name in upstream]
     if both:
         raise ConfigError(
             f"{', '.join(both)} cannot be both downstream and upstream.", expected="one of the two", got="both"

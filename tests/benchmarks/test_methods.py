@@ -87,6 +87,7 @@ def test_a_time_is_relative_to_its_neighbours():
     assert page.relative(record, "step") == 0.25
 
 
+@pytest.mark.long
 def test_the_tower_is_as_it_was_after_each_method():
     bench = Bench(TINY)
     before = {name: p.clone() for name, p in bench.vit.state_dict().items()}

@@ -46,9 +46,9 @@ def names(path):
 @pytest.mark.parametrize(
     ("first", "kill"),
     [
-        pytest.param(False, False, id="error over a good folder"),
+        pytest.param(False, False, id="error over a good folder", marks=pytest.mark.long),
         pytest.param(False, True, id="kill over a good folder"),
-        pytest.param(True, True, id="kill in a new folder"),
+        pytest.param(True, True, id="kill in a new folder", marks=pytest.mark.long),
         pytest.param(True, False, id="error in a new folder", marks=pytest.mark.slow),
     ],
 )

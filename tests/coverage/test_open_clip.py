@@ -111,6 +111,7 @@ TOWERS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TOWERS)
 def test_towers(name):
     vision, depth, layout = TOWERS[name]

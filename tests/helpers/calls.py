@@ -197,7 +197,7 @@ call(
     lambda w: {"method": "lora", "settings": {}, "given": ["r=2"]},
 )
 public(covft, "untune", lambda w: {"tuned": w.tuned})
-public(covft, "budget", lambda w: {"vit": w.vit, "method": "bitfit"})
+public(covft, "budget", lambda w: {"model": w.vit, "method": "bitfit"})
 public(covft, "match", lambda w: {"vit": w.vit, "parameters": 1, "methods": ["last_layers"]})
 public(covft, "describe", lambda w: {"vit": w.vit})
 public(covft, "compress", lambda w: {"encoder": w.encoder, "rank": 2}, images="none", text=ANY)

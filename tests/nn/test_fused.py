@@ -140,6 +140,7 @@ def test_mix__keeps_the_tokens_and_if_asked_the_pre_activations():
     assert kept(lambda: one_by_one(x, weights, experts)) > 1.8 * wide
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["mlp", "gate last"])
 def test_mix__can_be_differentiated_twice(name):
     ffn = FFNS[name]()

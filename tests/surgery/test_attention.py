@@ -180,6 +180,7 @@ def test_peft_is_kept_off():
     assert not any(path.startswith(tuple(updated_layers(vit))) for path in adapted)
 
 
+@pytest.mark.long
 def test_a_budget_counts_them():
     vit = BY_NAME["timm-clip"].build()
     costs = [budget(vit, "covft", text_dim=TEXT_DIM, layers=LAYERS, attention_rank=rank) for rank in (None, 3)]

@@ -162,6 +162,7 @@ def test_an_id_that_is_not_cached_says_what_to_do():
         as_text_encoder("nobody/no-such-model")
 
 
+@pytest.mark.long
 def test_importing_and_using_it_imports_no_model_library():
     code = (
         "import sys, torch\n"

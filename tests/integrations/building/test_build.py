@@ -49,7 +49,12 @@ def two_layers(model):
 
 
 @pytest.mark.parametrize(
-    ("vision", "language"), [*((tower, "llama") for tower in TOWERS), *(("clip", llm) for llm in LLMS)]
+    ("vision", "language"),
+    [
+        ("clip", "llama"),
+        *(pytest.param(tower, "llama", marks=pytest.mark.long) for tower in TOWERS if tower != "clip"),
+        *(pytest.param("clip", llm, marks=pytest.mark.long) for llm in LLMS if llm != "llama"),
+    ],
 )
 def test_llava_is_its_parts(parts, tokenizer, tmp_path, vision, language):
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText

@@ -103,6 +103,7 @@ def test_other_trained_parameters_are_named(kind, rows, checkpoints, tmp_path):
     assert "language_model" in str(refused(kind, model, rows, checkpoints["full"], tmp_path))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 @pytest.mark.parametrize("name", ["full", "lora"])
 def test_equal_settings_resume_on_another_device_map(name, rows, checkpoints, tmp_path):

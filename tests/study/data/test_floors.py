@@ -33,6 +33,7 @@ def test_a_pair_is_right_if_both_are() -> None:
     assert share_right(pairs, ["big", "small", "red", "red"]) == {"pairs": 50.0}
 
 
+@pytest.mark.long
 def test_the_floors_of_the_study_are_low_and_its_answers_balanced() -> None:
     train = make_examples(make_scenes("train", 600))
     scenes = make_scenes("validation", 150)
