@@ -115,7 +115,7 @@ class Experts(nn.ModuleList):
         mixed: Any = None
         for weight_B, expert in zip(weights_BE.unbind(-1), experts, strict=True):
             if self.recompute == "all" and torch.is_grad_enabled() and not needs_plain_operations():
-                output = checkpoint(_Repeatable(expert), x, *args, use_reentrant=False, **kwargs)
+                output = checkpoint(Repeatable(expert), x, *args, use_reentrant=False, **kwargs)
             else:
                 output = expert(x, *args, **kwargs)
             weight = per_image(weight_B, output)
@@ -123,7 +123,7 @@ class Experts(nn.ModuleList):
         return mixed
 
 
-class _Repeatable:
+class Repeatable:
     """Calls an expert, and in backward again with the weights of the first call, which `functional_call` may have lent.
 
     Args:

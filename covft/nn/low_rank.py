@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from covft.errors import UnsupportedViTError
-from covft.nn.experts import _Repeatable
+from covft.nn.experts import Repeatable
 from covft.nn.functional import per_image
 from covft.nn.fused import needs_plain_operations
 from covft.nn.plan import FFNPlan, pairs
@@ -164,7 +164,7 @@ class LowRankExperts(nn.Module):
         mixing, repeats = _Mixing(self), torch.is_grad_enabled() and not needs_plain_operations()
         pre = () if self.recompute == "all" and repeats else tuple(layer(x) for layer in first)
         if self.recompute != "none" and repeats:
-            hidden, added = checkpoint(_Repeatable(mixing), x, routing.weights_BE, *pre, use_reentrant=False)
+            hidden, added = checkpoint(Repeatable(mixing), x, routing.weights_BE, *pre, use_reentrant=False)
         else:
             hidden, added = mixing(x, routing.weights_BE, *pre)
         # The weights sum to 1, so the shared bias counts once.
