@@ -135,6 +135,7 @@ class Repeatable:
         self.weights: dict[str, Tensor] = dict(expert.named_parameters())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the expert with the weights of the first call."""
         now = dict(self.expert.named_parameters())
         if all(now.get(name) is weight for name, weight in self.weights.items()):
             return self.expert(*args, **kwargs)
