@@ -26,6 +26,17 @@ def pytest_configure(config):
         torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
+def pytest_collection_modifyitems(items):
+    cases = {}
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        if sampled is not None:
+            number = cases[item.function] = cases.get(item.function, -1) + 1
+            if number % sampled.args[0]:
+                item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(autouse=True)
 def seed(request):
     """Seeds each test by its name: the same numbers alone, in any order and on any worker."""

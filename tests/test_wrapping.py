@@ -51,6 +51,7 @@ def tensors_of(output: Any) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("tower", TOWERS, ids=str)
 def test_wrap__identity_text_matters_unwrap(tower, settings):
@@ -80,6 +81,7 @@ def test_wrap__identity_text_matters_unwrap(tower, settings):
     assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("train_norms", ["all", "adapted", "none"])
 @pytest.mark.parametrize("tower", TOWERS, ids=str)
 def test_training__exactly_the_named_parameters_move(tower, train_norms):

@@ -115,6 +115,7 @@ def load_or_refuse(vit, before, folder, tensors):
 FREE = ("base.source", "base.revision", "base.library", "base.class_name", "text.", "library_version")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("path", PATHS)
 def test_each_field_with_bad_values(path, saved):
     base, folder, config = saved

@@ -50,6 +50,7 @@ CHECKPOINTED = [
 OFTEN = ("timm-clip", "hf-clip", "hf-qwen2.5-vl")  # every way in each run of the tests
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("name", "way"),
     [pytest.param(name, way, marks=() if name in OFTEN else pytest.mark.long) for name in CHECKPOINTED for way in WAYS],
@@ -67,6 +68,7 @@ def test_gradients__equal_with_and_without_checkpointing(name, way):
     assert any((swapped[n] - g).abs().max() > 1e-9 for n, g in wanted[two_forwards].items())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("way", [by_library, nested], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("settings", [{"routing": "sparse"}, {"routing": "random"}, {"context": "text"}], ids=str)
 @pytest.mark.parametrize("name", ["timm-clip", "hf-clip", "hf-qwen2.5-vl"])

@@ -23,6 +23,7 @@ from tests.helpers.mixtures import (
 )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("context", "routing"), VARIANTS)
 @settings(max_examples=25, deadline=None)
 @given(shape=shapes(), activation=st.sampled_from(["gelu", "quick_gelu"]))

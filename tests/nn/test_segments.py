@@ -75,6 +75,7 @@ def test_merging_divides_the_tokens_of_every_image_alike():
     assert all(segments.merged(num_tokens) is segments for num_tokens in (24, 23, 8, 5, 1, 0))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("leading", [(), (1,)], ids=["TD", "1TD"])
 @pytest.mark.parametrize(("context", "routing"), VARIANTS)
 @settings(max_examples=15, deadline=None)

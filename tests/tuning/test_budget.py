@@ -13,6 +13,7 @@ from tests.helpers.tuned import OPTIONS, READS_STATES, expected_parameters, take
 TOKENS = (32 // 8) ** 2 + 1
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", taken_by("timm-clip", methods()))
 def test_parameters_and_kept_bytes_are_those_of_the_formula_and_of_a_run(method):
     tower, vit = tower_of("timm-clip")

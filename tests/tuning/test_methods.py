@@ -42,6 +42,7 @@ def train(tuned, tower, images, text, steps=3):
         optimizer.step()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("method", "name"), cases(METHODS))
 def test_start_training_text_saving_and_undoing(method, name, tmp_path):
     tower, vit = tower_of(name)
@@ -90,6 +91,7 @@ def test_start_training_text_saving_and_undoing(method, name, tmp_path):
         untune(tuned)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("method", ["lora", "vpt", *READS_TEXT])
 def test_recomputing_changes_no_gradient(method, name):

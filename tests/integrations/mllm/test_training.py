@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("quiet")
 PACKED = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "pixtral", "mistral3"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["llava", "llava_next", "internvl", "idefics3", "mllama", *PACKED])
 def test_gradient_checkpointing__of_the_whole_model_is_exact(name):
     model, batch = attached(name)
