@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from covft import data as data
     from covft import errors as errors
     from covft import integrations as integrations
+    from covft import metrics as metrics
     from covft import nn as nn
     from covft import testing as testing
     from covft import text as text
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
     from covft.integrations.mllm.attach import get_encoder as get_encoder
     from covft.integrations.training.callback import CoVFTCallback as CoVFTCallback
     from covft.integrations.training.trainable import lora_exclude as lora_exclude
+    from covft.integrations.tuning.budget import budget as budget
     from covft.integrations.tuning.tune import merge as merge
     from covft.integrations.tuning.tune import tune as tune
     from covft.integrations.tuning.tune import untune as untune
     from covft.tuning.api import load as load
-    from covft.tuning.budget import budget as budget
     from covft.tuning.matching import match as match
     from covft.wrapping import unwrap as unwrap
     from covft.wrapping import wrap as wrap
@@ -45,7 +46,7 @@ _HOMES = {
     "ContextEncoder": "covft.encoder",
     "ViTSpec": "covft.adapters.spec",
     "attach": "covft.integrations.mllm.attach",
-    "budget": "covft.tuning.budget",
+    "budget": "covft.integrations.tuning.budget",
     "compress": "covft.compression",
     "describe": "covft.adapters.registry",
     "detach": "covft.integrations.mllm.attach",
@@ -61,7 +62,18 @@ _HOMES = {
     "unwrap": "covft.wrapping",
     "wrap": "covft.wrapping",
 }
-_SUBMODULES = ("adapters", "checkpoints", "data", "errors", "integrations", "nn", "testing", "text", "tuning")
+_SUBMODULES = (
+    "adapters",
+    "checkpoints",
+    "data",
+    "errors",
+    "integrations",
+    "metrics",
+    "nn",
+    "testing",
+    "text",
+    "tuning",
+)
 
 __all__ = [
     "CoVFTCallback",
@@ -85,6 +97,7 @@ __all__ = [
     "lora_exclude",
     "match",
     "merge",
+    "metrics",
     "nn",
     "skip_experts",
     "testing",

@@ -15,6 +15,9 @@ except ModuleNotFoundError as error:
         f"python -m study needs {error.name}, which is not installed.", fix='pip install "covft[study]"'
     ) from error
 
+from study.data.commands import add_commands
+from study.runs.command import run_command, search_command
+
 app = typer.Typer(
     help="LLaVA in miniature, from real parts, in minutes on two cores.",
     add_completion=False,
@@ -61,18 +64,6 @@ def study(
     run_study(StudySettings.quick(**given) if quick else StudySettings(**given))
 
 
-@app.command("pretrain")
-def pretrain_command(
-    output: Annotated[Path | None, typer.Option(help="Folder for the weights; default: study/assets.")] = None,
-    vit_steps: Annotated[int | None, typer.Option(help="Steps of the small ViT.")] = None,
-    lm_steps: Annotated[int | None, typer.Option(help="Steps of the language model.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of both networks.")] = 0,
-) -> None:
-    """Pretrain the small ViT (CLIP-style) and the small language model (text only)."""
-    from study.pretrain import PretrainSettings, pretrain
-    from study.weights import ASSETS
-
-    given = {"vit_steps": vit_steps, "lm_steps": lm_steps}
-    settings = PretrainSettings(seed=seed, **{name: steps for name, steps in given.items() if steps is not None})
-    for name, card in pretrain(settings, output or ASSETS).items():
-        typer.echo(f"{name}: {card['parameters']:,} parameters, {card['scores']}")
+add_commands(app)
+app.command("run")(run_command)
+app.command("search")(search_command)

@@ -10,7 +10,7 @@ from study.data.scenes import CELL, GRID, Scene, Thing, as_batch, make_scenes
 from study.data.tasks import make_examples
 from study.data.tiles import PHOTOS, SHAPES
 from study.data.tokenizer import build_tokenizer
-from study.data.word_pictures import word_picture, word_picture_batch
+from study.data.word_pictures import make_word_pictures
 
 
 def thing_features(tower: torch.nn.Module, scenes: list[Scene]) -> tuple[np.ndarray, list[Thing]]:
@@ -82,25 +82,22 @@ def presence_auc(tower: torch.nn.Module, train: int = 1500, validation: int = 40
     return round(float(np.mean(areas)), 4)
 
 
-def measure_language_model(model: torch.nn.Module, scenes: int = 300) -> dict[str, float]:
-    """Return the exact-match accuracy per task on word pictures of validation scenes."""
+def measure_language_model(model: torch.nn.Module, scenes: int = 600, per_task: int = 300) -> dict[str, float]:
+    """Return the exact-match accuracy per task on word pictures of validation scenes, question by question."""
     tokenizer = build_tokenizer()
     drawn = make_scenes("validation", scenes)
-    examples = make_examples(drawn)
-    rng = np.random.default_rng(0)
+    examples = make_examples(drawn, per_task=per_task)
+    data = make_word_pictures(tokenizer, [(drawn[e.scene], [(e.question, e.answer)]) for e in examples])
+    data = data.to(next(model.parameters()).device)
     correct: dict[str, list[bool]] = {}
     for start in range(0, len(examples), 256):
         chunk = examples[start : start + 256]
-        batch = word_picture_batch(
-            model,
-            tokenizer,
-            [(word_picture(drawn[e.scene], 0.0, rng), [(e.question, e.answer)]) for e in chunk],
-        )
-        labels = batch.pop("labels")
         with torch.no_grad():
+            batch = data.batch(model, torch.arange(start, start + len(chunk)))
+            labels = batch.pop("labels")
             predicted = model(**batch).logits[:, :-1].argmax(-1)
         # greedy decoding gives the answer exactly if every next word is right after the right ones
         hits = ((predicted == labels[:, 1:]) | (labels[:, 1:] == IGNORE_INDEX)).all(1)
         for example, hit in zip(chunk, hits.tolist(), strict=True):
             correct.setdefault(example.task, []).append(hit)
-    return {f"word_pictures_{task}": round(float(np.mean(hits)), 4) for task, hits in sorted(correct.items())}
+    return {f"word_pictures_{task}": round(float(np.mean(hits)), 4) for task, hits in correct.items()}

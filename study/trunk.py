@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 
-class _PassThrough(nn.Module):
+class PassThrough(nn.Module):
     """Stands in for the embeddings, the first norm and the trunk's blocks, and returns its input."""
 
     def forward(self, hidden: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """Return the first argument."""
         return hidden
 
 
-def _blocks(tower: nn.Module) -> nn.ModuleList:
+def blocks_of(tower: nn.Module) -> nn.ModuleList:
     """Return the blocks of a CLIPVisionModel or Dinov2Model."""
     encoder = tower.get_submodule("encoder")
     blocks = encoder.get_submodule("layers" if hasattr(encoder, "layers") else "layer")
@@ -30,7 +31,7 @@ def _blocks(tower: nn.Module) -> nn.ModuleList:
 
 def depth(tower: nn.Module) -> int:
     """Count the tower's blocks."""
-    return len(_blocks(tower))
+    return len(blocks_of(tower))
 
 
 @torch.no_grad()
@@ -69,15 +70,15 @@ def upper_blocks(tower: nn.Module, first: int) -> Iterator[None]:
     `hidden_states[-2]` stays the same. The tower's recording hooks must be installed (`install_recording`, or any
     call with hidden states), because transformers puts them on the blocks that it finds at that time.
     """
-    blocks, config = _blocks(tower), tower.config
+    blocks, config = blocks_of(tower), tower.config
     count = len(blocks)
     # indices of the upper blocks stay, so that names of modules stay valid
     trunk = [blocks[i] for i in range(first)]
     replaced = {name: getattr(tower, name) for name in ("embeddings", "pre_layrnorm") if hasattr(tower, name)}
     for i in range(first):
-        blocks[i] = _PassThrough()
+        blocks[i] = PassThrough()
     for name in replaced:
-        setattr(tower, name, _PassThrough())
+        setattr(tower, name, PassThrough())
     config.num_hidden_layers = count - first  # the number of recorded blocks
     try:
         yield

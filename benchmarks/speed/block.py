@@ -40,6 +40,7 @@ class Block:
         self.baseline = ObviousMoE.like(self.moe)
         self.x = torch.randn(batch, size.tokens, size.embed_dim, device=device, dtype=dtype, requires_grad=True)
         self.text = torch.randn(batch, size.text_dim, device=device, dtype=dtype)
+        self._parameters = [*self.ffn.parameters(), *self.moe.parameters(), *self.baseline.parameters()]
 
     def ways(self, names: tuple[str, ...], backend: str | None = None) -> dict[str, Callable[[], Tensor]]:
         """Return forwards by name: `plain` (the FFN alone), `baseline`, and covft by what backward recomputes.
@@ -68,10 +69,10 @@ class Block:
 
     def parameters(self) -> list[Tensor]:
         """Return all weights."""
-        return [*self.ffn.parameters(), *self.moe.parameters(), *self.baseline.parameters()]
+        return self._parameters
 
     def forget(self) -> None:
-        """Drop all gradients."""
+        """Drop all gradients; in every timed step, so in as little time as can be."""
         for tensor in (self.x, *self.parameters()):
             tensor.grad = None
 

@@ -43,6 +43,7 @@ class Scope:
     Attributes:
         groups: How many images are repeated together, one after another, if all are repeated before the ViT runs, as
             `generate` does for beams; None where nothing is repeated.
+        ran: What the last run of the tower knew that was given this text; None before it.
         grad_enabled: Whether gradients were on where the scope was opened.
         owner: The open scopes that it is one of.
         beside: Scopes whose generators were suspended when it was opened.
@@ -63,6 +64,7 @@ class Scope:
         "index",
         "owner",
         "parent",
+        "ran",
         "seed",
         "shared",
         "text_features",
@@ -95,6 +97,7 @@ class Scope:
         self.generator: Generator | None = None
         self.closed = False
         self.groups: list[int] | None = None
+        self.ran: TowerCall | None = None
         self.grad_enabled = torch.is_grad_enabled()
         self._graph_task = -1
         self._frame = None
@@ -307,6 +310,29 @@ class Conditioning:
         scope = self._open.innermost(lambda scope: scope.call is not None)
         if scope is not None:
             self._open.close(scope)
+            if scope.parent is not None:
+                scope.parent.ran = scope.call
+
+    def segments_after(self, scope: Scope, x: Tensor) -> Segments | None:
+        """Return which tokens that a packed tower has computed belong to which image; None for other towers.
+
+        Args:
+            scope: The scope of what reads them, in the tower or after it.
+            x: Tokens `(T, D)` or `(1, T, D)`, equally many neighbours of each image merged into one, or none.
+
+        Raises:
+            ShapeError: If the tower is packed and has not run.
+        """
+        if not self.format.is_packed:
+            return None
+        call = scope.ran if scope.call is None else scope.call
+        if call is None or call.segments is None:
+            raise ShapeError(
+                "What reads the tokens of a packed tower runs alone, so where each image begins is not known.",
+                expected=f"a call of the tower before it, with {self.format.sizes_argument}=",
+                got="a call of the connector",
+            )
+        return call.segments.merged(x.shape[-2]).to(x.device)
 
     def segments_of(self, scope: Scope | None, x: Tensor) -> Segments | None:
         """Return which tokens of a packed tower's FFN belong to which image; None for other towers.

@@ -8,6 +8,7 @@ Shapes: T tokens, F ffn_dim.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -156,5 +157,10 @@ def _in_order(pre: Sequence[Tensor], kind: str) -> tuple[Tensor, Tensor]:
 
 
 def _options(p: Tensor, kind: str, function: str) -> dict[str, Any]:
-    wide = tl.float64 if p.dtype == torch.float64 else tl.float32
-    return {"FUNCTION": FUNCTIONS[function], "GATED": kind != "plain", "WIDE": wide, "BLOCK": _BLOCK}
+    return _constants(p.dtype, kind, function, _BLOCK)
+
+
+@functools.cache
+def _constants(dtype: torch.dtype, kind: str, function: str, block: int) -> dict[str, Any]:
+    wide = tl.float64 if dtype == torch.float64 else tl.float32
+    return {"FUNCTION": FUNCTIONS[function], "GATED": kind != "plain", "WIDE": wide, "BLOCK": block}

@@ -11,6 +11,7 @@
     texts.py        the base of new modules that read the text
     attentions.py   which attentions take more tokens
     vpt.py, svpt.py, qa_vit.py, adaln.py, cross_attention.py
+    q_moe.py        experts in the connector of a multimodal LLM
     budget.py       budget(): what a method costs
     matching.py     match(): options by which methods train the same number of parameters
     api.py          tune(), untune(), load()

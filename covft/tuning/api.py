@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,7 @@ def plan_tune(
     read: Any = None,
     *,
     images: Any = None,
+    connector: Mapping[str, nn.Module] | None = None,
 ) -> TunePlan:
     """Check everything that a method needs, and start what it adds; nothing of the ViT is changed.
 
@@ -136,16 +138,24 @@ def plan_tune(
         adapter: How the ViT is built.
         read: The hidden state that a multimodal LLM reads, or several; None for the ViT's output.
         images: As for `tune`.
+        connector: What is between the ViT and the language model of a multimodal LLM, as for `Tower`.
 
     Raises:
         CoVFTError: As `tune` does.
     """
-    plan = _plan(vit, method, text_encoder, adapter, read)
+    plan = _plan(vit, method, text_encoder, adapter, read, connector)
     method.initialise(plan.tower, plan.change, images)
     return plan
 
 
-def _plan(vit: nn.Module, method: Method, text_encoder: Any, adapter: Adapter | None, read: Any) -> TunePlan:
+def _plan(
+    vit: nn.Module,
+    method: Method,
+    text_encoder: Any,
+    adapter: Adapter | None,
+    read: Any,
+    connector: Mapping[str, nn.Module] | None,
+) -> TunePlan:
     check_vit(vit)
     check_text_weights(text_encoder)
     spec = describe(vit, adapter)
@@ -155,12 +165,17 @@ def _plan(vit: nn.Module, method: Method, text_encoder: Any, adapter: Adapter | 
         with unpartitioned():
             encoder = as_text_encoder(text_encoder)
     text_dim = None if encoder is None else encoder.text_dim
-    tower = Tower(vit, spec, last_of(spec, read), hidden=read is not None, text_dim=text_dim)
+    tower = Tower(vit, spec, last_of(spec, read), read is not None, text_dim, connector or {})
     return TunePlan(method, tower, method.plan(tower), encoder)
 
 
 def plan_load(
-    saved: SavedMethod, vit: nn.Module | None, text_encoder: Any, adapter: Adapter | None, read: Any = None
+    saved: SavedMethod,
+    vit: nn.Module | None,
+    text_encoder: Any,
+    adapter: Adapter | None,
+    read: Any = None,
+    connector: Mapping[str, nn.Module] | None = None,
 ) -> TunePlan:
     """Check everything that `load` of a tuned ViT needs; nothing of the ViT is changed.
 
@@ -170,6 +185,7 @@ def plan_load(
         text_encoder: As for `load`.
         adapter: How the ViT is built.
         read: As for `plan_tune`.
+        connector: As for `plan_tune`.
 
     Raises:
         CoVFTError: As `load` does.
@@ -178,7 +194,7 @@ def plan_load(
     check_vit(vit)
     saved.check_base(vit)
     texts = saved.build_text_encoder() if text_encoder is None else text_encoder
-    return dataclasses.replace(_plan(vit, saved.method, texts, adapter, read), saved=saved)
+    return dataclasses.replace(_plan(vit, saved.method, texts, adapter, read, connector), saved=saved)
 
 
 def install(method: Method, tower: Tower, change: Change, text_encoder: Any = None) -> TunedViT:

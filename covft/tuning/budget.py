@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +83,8 @@ def budget(
     cost = (None, None, None)
     given = _inputs(vit)
     if given is not None:
-        shape = (1, _TOKENS, text_dim) if getattr(tuned, "reads_states", False) else (1, text_dim)
-        cost = _measured(twin_of(vit), tuned, given, torch.empty(shape, device="meta"))
+        plain, text = twin_of(vit), text_for(tuned, text_dim)
+        cost = measured(lambda: plain(**given), lambda: tuned(text=text, **given), twin)
     return Budget(method, dict(options), trained, count(twin.parameters()) - total, *cost)
 
 
@@ -107,20 +108,35 @@ def _inputs(vit: nn.Module) -> dict[str, Any] | None:
     return {name: torch.empty(1, 3, spec.image_size, spec.image_size, dtype=dtype, device="meta")}
 
 
-def _measured(
-    plain: nn.Module, tuned: nn.Module, inputs: dict[str, Any], text: Tensor
+def text_for(tuned: Any, text_dim: int) -> Tensor:
+    """Return a text without values, as a tuned ViT or an encoder reads it."""
+    shape = (1, _TOKENS, text_dim) if getattr(tuned, "reads_states", False) else (1, text_dim)
+    return torch.empty(shape, device="meta")
+
+
+def measured(
+    plain: Callable[[], Any], tuned: Callable[[], Any], changed: nn.Module
 ) -> tuple[int | None, int | None, int | None]:
-    """Count FLOPs and bytes in runs without values."""
+    """Count FLOPs and bytes in runs without values.
+
+    Args:
+        plain: Runs what is not tuned; returns features, or something that begins with them.
+        tuned: Runs the same, tuned.
+        changed: The module that the tuned run is one of.
+
+    Returns:
+        `forward_flops`, `step_flops` and `kept_bytes` of `Budget`.
+    """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        plain(**inputs)
+        plain()
     base = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
-        output = tuned(text=text, **inputs)
+        output = tuned()
         forward = counter.get_total_flops()
         features = output if isinstance(output, Tensor) else output[0]
         if features.requires_grad:
             features.sum().backward()
-    return forward - base, counter.get_total_flops() - base, _kept(tuned, inputs, text)
+    return forward - base, counter.get_total_flops() - base, _kept(tuned, changed)
 
 
 class _Held:
@@ -130,9 +146,9 @@ class _Held:
         self.tensor = tensor.detach()  # a node that held its own output would never be freed
 
 
-def _kept(tuned: nn.Module, inputs: dict[str, Any], text: Tensor) -> int:
+def _kept(tuned: Callable[[], Any], changed: nn.Module) -> int:
     """Count the bytes that autograd keeps of a forward, without weights."""
-    weights = {_storage(parameter) for parameter in tuned.parameters()}
+    weights = {_storage(parameter) for parameter in changed.parameters()}
     held: weakref.WeakSet[_Held] = weakref.WeakSet()
 
     def hold(tensor: Tensor) -> _Held:
@@ -141,7 +157,7 @@ def _kept(tuned: nn.Module, inputs: dict[str, Any], text: Tensor) -> int:
         return kept
 
     with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(hold, lambda kept: kept.tensor):
-        output = tuned(text=text, **inputs)
+        output = tuned()
     tensors = [kept.tensor for kept in held]
     del output
     sizes = {_storage(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}

@@ -12,6 +12,7 @@ from covft.conditioning import Conditioning
 from covft.conditioning.scope import freeze_batch_norms
 from covft.errors import UnsupportedViTError
 from covft.surgery.checks import MARK, check_not_distributed
+from covft.surgery.overrides import Override
 from covft.surgery.wrapped import module_at
 from covft.utils.sharding import assign, full, in_engine
 from covft.utils.torch_internals import remove_hooks
@@ -40,6 +41,8 @@ class Change:
         added: New modules, by the dotted paths that they get in the ViT.
         replaced: Modules that replace others, by path. Each holds the module that it replaces.
         hooks: Forward hooks.
+        overrides: What stands in for methods of modules, which may be outside the ViT. The weights of these modules are
+            frozen: the method's own modules, which are in the ViT, run in their place.
         conditioning: Carries the text to the new modules; None for a method without text.
     """
 
@@ -47,6 +50,7 @@ class Change:
     added: Mapping[str, nn.Module] = field(default_factory=dict)
     replaced: Mapping[str, nn.Module] = field(default_factory=dict)
     hooks: tuple[Hook, ...] = ()
+    overrides: tuple[Override, ...] = ()
     conditioning: Conditioning | None = None
 
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -54,6 +58,11 @@ class Change:
         held = {id(p) for module in self.replaced.values() for p in _held_by(module).parameters()}
         for path, module in (*self.added.items(), *self.replaced.items()):
             yield from ((f"{path}.{name}", p) for name, p in module.named_parameters() if id(p) not in held)
+
+    def idle_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the weights of the modules that something else stands in for."""
+        for override in self.overrides:
+            yield from override.owner.parameters()
 
 
 @dataclass
@@ -64,12 +73,14 @@ class Applied:
         modules: Modules that were replaced, by path.
         values: Values of the ViT's own parameters that are trained, on the CPU, by their names before.
         requires_grad: Whether each parameter was trainable, by its name before.
+        idle: Whether each of `Change.idle_parameters` was trainable.
         over: Whether the ViT is plain again, after `undo` or `finish`.
     """
 
     modules: dict[str, nn.Module]
     values: dict[str, Tensor]
     requires_grad: dict[str, bool]
+    idle: list[bool] = field(default_factory=list)
     over: bool = False
 
 
@@ -88,7 +99,12 @@ def apply(vit: nn.Module, change: Change) -> Applied:
         modules={path: vit.get_submodule(path) for path in change.replaced},
         values={name: _copy(own[name]) for name in change.trained},
         requires_grad={name: parameter.requires_grad for name, parameter in own.items()},
+        idle=[parameter.requires_grad for parameter in change.idle_parameters()],
     )
+    for parameter in change.idle_parameters():
+        parameter.requires_grad_(False)
+    for override in change.overrides:
+        override.install()
     for name, parameter in own.items():
         parameter.requires_grad_(name in applied.values)
     for path, module in change.replaced.items():
@@ -149,6 +165,10 @@ def finish(vit: nn.Module, change: Change, applied: Applied) -> None:
             place._modules.pop(name, None)
         if isinstance(module, FrozenBatchNorms):
             module.release(vit)
+    for override in reversed(change.overrides):
+        override.remove()
+    for parameter, trained in zip(change.idle_parameters(), applied.idle, strict=True):
+        parameter.requires_grad_(trained)
     own = dict(vit.named_parameters())
     for name in applied.values:
         own[name].grad = None
@@ -178,6 +198,7 @@ def check_in_place(vit: nn.Module, change: Change) -> None:
     """
     placed = {**change.added, **change.replaced}
     moved = [path for path, module in placed.items() if module_at(vit, path) is not module]
+    moved += [type(override.owner).__name__ for override in change.overrides if not override.is_installed]
     if moved:
         raise UnsupportedViTError(
             "Other code has replaced or removed what the method put into the ViT.",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
@@ -25,6 +26,8 @@ class Tower(NamedTuple):
         last: Index of the last block whose output is read.
         hidden: Whether a hidden state is read, so that what comes after the blocks (a final norm, a head) is not.
         text_dim: Width C of the text features; None where there are none.
+        connector: What is between the ViT and the language model of a multimodal LLM: modules by their paths there.
+            Empty for a ViT alone.
     """
 
     vit: nn.Module
@@ -32,6 +35,7 @@ class Tower(NamedTuple):
     last: int
     hidden: bool = False
     text_dim: int | None = None
+    connector: Mapping[str, nn.Module] = MappingProxyType({})
 
     @property
     def read(self) -> tuple[BlockSpec, ...]:
@@ -79,6 +83,7 @@ class Method(ABC):
         reads_states: Whether it reads states of the text's tokens, shape `(S, L, C)`, instead of features `(S, C)`.
         size: The option that sets how much is trained, for `covft.match`; None if there is none.
         merges: Whether what is trained can be folded into the ViT's own weights, exactly.
+        part: Part of a multimodal LLM that new modules belong to: `"projector"`, or `"other"` for the tower.
 
     Example:
         >>> @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +99,7 @@ class Method(ABC):
     reads_states: ClassVar[bool] = False
     size: ClassVar[str | None] = None
     merges: ClassVar[bool] = False
+    part: ClassVar[str] = "other"
 
     @abstractmethod
     def plan(self, tower: Tower) -> Change:

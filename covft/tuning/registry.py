@@ -29,6 +29,7 @@ _HOMES = {
     "qa_vit": "covft.tuning.qa_vit:QAViT",
     "adaln": "covft.tuning.adaln:AdaLN",
     "cross_attention": "covft.tuning.cross_attention:CrossAttention",
+    "q_moe": "covft.tuning.q_moe:QMoE",
 }
 _registered: dict[str, type[Method]] = {}
 

@@ -145,8 +145,8 @@ class TunedViT(CalledWithText, AdaptedViT):
         return any(parameter.grad is not None for parameter in self.adapted_parameters().values())
 
     def part_of(self, name: str) -> str:
-        """Return the part of a parameter: always `"other"`, which multimodal LLMs call `"vision"`."""
-        return "other"
+        """Return the part of a parameter: that of the method for new ones, else `"other"`."""
+        return self.method.part if name.startswith(tuple(f"{path}." for path in self.change.added)) else "other"
 
     def adapted_parameters(self) -> dict[str, nn.Parameter]:
         """Return what the method trains, by name in the ViT."""

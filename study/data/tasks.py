@@ -1,21 +1,47 @@
-"""Ten kinds of question about a scene, with their answers.
+"""The kinds of question: twelve tasks in the three groups of the CoVFT paper, and the conflict of its Fig. 1b.
 
-`caption` and `grounding` are the conflict in Fig. 1b of the CoVFT paper: what is there, and where it is, asked about
-the same images. Answers are scored by exact match.
+The conflict is captioning and grounding: what is there, and where it is, asked about the same images. It is reported
+beside the twelve. Grounding answers with the name of a cell, whose box is always the same, so two answers' boxes
+overlap completely or not at all, and the mean IoU, the share of IoU above 0.5 and exact match are one number; the
+metric is exact match.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 
 import numpy as np
 
-from study.data.scenes import KINDS, PLACES, Scene, Thing
-from study.data.tiles import COLOURS, DIGITS, PHOTOS, SHAPES, WORDS
+from covft.errors import ConfigError
+from study.data.questions import (
+    COUNTED,
+    GERMAN,
+    LETTERS,
+    NAMES,
+    SIDES,
+    Ask,
+    ask_attributes,
+    ask_caption,
+    ask_choice,
+    ask_count,
+    ask_diagram,
+    ask_difference,
+    ask_existence,
+    ask_grounding,
+    ask_name,
+    ask_relation,
+    ask_size,
+    pick,
+)
+from study.data.scenes import COLUMNS, ROWS, Scene
+from study.data.tiles import COLOURS, DIGITS
 
-COUNTED = {"objects": KINDS, "shapes": ("shape",), "photos": ("photo",)}
-SIDES = ("above", "below", "left of", "right of")
+GROUPS = ("general", "knowledge", "vision", "conflict")
+METRICS = ("exact", "letter", "pairs", "cider", "iou")
+ENTRY_POINTS = "covft.study_tasks"
 
 
 @dataclass(frozen=True)
@@ -28,7 +54,7 @@ class Example:
         question: The question.
         answer: The answer.
         subject: What the question is about (a name, a place, a pair).
-        pair: Number that two questions share which are scored together; None for the others.
+        pair: Number that the two questions share which are scored together; None for the others.
     """
 
     task: str
@@ -37,9 +63,6 @@ class Example:
     answer: str
     subject: str
     pair: int | None = None
-
-
-Ask = Callable[[Scene, np.random.Generator], "tuple[str, str] | None"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +76,7 @@ class Task:
         metric: How answers are scored: `exact`, `letter`, `pairs`, `cider` or `iou`.
         ask: Draws a subject and the answer for a scene; None where the scene does not allow the question.
         phrasings: The question, with `{}` for the subject.
+        draws_like: Another task, whose subjects and phrasings it asks in other words; None for its own.
     """
 
     name: str
@@ -61,139 +85,103 @@ class Task:
     metric: str
     ask: Ask
     phrasings: tuple[str, ...]
+    draws_like: str | None = None
 
 
-def _pick(rng: np.random.Generator, options: list) -> object:
-    return options[int(rng.integers(len(options)))]
-
-
-def _the(thing: Thing) -> str:
-    return f"the {thing.reference}"
-
-
-def _existence(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    present = {thing.name for thing in scene.things}
-    if rng.random() < 0.5:
-        return str(_pick(rng, sorted(present))), "yes"
-    kind = str(_pick(rng, sorted({thing.kind for thing in scene.things})))
-    # of a kind that is present, so that the kind alone does not answer the question
-    absent = [name for name in NAMES[kind] if name not in present]
-    return str(_pick(rng, absent)), "no"
-
-
-def _count(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    what = str(_pick(rng, list(COUNTED)))
-    return what, DIGITS[sum(thing.kind in COUNTED[what] for thing in scene.things)]
-
-
-def _about(kind: str | None, answer: Callable[[Thing], str]) -> Ask:
-    def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-        things = [thing for thing in scene.things if kind in (None, thing.kind)]
-        if not things:
-            return None
-        thing = _pick(rng, things)
-        assert isinstance(thing, Thing)
-        return _the(thing), answer(thing)
-
-    return ask
-
-
-def _only_photo(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    photos = [thing for thing in scene.things if thing.kind == "photo"]
-    return ("the photo", photos[0].name) if len(photos) == 1 else None
-
-
-def _region(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    found = {thing.place: thing.name for thing in scene.things}
-    if rng.random() < 0.85:
-        place = str(_pick(rng, sorted(found)))
-        return place, found[place]
-    return str(_pick(rng, [place for place in PLACES if place not in found])), "nothing"
-
-
-def _relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    first, second = (scene.things[i] for i in rng.choice(len(scene.things), 2, replace=False))
-    sides = [side for side in SIDES if holds(side, first, second) or holds(side, second, first)]
-    side = str(_pick(rng, sides))
-    return f"{_the(first)} {side} {_the(second)}", "yes" if holds(side, first, second) else "no"
-
-
-def holds(side: str, first: Thing, second: Thing) -> bool:
-    """Return whether `first` is above, below, left of or right of `second`."""
-    return {
-        "above": first.row < second.row,
-        "below": first.row > second.row,
-        "left of": first.column < second.column,
-        "right of": first.column > second.column,
-    }[side]
-
-
-def _caption(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    return "the picture", caption(scene)
-
-
-def caption(scene: Scene) -> str:
-    """Name everything in reading order: `red circle , digit seven , cat`."""
-    return " , ".join(thing.name for thing in scene.things)
-
-
-NAMES = {
-    "shape": [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS],
-    "digit": [f"digit {digit}" for digit in DIGITS],
-    "word": [f"word {word}" for word in WORDS],
-    "photo": list(PHOTOS),
-}
-
+# Tasks with many subjects have few phrasings, because the text encoder encodes every distinct question.
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        # Tasks with many subjects have few phrasings, because the text encoder encodes every distinct question.
         Task(
-            "existence", "general", "whether a named thing is there (POPE)", "exact",
-            _existence, ("is there any {} ?", "can you see any {} ?"),
+            "existence", "general", "whether a named thing is there; POPE", "exact",
+            ask_existence, ("is there any {} ?", "can you see any {} ?"),
         ),
         Task(
-            "count", "vision", "how many there are (CV-Bench)", "exact",
-            _count, ("how many {} are there ?", "count the {} .", "what is the number of {} ?"),
+            "choice", "general", "which of three options is there; MMBench", "letter",
+            ask_choice(), ("which is in the picture ? {}", "what can you see ? {}"),
         ),
         Task(
-            "colour", "general", "the colour of a named shape (GQA)", "exact",
-            _about("shape", lambda thing: str(thing.tile.colour)),
-            ("what colour is {} ?", "which colour does {} have ?", "name the colour of {} ."),
+            "choice_german", "general", "the same questions in German; MMBench-CN", "letter",
+            ask_choice(GERMAN), ("was ist auf dem bild ? {}", "was siehst du ? {}"), draws_like="choice",
         ),
         Task(
-            "grounding", "conflict", "where a named thing is (RefCOCO)", "exact",
-            _about(None, lambda thing: thing.place),
-            ("where is {} ?", "locate {} .", "in which place is {} ?"),
+            "attributes", "general", "the colour of a thing that is named by its position; GQA", "exact",
+            ask_attributes, ("what colour is the thing {} ?", "name the colour of the thing {} ."),
         ),
         Task(
-            "region", "vision", "what is at a named place", "exact",
-            _region, ("what is in the {} ?", "what do you see at the {} ?", "name the object in the {} ."),
+            "word", "knowledge", "reading a word; TextVQA", "exact",
+            ask_name("word"), ("what does {} say ?", "read {} .", "which letters are in {} ?"),
         ),
         Task(
-            "relation", "vision", "how two things lie (CV-Bench)", "exact",
-            _relation, ("is {} ?",),
+            "digit", "knowledge", "reading a handwritten digit; OCRBench", "exact",
+            ask_name("digit"), ("which is {} ?", "read {} .", "what number does {} show ?"),
         ),
         Task(
-            "digit", "knowledge", "reading a handwritten digit (OCRBench)", "exact",
-            _about("digit", lambda thing: thing.tile.name),
-            ("which is {} ?", "read {} .", "what number does {} show ?"),
+            "diagram", "knowledge", "following an arrow of a diagram; AI2D", "exact",
+            ask_diagram, ("where does the arrow from {} lead ?", "what does {} point to ?"),
         ),
         Task(
-            "word", "knowledge", "reading a word (TextVQA)", "exact",
-            _about("word", lambda thing: thing.tile.name),
-            ("what does {} say ?", "read {} .", "which letters are in {} ?"),
+            "pairs", "vision", "the one difference between near-identical pictures; MMVP", "pairs",
+            ask_difference, ("{} ?",),
         ),
         Task(
-            "photo", "vision", "what the only photograph shows (RealWorldQA)", "exact",
-            _only_photo, ("what does {} show ?", "what is in {} ?", "name the subject of {} ."),
+            "photo", "vision", "what the only photograph shows; RealWorldQA", "exact",
+            ask_name("photo"), ("what does {} show ?", "what is in {} ?", "name the subject of {} ."),
         ),
         Task(
-            "caption", "conflict", "everything in reading order (COCO captions)", "exact",
-            _caption, ("describe {} .", "what does {} show ?", "write a caption for {} ."),
+            "count", "vision", "how many there are; CV-Bench", "exact",
+            ask_count, ("how many {} are there ?", "count the {} .", "what is the number of {} ?"),
+        ),
+        Task(
+            "relation", "vision", "on which side of one thing another one is; CV-Bench", "exact",
+            ask_relation, ("on which side is {} ?",),
+        ),
+        Task(
+            "size", "vision", "which thing is bigger, or smaller, than all others; CV-Bench", "exact",
+            ask_size, ("what is the {} thing ?", "name the {} thing ."),
+        ),
+        Task(
+            "grounding", "conflict", "where a named thing is; RefCOCO", "exact",
+            ask_grounding, ("where is {} ?", "locate {} ."),
+        ),
+        Task(
+            "caption", "conflict", "everything, in reading order; COCO captions", "cider",
+            ask_caption, ("describe {} .", "what does {} show ?", "write a caption for {} ."),
         ),
     )
 }  # fmt: skip
+_OWN = tuple(TASKS)
+
+
+def register(task: Task) -> None:
+    """Add a task of your own to the study.
+
+    Its questions and answers are made of the study's words, because the pretrained language model knows no others.
+
+    Args:
+        task: The task; `study.data.questions` has the functions of the study's own tasks as examples.
+
+    Raises:
+        ConfigError: If the name is taken, the group or the metric is unknown, or a phrasing has unknown words.
+    """
+    if task.name in TASKS:
+        raise ConfigError(f"the study has a task {task.name!r} already.", expected="a name that is not taken")
+    for what, value, known in (("group", task.group, GROUPS), ("metric", task.metric, METRICS)):
+        if value not in known:
+            raise ConfigError(f"the task {task.name!r} has an unknown {what}.", expected=" | ".join(known), got=value)
+    if not task.phrasings:
+        raise ConfigError(f"the task {task.name!r} has no phrasings.", expected='such as ("where is {} ?",)')
+    for phrasing in task.phrasings:
+        _check_words(task.name, phrasing.replace("{}", " "))
+    TASKS[task.name] = task
+
+
+def load_entry_points() -> None:
+    """Register the tasks of installed packages: entry points of the group `covft.study_tasks`, each a Task."""
+    for entry in entry_points(group=ENTRY_POINTS):
+        task = entry.load()
+        if TASKS.get(task.name) is not task:
+            register(task)
 
 
 def make_examples(
@@ -204,35 +192,68 @@ def make_examples(
     Args:
         scenes: The scenes; `Example.scene` is an index into this list.
         tasks: Names of the tasks; None is all.
-        per_task: Maximum number of questions per task.
+        per_task: Maximum number of questions per task; two questions that are scored together count as one.
         seed: Seed of the questions.
+
+    Raises:
+        ConfigError: If a registered task uses words that the study does not have.
     """
     names = tuple(TASKS) if tasks is None else tasks
     left = {name: len(scenes) if per_task is None else per_task for name in names}
+    complete = _pairs(scenes)
     found: list[Example] = []
     for position, scene in enumerate(scenes):
         for name in names:
-            # seeded by task, so that leaving one out does not change the others
-            rng = np.random.default_rng([seed, scene.number, list(TASKS).index(name)])
-            drawn = TASKS[name].ask(scene, rng)
+            task = TASKS[name]
+            paired = task.metric == "pairs"
+            if paired and scene.pair not in complete:
+                continue
+            # seeded by scene and name, so that leaving a task out does not change the others; twins agree
+            about = scene.pair if paired and scene.pair is not None else scene.number
+            rng = np.random.default_rng([seed, about, zlib.crc32((task.draws_like or name).encode())])
+            drawn = task.ask(scene, rng)
             if drawn is None or left[name] == 0:
                 continue
-            left[name] -= 1
+            if not paired or complete[scene.pair] == position:
+                left[name] -= 1
             subject, answer = drawn
-            question = str(_pick(rng, list(TASKS[name].phrasings))).format(subject)
-            found.append(Example(name, position, question, answer, subject))
+            question = pick(rng, task.phrasings).format(subject)
+            if name not in _OWN:
+                _check_words(name, f"{question} {answer}")
+            found.append(Example(name, position, question, answer, subject, scene.pair if paired else None))
     return found
 
 
+def _pairs(scenes: list[Scene]) -> dict[int | None, int]:
+    """Return the position of the second twin of every complete pair."""
+    seen: set[int] = set()
+    second: dict[int | None, int] = {}
+    for position, scene in enumerate(scenes):
+        if scene.pair is not None:
+            if scene.pair in seen:
+                second[scene.pair] = position
+            seen.add(scene.pair)
+    return second
+
+
+def _check_words(name: str, text: str) -> None:
+    known = set(all_words())
+    unknown = [word for word in text.split() if word not in known]
+    if unknown:
+        raise ConfigError(
+            f"the task {name!r} uses words that the study's language model does not know.",
+            expected="words of study.data.tasks.all_words()",
+            got=", ".join(dict.fromkeys(unknown)),
+        )
+
+
 def all_words() -> Iterator[str]:
-    """Yield every word of the questions and answers, with repetitions."""
-    for task in TASKS.values():
-        for phrasing in task.phrasings:
+    """Yield every word of the questions, the answers and the word pictures, with repetitions."""
+    for name in _OWN:
+        for phrasing in TASKS[name].phrasings:
             yield from phrasing.replace("{}", " ").split()
-    for names in NAMES.values():
+    for names in (*NAMES.values(), SIDES, ROWS, COLUMNS, DIGITS, COUNTED, LETTERS, COLOURS):
         yield from " ".join(names).split()
-    yield from " ".join(PLACES).split()
-    yield from " ".join(SIDES).split()
-    yield from DIGITS
-    yield from COUNTED
-    yield from "the photo picture shape digit word nothing yes no , blank".split()
+    yield from GERMAN.values()
+    yield from "the photo picture shape thing yes no , seen from which does say show small big or smallest".split()
+    yield from "biggest blank arrow rightward leftward upward downward".split()

@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from study.data.packages import easy_vqa_folder, photograph
+from study.data.prepared import prepared
 
 SPLITS = ("train", "validation", "test")
 TILE = 18  # pixels; a cell of 20 with a margin of one
@@ -62,9 +63,19 @@ class Tile:
     pixels: np.ndarray
 
 
-@lru_cache(maxsize=3)
 def tiles(split: str) -> dict[str, tuple[Tile, ...]]:
-    """Return every tile of a split by kind, the same on every machine.
+    """Return every tile of a split by kind: from the prepared file, or else from the packages.
+
+    Raises:
+        MissingDependencyError: If there is no prepared file, and scikit-image or easy-vqa is not installed.
+    """
+    found = prepared()
+    return build_tiles(split) if found is None else found.tiles[split]
+
+
+@lru_cache(maxsize=3)
+def build_tiles(split: str) -> dict[str, tuple[Tile, ...]]:
+    """Cut and draw every tile of a split, the same on every machine.
 
     Raises:
         MissingDependencyError: If scikit-image or easy-vqa is not installed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 from study.data.tasks import all_words
@@ -19,6 +20,16 @@ CHAT_TEMPLATE = (
 )
 
 
+def vocabulary() -> list[str]:
+    """Return the special tokens and the words, in the order of their ids."""
+    return [*SPECIAL, *sorted(set(all_words()))]
+
+
+def vocabulary_sha256() -> str:
+    """Return a digest of the vocabulary, by which weights know theirs."""
+    return hashlib.sha256(" ".join(vocabulary()).encode()).hexdigest()
+
+
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build a tokenizer with one token per word and left padding, which batched generation needs.
 
@@ -30,8 +41,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [*SPECIAL, *sorted(set(all_words()))]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    ids = {word: i for i, word in enumerate(vocabulary())}
+    backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

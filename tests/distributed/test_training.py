@@ -123,7 +123,7 @@ def test_tuned__gradients_are_those_of_one_process(tuned, method):
         assert_close(torch.load(tuned / f"{method}-{rank}.pt"), expected)
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit", "adaln"])
+@pytest.mark.parametrize("method", ["lora", "bitfit", "adaln", "q_moe"])
 def test_tuned__sharded_it_has_the_gradients_and_the_files_of_one_process(tuned, method, tmp_path):
     assert_close(torch.load(tuned / f"{method}-fsdp2.pt"), gradients_of(tuned, method))
     tuned_model(tuned, method).save_pretrained(tmp_path)

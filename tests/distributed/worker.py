@@ -48,7 +48,7 @@ def tuned(rank: int, world: int, folder: Path) -> None:
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
         loss_of(parallel, rank, world).backward()
         torch.save(trained_gradients(parallel), folder / f"{method}-{rank}.pt")
-    for method in ("lora", "bitfit", "adaln"):
+    for method in ("lora", "bitfit", "adaln", "q_moe"):
         model = tuned_model(folder, method)
         shard(model, world, checkpointing=False)
         loss_of(model, rank, world).backward()

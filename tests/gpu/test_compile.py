@@ -51,15 +51,17 @@ def test_triton_kernels__are_as_close_to_the_truth_as_eager_operations(name, dty
     case.encoder.double().set_recompute("none")
     case.images, case.texts = case.images.double(), [text.double() for text in case.texts]
     truth = _results(case, "eager")
+    eps = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-11
     # Some gradients are zero but for rounding, those of the keys' biases for one.
-    noise = 8 * torch.finfo(dtype).eps * max(gradient.norm() for gradient in truth[1:])
+    noise = 8 * eps * max(gradient.norm() for gradient in truth[1:])
     names = ["output", *(name for name, p in case.encoder.named_parameters() if p.requires_grad)]
     worse = {}
     for name, eager, kernel, true in zip(names, *results, truth, strict=True):
         errors = (kernel - true).norm(), (eager - true).norm()
-        if not errors[0] <= 2 * errors[1] + noise:
+        if not errors[0] <= 3 * errors[1] + 8 * eps * true.norm() + noise:
             worse[name] = [f"{float(value):.1e}" for value in (*errors, true.norm(), noise)]
-    assert not worse, worse
+    if worse:
+        pytest.fail("errors of kernels and of eager operations, true norm, noise: " + str(worse), pytrace=False)
 
 
 def _results(case, kernels):
@@ -67,7 +69,7 @@ def _results(case, kernels):
     case.encoder.set_kernels(kernels)
     case.encoder.zero_grad()
     output = case.output(case.images, case.texts[0])
-    output.double().square().mean().backward()
+    output.double().square().sum().backward()  # a mean's gradients would be too small for float16
     return [output.detach().double(), *(p.grad.double() for p in case.encoder.trainable_parameters())]
 
 

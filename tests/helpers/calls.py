@@ -16,7 +16,7 @@ import torch
 from torch import nn as torch_nn
 
 import covft
-from covft import adapters, checkpoints, data, integrations, nn, testing, text
+from covft import adapters, checkpoints, data, integrations, metrics, nn, testing, text
 from covft.adapters.sources import load_vit
 
 VALUES: dict[str, Any] = {
@@ -356,3 +356,22 @@ public(testing, "FixedRouter", lambda w: {"weights": torch.tensor([0.5, 0.5])})
 public(testing, "ToyViT")
 public(testing, "tiny_llava")
 public(testing, "tiny_internvl")
+
+public(metrics, "exact_match", lambda w: {"answer": "a cup", "expected": "cup"})
+public(metrics, "option_letter", lambda w: {"answer": "A", "options": ["cup", "dog"]})
+public(metrics, "pair_hits", lambda w: {"hits": [True, False]}, hits="tensor", pairs="none")
+public(metrics, "paired_accuracy", lambda w: {"hits": [True, False]}, hits="tensor", pairs="none")
+public(metrics, "iou", lambda w: {"box": (0, 0, 2, 2), "other": (1, 0, 3, 2)})
+public(metrics, "cider", lambda w: {"captions": ["a cup", "a dog"], "references": [["cup"], ["dog"]]})
+public(metrics, "averages", lambda w: {"scores": {"GQA": 60}, "groups": {"general": ["GQA"]}})
+SETS = {"downstream": ["IconQA"], "upstream": ["GQA"]}
+HITS = {0: {"count": [0, 1]}}
+ZERO_SHOT = {"IconQA": 20, "GQA": 60}
+public(metrics, "forgetting", lambda w: {"before": ZERO_SHOT, "after": ZERO_SHOT, **SETS})
+public(metrics, "improvement", lambda w: {"before": ZERO_SHOT, "after": ZERO_SHOT})
+public(metrics, "forgotten", lambda w: {"before": ZERO_SHOT, "after": ZERO_SHOT})
+public(metrics, "overall", lambda w: {"downstream": ZERO_SHOT, "upstream": ZERO_SHOT})
+public(metrics, "bootstrap", lambda w: {"scores": HITS, "resamples": 10})
+public(metrics, "paired_bootstrap", lambda w: {"a": HITS, "b": HITS, "resamples": 10})
+public(metrics, "sign_test", lambda w: {"wins": 3, "losses": 1})
+public(metrics, "holm", lambda w: {"p_values": [0.01, 0.04]})

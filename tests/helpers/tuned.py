@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -35,21 +36,29 @@ REFUSED = {
     ("svpt", "hf-qwen2.5-vl"): "as one sequence",
     ("qa_vit", "hf-dinov3"): "has positions",
     ("qa_vit", "hf-qwen2.5-vl"): "as one sequence",
+    **{("q_moe", name): "connector of a multimodal LLM" for name in FAMILIES},
 }
+# Methods that mix equal experts at the start, whose output is the plain one up to rounding.
+MIXES = ("q_moe",)
 # Methods whose output differs from the plain tower's before training.
 CHANGED_AT_START = ("vpt", "svpt")
-READS_TEXT = ("qa_vit", "adaln", "cross_attention")
+READS_TEXT = ("qa_vit", "adaln", "cross_attention", "q_moe")
 READS_STATES = ("qa_vit", "cross_attention")
 
 
 def cases(methods: list[str]) -> list[Any]:
-    """Every method on every family that takes it."""
+    """Every method on every family that takes it, so those alone that a ViT can have without a language model."""
     return [
         pytest.param(method, name, marks=() if name in OFTEN else pytest.mark.long)
         for name in FAMILIES
         for method in methods
         if (method, name) not in REFUSED
     ]
+
+
+def taken_by(name: str, methods: Iterable[str]) -> list[str]:
+    """Those of the methods that a family takes."""
+    return [method for method in methods if (method, name) not in REFUSED]
 
 
 def tower_of(name: str) -> tuple[Tower, nn.Module]:

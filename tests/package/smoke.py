@@ -18,6 +18,7 @@ OPTIONAL = (
     "matplotlib",
     "open_clip",
     "peft",
+    "pycocoevalcap",
     "sentence_transformers",
     "timm",
     "transformers",
@@ -88,6 +89,10 @@ def analysis():
     assert all([mpl.__version__, sklearn.__version__])
 
 
+def metrics():
+    assert covft.metrics.cider(["a red cup", "two dogs"], [["a red cup"], ["two dogs"]]) == [7.5, 5.0]
+
+
 def cli():
     done = command("version")
     assert (done.returncode, done.stderr) == (0, ""), done
@@ -95,7 +100,7 @@ def cli():
 
 
 def everything():
-    for extra in (timm, open_clip, sentence_transformers, train, analysis, cli):
+    for extra in (timm, open_clip, sentence_transformers, train, analysis, metrics, cli):
         extra()
 
 

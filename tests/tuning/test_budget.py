@@ -8,12 +8,12 @@ from benchmarks.speed.measure import bytes_for_backward
 from covft.tuning import budget, methods, tune
 from tests.helpers.snapshots import assert_unchanged, snapshot
 from tests.helpers.towers import TEXT_DIM, WIDTH
-from tests.helpers.tuned import OPTIONS, READS_STATES, expected_parameters, tower_of
+from tests.helpers.tuned import OPTIONS, READS_STATES, expected_parameters, taken_by, tower_of
 
 TOKENS = (32 // 8) ** 2 + 1
 
 
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", taken_by("timm-clip", methods()))
 def test_parameters_and_kept_bytes_are_those_of_the_formula_and_of_a_run(method):
     tower, vit = tower_of("timm-clip")
     before = snapshot(vit)

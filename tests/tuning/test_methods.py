@@ -19,6 +19,7 @@ from tests.helpers.tuned import (
     answer,
     cases,
     expected_parameters,
+    taken_by,
     texts,
     tower_of,
     tuned_of,
@@ -123,7 +124,7 @@ def test_what_cannot_be_used_says_why_and_changes_nothing(method, name):
     assert_unchanged(vit, before)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", taken_by("hf-clip", METHODS))
 def test_half_precision_is_finite(method):
     tower, vit = tower_of("hf-clip")
     tuned = tuned_of(method, vit.bfloat16())
@@ -132,7 +133,7 @@ def test_half_precision_is_finite(method):
     assert bool(output.isfinite().all())
 
 
-@pytest.mark.parametrize("method", READS_TEXT)
+@pytest.mark.parametrize("method", taken_by("timm-clip", READS_TEXT))
 def test_a_call_without_text_is_refused(method):
     tower, vit = tower_of("timm-clip")
     with pytest.raises(CoVFTError, match="text"):

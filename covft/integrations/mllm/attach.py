@@ -17,7 +17,7 @@ from covft.encoder import ContextEncoder
 from covft.errors import ConfigError, UnsupportedViTError
 from covft.integrations.mllm import overrides
 from covft.integrations.mllm.attachment import KEY, Attachment, attachment_of, image_id, read_layers, without_peft
-from covft.integrations.mllm.families import find_tower
+from covft.integrations.mllm.families import find_connector, find_tower
 from covft.integrations.mllm.prompt import PromptReader
 from covft.surgery.packed import naming_tower
 from covft.surgery.skipping import check_read
@@ -86,7 +86,9 @@ def attach(
     """
     return attach_planned(
         model,
-        lambda tower, read: plan_tower(tower, text_encoder, read, pretrained, config, adapter, settings),
+        lambda tower, read, connector: plan_tower(
+            tower, text_encoder, read, pretrained, config, adapter, settings, connector=connector
+        ),
         {"turns": turns, "system": system, "empty_instruction": empty_instruction},
         tokenizer=tokenizer,
         adapter=adapter,
@@ -95,7 +97,7 @@ def attach(
 
 def attach_planned(
     model: Model,
-    plan_of: Callable[[nn.Module, Any], WrapPlan | TunePlan],
+    plan_of: Callable[[nn.Module, Any, Mapping[str, nn.Module]], WrapPlan | TunePlan],
     reading: Mapping[str, Any],
     *,
     tokenizer: Any = None,
@@ -105,7 +107,7 @@ def attach_planned(
 
     Args:
         model: A multimodal LLM of transformers.
-        plan_of: Plans the change of a tower, of which the model reads a hidden state, or several.
+        plan_of: Plans the change of a tower, of which the model reads a hidden state, or several, through a connector.
         reading: `turns`, `system` and `empty_instruction`, as for `attach`.
         tokenizer: As for `attach`.
         adapter: As for `attach`.
@@ -125,7 +127,7 @@ def attach_planned(
     # Plan
     reader = PromptReader(tokenizer, () if placeholder is None else (placeholder,), **reading)
     with naming_tower(prefix_of(tower, target).rstrip(".")):
-        plan = plan_of(tower, read_layers(target))
+        plan = plan_of(tower, read_layers(target), find_connector(target))
     # Install
     encoder = plan.install()
     reader.has_null_text = plan.null_text
@@ -145,6 +147,7 @@ def plan_tower(
     adapter: Adapter | None,
     settings: Mapping[str, Any],
     method: str | Method = api.COVFT,
+    connector: Mapping[str, nn.Module] | None = None,
 ) -> WrapPlan | TunePlan:
     """Check how a tower is going to be wrapped, or tuned if that was saved; nothing of it is changed.
 
@@ -157,12 +160,14 @@ def plan_tower(
         adapter: As for `attach`.
         settings: As for `attach`, or the options of the method.
         method: How the tower is tuned.
+        connector: What is between tower and language model, by path; None if that is not known.
 
     Raises:
         CoVFTError: As `attach` does.
     """
     if method != api.COVFT and pretrained is None:
-        return api.plan_tune(tower, api.as_method(method, dict(settings)), text_encoder, adapter, read)
+        chosen = api.as_method(method, dict(settings))
+        return api.plan_tune(tower, chosen, text_encoder, adapter, read, connector=connector)
     if pretrained is None:
         plan = plan_wrap(tower, text_encoder, config, adapter, settings)  # type: ignore[arg-type]
     elif settings or config is not None or method != api.COVFT:
@@ -173,7 +178,7 @@ def plan_tower(
             got=f"pretrained and {', '.join(settings) or other}",
         )
     elif (saved := SavedMethod.read(pretrained)) is not None:
-        return api.plan_load(saved, tower, text_encoder, adapter, read)
+        return api.plan_load(saved, tower, text_encoder, adapter, read, connector)
     else:
         plan = plan_load(pretrained, tower, text_encoder, adapter)
     check_read(plan.spec, plan.config.feature_layer, read)

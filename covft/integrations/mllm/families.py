@@ -56,6 +56,10 @@ FAMILIES: dict[str, MLLMFamily] = {
     "qwen3_vl_moe": MLLMFamily("visual", "grid", videos=True),
     "smolvlm": MLLMFamily("vision_model", "padded"),
 }
+# Names of the modules between tower and language model; a tower may hold its own.
+CONNECTORS = frozenset(
+    ("multi_modal_projector", "connector", "merger", "deepstack_merger_list", "image_newline", "mm_projector")
+)
 # Attributes that hold towers of models outside the table, the likeliest first.
 _TOWER_NAMES = ("vision_tower", "vision_model", "vision_encoder", "visual")
 # Layouts of packed towers, by the argument with the sizes of images.
@@ -100,6 +104,20 @@ def find_tower(model: nn.Module, adapter: Adapter | None = None) -> tuple[nn.Mod
     if spec.input.sizes_argument is not None:
         family = _of_packed(family, spec)
     return tower, family
+
+
+def find_connector(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules between the tower and the language model of a multimodal LLM, by their paths; none if unknown.
+
+    Args:
+        model: A multimodal LLM of transformers.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if path.rpartition(".")[2] in CONNECTORS and not inside:
+            found[path] = module
+    return found
 
 
 def _by_structure(model: nn.Module, base: Any, kind: str) -> MLLMFamily:

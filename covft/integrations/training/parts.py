@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,18 +13,15 @@ from covft.checkpoints.pretrained import prefix_of
 from covft.encoder import ContextEncoder
 from covft.errors import ConfigError
 from covft.integrations.mllm.attachment import attachment_of, without_peft
-from covft.integrations.mllm.families import find_tower
+from covft.integrations.mllm.families import CONNECTORS, find_tower
 from covft.surgery.adapted import AdaptedViT
+from covft.tuning.tuned import TunedViT
 from covft.utils import parameters
 from covft.utils.arguments import check_kinds
 from covft.utils.peft import adapter_parameters
 
 PARTS = ("experts", "router", "norms", "attention", "vision", "projector", "llm")
 COVFT = ("experts", "router", "norms")  # and "attention", where it has updates
-# Names of the modules between tower and language model.
-_PROJECTORS = frozenset(
-    ("multi_modal_projector", "connector", "merger", "deepstack_merger_list", "image_newline", "mm_projector")
-)
 
 
 @check_kinds
@@ -47,7 +44,7 @@ def parts_of(model: nn.Module) -> dict[str, str]:
     prefix = prefix_of(tower, model)
     parts: dict[str, str] = {}
     for name, _ in model.named_parameters():
-        if not _PROJECTORS.isdisjoint(name.split(".")):
+        if not CONNECTORS.isdisjoint(name.split(".")):
             parts[name] = "projector"
         elif name.startswith(prefix):
             inner = name.removeprefix(prefix)
@@ -108,8 +105,8 @@ def train_only(model: nn.Module, parts: Iterable[str], *, dtype: torch.dtype | N
     chosen = _chosen_by_method(model)
     for name, parameter in model.named_parameters():
         trained = owner[name] in asked and parameter.is_floating_point()
-        if owner[name] == "vision" and chosen is not None:
-            trained = trained and id(parameter) in chosen
+        if chosen is not None and owner[name] in ("vision", "projector"):
+            trained = trained and chosen.allows(parameter, owner[name])
         elif owner[name] in by_peft:
             trained = trained and adapters.get(id(parameter), False)  # of an active adapter
         parameter.requires_grad_(trained)
@@ -128,12 +125,24 @@ def train_only(model: nn.Module, parts: Iterable[str], *, dtype: torch.dtype | N
     return counts
 
 
-def _chosen_by_method(model: nn.Module) -> set[int] | None:
-    """Return what the method of the tower trains, by id; None where that is covft, or nothing was attached."""
+class _Chosen(NamedTuple):
+    """What the method of a tower trains, and what no longer runs, by id."""
+
+    trained: set[int]
+    idle: set[int]
+
+    def allows(self, parameter: nn.Parameter, part: str) -> bool:
+        """Return whether a parameter of the tower or the projector may be trained."""
+        return id(parameter) in self.trained if part == "vision" else id(parameter) not in self.idle
+
+
+def _chosen_by_method(model: nn.Module) -> _Chosen | None:
+    """Return what the method of the tower trains; None where that is covft, or nothing was attached."""
     attachment = attachment_of(model)
-    if attachment is None or isinstance(attachment.encoder, ContextEncoder):
+    if attachment is None or not isinstance(attachment.encoder, TunedViT):
         return None
-    return {id(parameter) for parameter in attachment.encoder.adapted_parameters().values()}
+    trained, idle = attachment.encoder.adapted_parameters().values(), attachment.encoder.change.idle_parameters()
+    return _Chosen({id(parameter) for parameter in trained}, {id(parameter) for parameter in idle})
 
 
 @check_kinds
@@ -163,6 +172,8 @@ def freeze_unread(model: nn.Module) -> list[str]:
     never = set(getattr(tower, "unread", list)())  # of a `ViTTower`
     for name, parameter in tower.named_parameters():
         # Towers register their modules in the order in which they run.
+        if attachment is not None and part_in_model(attachment.encoder, name) != "vision":
+            continue  # what was added, and is read
         after = after or (first_unread is not None and name.startswith(first_unread))
         if after or name in never or name.endswith("mask_token"):
             parameter.requires_grad_(False)

@@ -115,7 +115,9 @@ def lora_exclude(model: nn.Module) -> str:
     if isinstance(encoder, ContextEncoder):
         own = [*encoder.original.ffns, *updated_layers(encoder.vit)]
     elif isinstance(encoder, TunedViT):
+        idle = {id(override.owner) for override in encoder.change.overrides}
         own = [*encoder.change.added, *encoder.change.replaced]
+        own += [name for name, module in model.named_modules() if id(module) in idle]
     else:
         own = []
     if not own:

@@ -14,6 +14,7 @@ from covft.errors import ConfigError, UnsupportedViTError
 from covft.integrations.mllm.attachment import Attachment, without_peft
 from covft.integrations.training.parts import parts_of
 from covft.tuning.method import check_choice
+from covft.tuning.tuned import TunedViT
 from covft.utils.arguments import check_kinds, check_sizes
 from covft.utils.extras import import_library
 
@@ -95,12 +96,18 @@ class Beside:
         """
         parts = parts_of(self.model)
         own = {name: p for name, p in self.model.named_parameters() if parts[name] in ("llm", "projector")}
-        attachment.outside = {name: parameter.requires_grad for name, parameter in own.items()}
+        if isinstance(attachment.encoder, TunedViT):  # its method decides on these
+            change = attachment.encoder.change
+            decided = {id(p) for p in (*(p for _, p in change.new_parameters()), *change.idle_parameters())}
+            own = {name: parameter for name, parameter in own.items() if id(parameter) not in decided}
+        before = {name: parameter.requires_grad for name, parameter in own.items()}
+        tower = {id(parameter) for parameter in attachment.encoder.vit.parameters()}  # which may hold the projector
+        attachment.outside = {name: trained for name, trained in before.items() if id(own[name]) not in tower}
         if self.linears:
             model = self._with_adapters()
             attachment.linears = self.linears
             attachment.encoder.unfreeze()  # peft has frozen all that it did not add
-            for name, trained in attachment.outside.items():
+            for name, trained in before.items():
                 own[name].requires_grad_(trained)
         for name, parameter in own.items():
             if parts[name] == "projector" and self.projector is not None:

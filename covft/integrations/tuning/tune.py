@@ -92,9 +92,17 @@ def tune(
         attach(model, text_encoder, tokenizer=tokenizer, adapter=adapter, **reading, **options)
     else:
         chosen = as_method(method, options)
+        if chosen.part == "projector" and projector is False:
+            raise ConfigError(
+                f"{chosen.name!r} trains experts of the projector.",
+                expected="projector=True or None",
+                got="projector=False",
+            )
         attach_planned(
             model,
-            lambda tower, read: plan_tune(tower, chosen, text_encoder, adapter, read, images=images),
+            lambda tower, read, connector: plan_tune(
+                tower, chosen, text_encoder, adapter, read, images=images, connector=connector
+            ),
             reading,
             tokenizer=tokenizer if chosen.needs_text else None,
             adapter=adapter,

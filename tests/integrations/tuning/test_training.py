@@ -33,7 +33,7 @@ def trainer_of(model, rows, output, **changes):
     return MLLMTrainer(model, args, train_dataset=rows, processing_class=rows.tokenizer)
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit", "adaln"])
+@pytest.mark.parametrize("method", ["lora", "bitfit", "adaln", pytest.param("q_moe", marks=pytest.mark.long)])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(method, rows, tmp_path):
     whole = tuned(method, rows)
     before = state(whole)

@@ -1,0 +1,43 @@
+"""The commands of `python -m study` that make what the runs need: the prepared file and the pretrained networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def prepare_command(
+    output: Annotated[Path, typer.Option(help="The file to write, such as study-prepared.npz.")],
+) -> None:
+    """Write tiles and text features to one file, for machines without the packages that they come from."""
+    from study.data.prepared import VARIABLE, write_prepared
+
+    texts = write_prepared(output)
+    typer.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {texts} texts. Use it with {VARIABLE}={output}")
+
+
+def pretrain_command(
+    output: Annotated[Path | None, typer.Option(help="Folder for the weights; default: study/assets.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    vit_steps: Annotated[int | None, typer.Option(help="Steps of the small ViT.")] = None,
+    lm_steps: Annotated[int | None, typer.Option(help="Steps of the language model.")] = None,
+    lm_lr: Annotated[float | None, typer.Option(help="Peak learning rate of the language model.")] = None,
+    scenes: Annotated[int | None, typer.Option(help="Training scenes.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of both networks.")] = 0,
+) -> None:
+    """Pretrain the small ViT (CLIP-style) and the small language model (text only)."""
+    from study.pretrain import PretrainSettings, pretrain
+    from study.weights import ASSETS
+
+    given = {"vit_steps": vit_steps, "lm_steps": lm_steps, "lm_lr": lm_lr, "scenes": scenes}
+    settings = PretrainSettings(seed=seed, **{name: value for name, value in given.items() if value is not None})
+    for name, card in pretrain(settings, output or ASSETS, device=device).items():
+        typer.echo(f"{name}: {card['parameters']:,} parameters, {card['scores']}")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command("prepare")(prepare_command)
+    app.command("pretrain")(pretrain_command)

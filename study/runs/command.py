@@ -1,0 +1,113 @@
+"""`python -m study run` and `python -m study search`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from covft.errors import ConfigError
+
+
+def run_command(
+    studies: Annotated[str, typer.Option(help="Studies, separated by commas; or all.")] = "methods,controls",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
+    methods: Annotated[str | None, typer.Option(help="Only runs of these methods.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 1,
+    threads: Annotated[int, typer.Option(help="Runs side by side in each process; for GPUs.")] = 1,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds after which to stop; run again to go on.")] = None,
+    field: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of all runs, such as steps=400.")] = None,
+    rows: Annotated[str | None, typer.Option(help="Folder of the rows; default: study/results/rows/SIZE.")] = None,
+    dry: Annotated[bool, typer.Option("--dry", help="Only list the runs that have no row.")] = False,
+) -> None:
+    """Run what has no row yet, one JSON row per run; a stopped command goes on where it was."""
+    from pathlib import Path
+
+    _before_torch()
+    from study.runs.plan import STUDIES, plan
+    from study.runs.rows import RESULTS, Rows
+    from study.runs.work import work
+
+    fields = {name: values[0] for name, values in parse_fields(field or []).items()}
+    names = tuple(STUDIES) if studies == "all" else tuple(studies.split(","))
+    planned = plan(names, numbers(seeds), None if methods is None else methods.split(","), **fields)
+    folder = Path(rows) if rows is not None else RESULTS / "rows" / str(fields.get("size", "small"))
+    store = Rows(folder)
+    if dry:
+        for run in store.missing(one.run for one in planned):
+            typer.echo(run.name)
+        return
+    _end(work(planned, store, device=device, jobs=jobs, threads=threads, time_limit=time_limit))
+
+
+def search_command(
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas; or all.")] = "all",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
+    field: Annotated[list[str] | None, typer.Option(help="NAME=VALUE,VALUE: each value, of each field.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 1,
+    threads: Annotated[int, typer.Option(help="Runs side by side in each process; for GPUs.")] = 1,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds after which to stop; run again to go on.")] = None,
+    choose: Annotated[bool, typer.Option("--choose", help="Write the best rates to study/runs/rates.json.")] = False,
+) -> None:
+    """Try settings on validation scenes; rows go to study/results/search."""
+    _before_torch()
+    from study.runs.rows import RESULTS, Rows
+    from study.runs.search import choose_rates, grid
+    from study.runs.work import work
+
+    store = Rows(RESULTS / "search")
+    wanted = None if methods == "all" else methods.split(",")
+    planned = grid(wanted, parse_fields(field or ["vision_lr=1e-4,3e-4,1e-3,3e-3"]), numbers(seeds))
+    outcome = work(planned, store, device=device, jobs=jobs, threads=threads, time_limit=time_limit)
+    if choose:
+        for method, rate in choose_rates(store).items():
+            typer.echo(f"{method}: {rate:g}")
+    _end(outcome)
+
+
+def parse_fields(given: list[str]) -> dict[str, list[Any]]:
+    """Read `name=a,b,c`; values are JSON where they can be, else words. `name=[2,3],[3,4]` gives lists.
+
+    Raises:
+        ConfigError: If there is no name or no value.
+    """
+    import json
+
+    found: dict[str, list[Any]] = {}
+    for text in given:
+        name, _, values = text.partition("=")
+        if not name or not values:
+            raise ConfigError("A field is NAME=VALUE.", expected="steps=400, or vision_lr=1e-4,1e-3", got=text)
+        try:
+            found[name] = json.loads(f"[{values}]")
+        except ValueError:
+            found[name] = values.split(",")
+    return found
+
+
+def numbers(text: str) -> list[int]:
+    """Read whole numbers that are separated by commas.
+
+    Raises:
+        ConfigError: If there are others.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError("Seeds are whole numbers.", expected="0,1,2", got=text) from error
+
+
+def _before_torch() -> None:
+    """Let the parent look for a GPU without starting CUDA, which would not survive a fork."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _end(outcome: Any) -> None:
+    typer.echo(f"{len(outcome.finished)} runs finished, {len(outcome.failed)} failed, {len(outcome.left)} left.")
+    if outcome.failed:
+        sys.exit(1)

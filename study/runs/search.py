@@ -1,0 +1,46 @@
+"""Learning rates on validation scenes: the same small search for every method."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from covft.utils.files import write_json
+from study.runs.plan import Planned, method_runs
+from study.runs.rows import Rows
+from study.runs.settings import RATES, RunSettings, chosen_rates
+
+
+def grid(methods: Iterable[str] | None, fields: Mapping[str, Sequence[Any]], seeds: Iterable[int]) -> list[Planned]:
+    """Return a run for each method, seed and combination of values, on validation scenes.
+
+    Args:
+        methods: Their names; None for all. LoRA comes with two ranks.
+        fields: Values of fields of `RunSettings`.
+        seeds: Seeds.
+    """
+    bases = [run for run in method_runs() if methods is None or run.method in methods]
+    found: dict[str, RunSettings] = {}
+    for base, seed in itertools.product(bases, seeds):
+        for values in itertools.product(*fields.values()):
+            chosen = dict(zip(fields, values, strict=True))
+            if base.method == "frozen":
+                chosen.pop("vision_lr", None)  # it trains nothing of the tower
+            run = base.replace(**chosen, split="validation", seed=seed)
+            found[run.name] = run
+    return sorted((Planned(run, ("search",)) for run in found.values()), key=lambda one: -one.cost)
+
+
+def choose_rates(rows: Rows) -> dict[str, float]:
+    """Choose the rate with the best mean on validation scenes for each method, and write all to `rates.json`."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for row in rows.read():
+        settings = row["settings"]
+        if row["split"] == "validation" and settings["vision_lr"] is not None:
+            mean = sum(row["scores"].values()) / len(row["scores"])
+            found.setdefault(settings["method"], {}).setdefault(settings["vision_lr"], []).append(mean)
+    best = {method: max(rates, key=lambda rate: sum(rates[rate]) / len(rates[rate])) for method, rates in found.items()}
+    write_json(RATES, {"vision_lr": {**chosen_rates(), **best}})
+    chosen_rates.cache_clear()
+    return best
