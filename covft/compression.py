@@ -78,6 +78,7 @@ def compress(
     features = None if images is None else _observed(encoder, full, images, text, kwargs, seen)
     for layer, slot in slots.items():
         slot.experts = thin[layer]
+        slot.set_recompute(settings.recompute)
     encoder.covft_config = settings
     output_error = {layer: _relative(thin[layer](x, routing), y) for layer, (x, routing, y) in seen.items()}
     after = None if images is None else _features(encoder(images, text, **kwargs))

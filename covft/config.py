@@ -74,8 +74,9 @@ class CoVFTConfig:
             device and process.
         recompute: What backward recomputes of experts and refined image tokens instead of keeping it. `"none"`:
             nothing. `"activation"`: all but the products of the first linear layers. `"all"`: all, from the tokens.
-            Results are the same. Experts of another form than linear, activation, linear (or gated) are recomputed
-            entirely for `"all"`, and not at all for `"activation"`.
+            Results are the same. Experts of low rank keep the product of the layer that they share, or recompute it,
+            and recompute their own products. Full experts of another form than linear, activation, linear (or gated)
+            are recomputed entirely for `"all"`, and not at all for `"activation"`.
         router_aux_loss_coef: Factor of the load-balancing loss, which an attached model adds to its loss in training
             with sparse routing. 0.01 is that of Switch Transformers (section 2.2); 0 adds nothing.
         feature_layer: Hidden state of the ViT that is read: an index into its hidden states, the embeddings being 0,

@@ -1,6 +1,7 @@
 """The paper's comparison in miniature: LLaVA with a frozen ViT and with CoVFT, in minutes on two cores.
 
     data/               pictures, questions and answers, the tokenizer
+    results/            tables, figures, verdicts and a page, from rows
 
     weights.py          committed weights with their cards
     towers.py           the small ViT and the text encoder

@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from study.data.commands import add_commands
+from study.results import command as results
 from study.runs.command import run_command, search_command
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+results.register(app)
 
 
 def main(arguments: list[str] | None = None) -> None:

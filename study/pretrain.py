@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from covft.errors import ConfigError
 from study.data.scenes import Scene, make_scenes
 from study.data.tasks import Example, make_examples
 from study.data.tokenizer import build_tokenizer
@@ -173,7 +174,7 @@ def _learn(
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     model.train()
     for done in range(1, steps + 1):
-        picked = torch.from_numpy(rng.integers(count, size=batch)).to(device)
+        picked = torch.from_numpy(rng.choice(count, batch, replace=False)).to(device)
         loss = loss_of(picked)
         optimizer.zero_grad()
         loss.backward()
@@ -198,8 +199,13 @@ def pretrain(
 
     Returns:
         The card of each network, by name.
+
+    Raises:
+        ConfigError: If there is no such device.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r} is not there.", expected="a CUDA device, or cpu", fix="--device cpu")
     fields = asdict(settings)
     of_vit = ("scenes", "vit_steps", "vit_batch", "vit_lr", "captions", "mention", "seed")
     of_lm = ("scenes", "lm_steps", "lm_batch", "lm_lr", "questions", "sides", "dropped", "seed")

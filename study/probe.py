@@ -10,7 +10,7 @@ from study.data.scenes import CELL, GRID, Scene, Thing, as_batch, make_scenes
 from study.data.tasks import make_examples
 from study.data.tiles import PHOTOS, SHAPES
 from study.data.tokenizer import build_tokenizer
-from study.data.word_pictures import make_word_pictures
+from study.data.word_pictures import WordPictures, make_word_pictures
 
 
 def thing_features(tower: torch.nn.Module, scenes: list[Scene]) -> tuple[np.ndarray, list[Thing]]:
@@ -83,21 +83,35 @@ def presence_auc(tower: torch.nn.Module, train: int = 1500, validation: int = 40
 
 
 def measure_language_model(model: torch.nn.Module, scenes: int = 600, per_task: int = 300) -> dict[str, float]:
-    """Return the exact-match accuracy per task on word pictures of validation scenes, question by question."""
-    tokenizer = build_tokenizer()
+    """Return exact-match accuracies on word pictures of validation scenes, question by question.
+
+    Those of each task are with 36 image tokens, the means over tasks also with 9 and 4.
+    """
     drawn = make_scenes("validation", scenes)
     examples = make_examples(drawn, per_task=per_task)
-    data = make_word_pictures(tokenizer, [(drawn[e.scene], [(e.question, e.answer)]) for e in examples])
+    data = make_word_pictures(build_tokenizer(), [(drawn[e.scene], [(e.question, e.answer)]) for e in examples])
     data = data.to(next(model.parameters()).device)
-    correct: dict[str, list[bool]] = {}
-    for start in range(0, len(examples), 256):
-        chunk = examples[start : start + 256]
-        with torch.no_grad():
-            batch = data.batch(model, torch.arange(start, start + len(chunk)))
-            labels = batch.pop("labels")
-            predicted = model(**batch).logits[:, :-1].argmax(-1)
+    scores: dict[str, float] = {}
+    means: dict[str, float] = {}
+    for side in (6, 3, 2):
+        hits = _answered(model, data, side)
+        of_task = {
+            task: float(np.mean([hit for example, hit in zip(examples, hits, strict=True) if example.task == task]))
+            for task in dict.fromkeys(example.task for example in examples)
+        }
+        scores = scores or {f"word_pictures_{task}": round(share, 4) for task, share in of_task.items()}
+        means[f"word_pictures_mean_{side * side}_tokens"] = round(float(np.mean(list(of_task.values()))), 4)
+    return scores | means
+
+
+@torch.no_grad()
+def _answered(model: torch.nn.Module, data: WordPictures, side: int) -> list[bool]:
+    """Return whether each row's answer is right."""
+    found: list[bool] = []
+    for start in range(0, len(data), 256):
+        batch = data.batch(model, torch.arange(start, min(start + 256, len(data))), side=side)
+        labels = batch.pop("labels")[:, 1:]
+        predicted = model(**batch).logits[:, :-1].argmax(-1)
         # greedy decoding gives the answer exactly if every next word is right after the right ones
-        hits = ((predicted == labels[:, 1:]) | (labels[:, 1:] == IGNORE_INDEX)).all(1)
-        for example, hit in zip(chunk, hits.tolist(), strict=True):
-            correct.setdefault(example.task, []).append(hit)
-    return {f"word_pictures_{task}": round(float(np.mean(hits)), 4) for task, hits in correct.items()}
+        found += ((predicted == labels) | (labels == IGNORE_INDEX)).all(1).tolist()
+    return found

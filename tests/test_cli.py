@@ -7,7 +7,8 @@ import torch
 
 import covft
 from covft.adapters.sources import load_vit
-from covft.cli import app, gather, main
+from covft.cli import app, main
+from covft.describing import gather
 from covft.errors import ConfigError
 from covft.utils.options import parse_layers
 

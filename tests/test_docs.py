@@ -67,12 +67,15 @@ def reader(tmp_path, monkeypatch):
     """Run in an empty folder, and restore the settings that a page may change."""
     from covft.adapters import registry
     from covft.tuning import registry as methods
+    from study.data.tasks import TASKS
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     monkeypatch.setattr(methods, "_registered", dict(methods._registered))
-    grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    grad, threads, tasks = torch.is_grad_enabled(), torch.get_num_threads(), dict(TASKS)
     yield
+    TASKS.clear()
+    TASKS.update(tasks)
     torch.set_grad_enabled(grad)
     torch.set_num_threads(threads)
 

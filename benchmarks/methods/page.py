@@ -64,8 +64,7 @@ def page(result: dict[str, Any]) -> str:
         f"![Step time and kept bytes over the number of trained parameters]({PLOT})",
         "",
         "Gradients and AdamW's moments take 12 bytes per trained parameter in addition, in float32. The dashed line is "
-        "the frozen tower. Full experts are [recomputed](../guides/cheaper.md) in backward; those of low rank are not, "
-        "so they keep more.",
+        "the frozen tower. Experts are [recomputed](../guides/cheaper.md) in backward.",
         "",
         "## With the same number of parameters",
         "",

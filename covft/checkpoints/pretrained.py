@@ -149,7 +149,8 @@ def save(encoder: AdaptedViT, model: nn.Module, save_pretrained: Any, given: dic
     prefix = prefix_of(encoder.vit, model)
     if state or writes:  # a process that only took part has nothing
         original = encoder.original_state(state, prefix)
-        save_pretrained(**{**given, "state_dict": original if model is encoder.vit else marked(original, encoder)})
+        with encoder.in_saved_types():  # transformers writes that of the first parameter into the config
+            save_pretrained(**{**given, "state_dict": original if model is encoder.vit else marked(original, encoder)})
     vit = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if not writes:
         return None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -17,11 +17,14 @@ from covft.checkpoints.fingerprint import fingerprint
 from covft.checkpoints.folder import CONFIG_NAME, write_folder
 from covft.checkpoints.sources import public_revision, public_source
 from covft.errors import CheckpointError
+from covft.surgery.adapted import AdaptedViT
 from covft.surgery.attention import is_update
 from covft.surgery.wrapped import NULL_TEXT, WrappedViT
 from covft.utils.sharding import full, is_main_process, is_sharded
 from covft.utils.torch_internals import without_checkpointing
 from covft.utils.transformers_names import commit_of, saved_names
+
+Encoder = TypeVar("Encoder", bound=AdaptedViT)
 
 
 def adapted_state_dict(encoder: WrappedViT) -> dict[str, Tensor]:
@@ -91,14 +94,43 @@ def save(
     """
     encoder.check_in_place("save_pretrained()", complete=True)
     adapted, base = adapted_tensors(encoder, gathered), base_state_dict(encoder, gathered)
+    write(encoder, folder, adapted, base, _config, model_card, gathered=gathered is not None, writes=writes)
+
+
+def write(
+    encoder: Encoder,
+    folder: str | Path,
+    adapted: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    config_of: Callable[[Encoder, dict[str, Tensor], dict[str, Tensor]], dict[str, Any]],
+    card_of: Callable[[Encoder], str],
+    *,
+    gathered: bool,
+    writes: bool | None,
+) -> None:
+    """Gather what a changed ViT has added or trained, and write it with what it belongs to.
+
+    Args:
+        encoder: The changed ViT.
+        folder: Created if it does not exist.
+        adapted: What is saved, by its names in the ViT.
+        base: The ViT's weights before the change, by their names then.
+        config_of: Returns the configuration, for the tensors of both by their names in saved folders.
+        card_of: Returns the model card.
+        gathered: Whether another library has gathered the weights.
+        writes: As for `save`.
+
+    Raises:
+        CheckpointError: As for `save`.
+    """
     tensors = [*adapted.items(), *sorted(base.items())]
     sharded = {name: tensor for name, tensor in tensors if is_sharded(tensor)}
     if writes is None:
         writes = not sharded or is_main_process()
-    if gathered is not None and not writes:
+    if gathered and not writes:
         return
-    if gathered is not None:
-        check_gathered(sharded)
+    if gathered:
+        _check_gathered(sharded)
     meta = [name for name, tensor in tensors if tensor.is_meta]
     if meta or not writes:
         for tensor in sharded.values():
@@ -106,19 +138,19 @@ def save(
     if meta and writes:
         raise CheckpointError(
             "Weights on the meta device have no values to save.",
-            expected="weights in memory, also at the time of wrap()",
+            expected="weights in memory, also at the time of wrap() or tune()",
             got=_first(meta),
-            fix="load the ViT's weights on the process that saves, then wrap it, then shard it",
+            fix="load the ViT's weights on the process that saves, then wrap or tune it, then shard it",
         )
     if writes:
         named = saved_names(encoder.vit)
         unsharded = {named(name): full(tensor).cpu() if name in sharded else tensor for name, tensor in adapted.items()}
-        config = _config(encoder, unsharded, {named(name): tensor for name, tensor in base.items()})
-        write_folder(folder, unsharded, config, model_card(encoder))
+        config = config_of(encoder, unsharded, {named(name): tensor for name, tensor in base.items()})
+        write_folder(folder, unsharded, config, card_of(encoder))
         encoder.saved_in = Path(folder)
 
 
-def check_gathered(sharded: Collection[str]) -> None:
+def _check_gathered(sharded: Collection[str]) -> None:
     """Refuse a state dict that does not have all weights that are saved.
 
     Args:
@@ -158,28 +190,38 @@ def push(encoder: WrappedViT, repo_id: str, **kwargs: Any) -> str:
 def _config(encoder: WrappedViT, saved: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Any]:
     norms = set(map(saved_names(encoder.vit), encoder.norms))
     extra = sorted(set(saved) & set(base) - norms)
+    own = {name: tensor for name, tensor in base.items() if name not in extra}
+    return {"covft": encoder.covft_config.to_dict(), "extra": extra, **common_config(encoder, saved, own)}
+
+
+def common_config(encoder: AdaptedViT, saved: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what the configuration of every saved folder has.
+
+    Args:
+        encoder: The changed ViT.
+        saved: What is saved.
+        base: Weights of the ViT that the change leaves as they were.
+    """
     return {
         "library_version": __version__,
-        "covft": encoder.covft_config.to_dict(),
         "base": {
             "source": public_source(source_of(encoder.vit)),
             "revision": public_revision(commit_of(encoder.vit)),
             "library": encoder.spec.library,
             "class_name": encoder.spec.class_name,
-            "fingerprint": fingerprint((name, tensor) for name, tensor in base.items() if name not in extra),
+            "fingerprint": fingerprint(base.items()),
         },
         "text": {
             "source": public_source(encoder.text_name),
             "text_dim": encoder.text_dim,
-            "revision": public_revision(encoder.text_source.revision),
+            "revision": public_revision(encoder.text_revision),
         },
         "reading": encoder.reading,
-        "extra": extra,
-        **dtypes(saved),
+        **_dtypes(saved),
     }
 
 
-def dtypes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the most frequent type of the tensors, and the types of the others by name, for the configuration.
 
     Args:

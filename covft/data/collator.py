@@ -74,7 +74,8 @@ class Collator:
         Returns:
             `input_ids`, `labels`, `attention_mask` (R, L); `pixel_values` (B, 3, H, W), the tiles of all rows;
             `context_index` (B,), the row of each tile (the `index` of a `ContextEncoder`); `image_flags` (B,), 1 for an
-            image and 0 for a dummy; `num_tiles`, a list per row; `context_text`, R strings.
+            image and 0 for a dummy; `num_tiles`, a list per row; `context_text`, R strings, or None for rows
+            without a text.
 
         Raises:
             ConfigError: If the samples are not those of a `ConversationDataset`.
@@ -145,7 +146,7 @@ def _check_samples(samples: Any) -> None:
     good = is_list and all(
         isinstance(sample, Mapping)
         and all(_is_tensor(sample.get(key), 1) for key in ("input_ids", "labels"))
-        and isinstance(sample.get("context_text"), str)
+        and isinstance(sample.get("context_text", 0), str | None)
         and (sample.get("pixel_values") is None or _is_tensor(sample["pixel_values"], 4))
         for sample in samples
     )

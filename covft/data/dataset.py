@@ -46,6 +46,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             answers is broken. Without a limit, a row may name any number of images.
         turns: User turns that make the instruction: `"all"`, joined by a space, the `"first"` or the `"last"`.
         empty_instruction: Instruction of rows whose user turns hold only images; None makes such a row broken.
+        null_text: Whether such rows have no text instead, for a tower with a null text.
         chat_template: A template instead of the tokenizer's own, or the name of one of several.
         end_of_turn: Text that ends an answer; None looks for the special token after it.
         system: System message of rows that have none.
@@ -73,6 +74,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         max_length: int | None = None,
         turns: str = "all",
         empty_instruction: str | None = None,
+        null_text: bool = False,
         chat_template: str | None = None,
         end_of_turn: str | None = None,
         system: str | None = None,
@@ -94,6 +96,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             if value is not None:
                 string(value, name)
         flag(images_only, "images_only")
+        flag(null_text, "null_text")
         whole(seed, "seed")
         self.source = source
         self.tokenizer = tokenizer
@@ -103,6 +106,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.max_length = max_length
         self.turns = turns
         self.empty_instruction = empty_instruction
+        self.null_text = null_text
         self.chat_template = chat_template
         self.end_of_turn = end_of_turn
         self.system = system
@@ -121,7 +125,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
         Returns:
             `input_ids` and `labels` (L,), `pixel_values` (tiles, 3, H, W) or None, `num_tiles` (per image),
-            `context_text` (the instruction) and `row` (index of the row that was read).
+            `context_text` (the instruction; None for no text) and `row` (index of the row that was read).
 
         Raises:
             ConfigError: If the index is not an integer, or the annotation file has changed.
@@ -198,7 +202,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             raise ConfigError("The source does not return rows.", expected="covft.data.Row", got=short(row))
         self._check_size(row)
         text = instruction_text(row, self.turns) or self.empty_instruction
-        if not text:
+        if not text and not self.null_text:
             raise DataError("The user's turns hold only images, so there is no instruction to condition on.")
         images = [self._cut(index, row, name) for name in row.images]
         counts = [len(tiles) for tiles in images]
@@ -208,7 +212,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             "labels": encoded.labels,
             "pixel_values": self._pixels(list(itertools.chain(*images))) if images else None,
             "num_tiles": counts,
-            "context_text": text,
+            "context_text": text or None,
             "row": index,
         }
 

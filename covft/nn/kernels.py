@@ -23,17 +23,25 @@ _BLOCK = 1024  # columns at a time
 
 
 @triton.jit
+def _number(value: tl.constexpr, like):
+    """Return a number in the type of a block; beside a block of float64, Triton would round it to float32."""
+    return tl.full((1,), value, like.dtype)
+
+
+@triton.jit
 def _cdf_like(x, FUNCTION: tl.constexpr):
     """Return s(x) of the activation x s(x), and its derivative s'(x)."""
     if FUNCTION == 0:  # the normal distribution and its density
-        s = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        ds = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        s = 0.5 * (1.0 + tl.erf(x * _number(0.7071067811865476, x)))
+        ds = _number(0.3989422804014327, x) * tl.exp(-0.5 * x * x)
     else:  # sigmoid(u(x))
         if FUNCTION == 1:  # (1 + tanh(v)) / 2 is sigmoid(2 v)
-            u = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-            du = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+            scale = _number(1.5957691216057308, x)
+            u = scale * (x + _number(0.044715, x) * x * x * x)
+            du = scale * (1.0 + _number(0.134145, x) * x * x)
         elif FUNCTION == 2:
-            u, du = 1.702 * x, 1.702
+            du = _number(1.702, x)
+            u = du * x
         else:
             u, du = x, 1.0
         s = 1.0 / (1.0 + tl.exp(-u))

@@ -17,9 +17,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from covft.errors import UnsupportedViTError
+from covft.nn.experts import _Repeatable
 from covft.nn.functional import per_image
+from covft.nn.fused import needs_plain_operations
 from covft.nn.plan import FFNPlan, pairs
 from covft.nn.router import Routing
 
@@ -74,6 +77,10 @@ class LowRankExperts(nn.Module):
 
     The shared FFN is a frozen copy of the given one.
 
+    Attributes:
+        recompute: What backward recomputes, as in `Experts`: `"none"`; `"activation"`, all but the products of the
+            shared first layers; `"all"`, also those.
+
     Raises:
         UnsupportedViTError: If the FFN is not of the form linear, activation, linear.
 
@@ -83,6 +90,8 @@ class LowRankExperts(nn.Module):
         >>> experts(torch.rand(2, 5, 8), Routing(torch.full((2, 3), 1 / 3))).shape
         torch.Size([2, 5, 8])
     """
+
+    recompute: str = "none"
 
     def __init__(self, ffn: nn.Module, num_experts: int, rank: int) -> None:
         super().__init__()
@@ -130,8 +139,8 @@ class LowRankExperts(nn.Module):
 
     @property
     def summary(self) -> str:
-        """The form of the experts, for `print`."""
-        return f"expert_rank={self.rank}"
+        """The form of the experts, and recomputation, for `print`."""
+        return f"expert_rank={self.rank}, recompute={self.recompute!r}"
 
     @property
     def prototype(self) -> nn.Module:
@@ -151,22 +160,51 @@ class LowRankExperts(nn.Module):
                 got=f"{len(args)} further arguments" + (f" and {', '.join(kwargs)}" if kwargs else ""),
                 fix="expert_rank=None, which copies the whole FFN",
             )
-        between, (*first, last) = self.plan.between(self.shared), self.plan.layers(self.shared)
+        *first, last = self.plan.layers(self.shared)
+        mixing, repeats = _Mixing(self), torch.is_grad_enabled() and not needs_plain_operations()
+        pre = () if self.recompute == "all" and repeats else tuple(layer(x) for layer in first)
+        if self.recompute != "none" and repeats:
+            hidden, added = checkpoint(_Repeatable(mixing), x, routing.weights_BE, *pre, use_reentrant=False)
+        else:
+            hidden, added = mixing(x, routing.weights_BE, *pre)
+        # The weights sum to 1, so the shared bias counts once.
+        return last(hidden) + added
+
+    def mix(self, x: Tensor, weights_BE: Tensor, *pre: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix the inputs of the shared last layer, and what the experts' differences add to its output.
+
+        Args:
+            x: Tokens, shape `(B, ..., D)`.
+            weights_BE: Weights of the experts.
+            *pre: Outputs of the shared first layers; none computes them.
+        """
+        between, (*first, _) = self.plan.between(self.shared), self.plan.layers(self.shared)
         *into, out = cast(list[Any], self.differences)
-        pre = [layer(x) for layer in first]
+        pre = pre or tuple(layer(x) for layer in first)
         hidden: Any = None
         added: Any = None
         for expert in range(self.num_experts):
             own = between(*(p + difference(x, expert) for p, difference in zip(pre, into, strict=True)))
-            weight = per_image(routing.weights_BE[:, expert], own)
+            weight = per_image(weights_BE[:, expert], own)
             weighed = own * weight
             # linear in what is weighed, except for the bias
             thin = linear(linear(weighed, out.down[expert]), out.up[expert])
             if out.bias is not None:
                 thin = thin + weight * out.bias[expert].to(thin.dtype)
             hidden, added = (weighed, thin) if hidden is None else (hidden + weighed, added + thin)
-        # The weights sum to 1, so the shared bias counts once.
-        return last(hidden) + added
+        return hidden, added
+
+
+class _Mixing(nn.Module):
+    """Calls `LowRankExperts.mix` as a module, whose weights `functional_call` may lend."""
+
+    def __init__(self, experts: LowRankExperts) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x: Tensor, weights_BE: Tensor, *pre: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix."""
+        return self.experts.mix(x, weights_BE, *pre)
 
 
 def _best_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

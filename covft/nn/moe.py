@@ -46,7 +46,7 @@ class ContextualMoE(nn.Module):
             output.
         expert_init_scale: Relative standard deviation of the noise, or share of the units.
         expert_init_seed: Seed of the noise, or of the units.
-        recompute: What backward recomputes of full experts and of the context: `"none"`, `"activation"` or `"all"`.
+        recompute: What backward recomputes of the experts and of the context: `"none"`, `"activation"` or `"all"`.
         plans: As for `Experts.upcycled`.
 
     Raises:
@@ -114,7 +114,7 @@ class ContextualMoE(nn.Module):
         Args:
             recompute: `"none"`, `"activation"` or `"all"`.
         """
-        for module in self._fusible():
+        for module in {self.experts, *self._fusible()}:
             module.recompute = recompute
 
     def set_kernels(self, kernels: str) -> None:

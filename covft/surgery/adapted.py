@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ class AdaptedViT(nn.Module):
         spec: What is known of it.
         conditioning: Carries the text to what was put into the ViT.
         reading: How an attached model reads the text from prompts; None if nothing is read.
+        text_name: Name of the text encoder that was trained with; None where no text is used.
+        text_dim: Width of its features.
+        text_revision: Its revision on the Hugging Face Hub, if known.
         saved_in: The folder it was last saved to; a trainer sets it to None when the weights change.
         chosen_parts: What `train_only` has chosen, which may leave all of this out on purpose; None if it was not used.
     """
@@ -30,6 +35,9 @@ class AdaptedViT(nn.Module):
     vit: nn.Module
     spec: ViTSpec
     conditioning: Conditioning
+    text_name: Any
+    text_dim: Any
+    text_revision: Any
     reading: Mapping[str, Any] | None = None
     saved_in: Path | None = None
     chosen_parts: frozenset[str] | None = None
@@ -80,6 +88,10 @@ class AdaptedViT(nn.Module):
             prefix: Prefix of the ViT's names in it.
         """
         raise NotImplementedError
+
+    def in_saved_types(self) -> AbstractContextManager[None]:
+        """Return a context in which the ViT's own parameters have the types that `original_state` gives them."""
+        return contextlib.nullcontext()
 
     def write(self, folder: Path, gathered: Mapping[str, Tensor] | None = None, writes: bool | None = None) -> None:
         """Write a saved folder, as `save_pretrained` does, also from gathered weights.

@@ -98,6 +98,11 @@ class WrappedViT(AdaptedViT):
         """Width C of the text features; None where no text is used."""
         return self.text_source.text_dim
 
+    @property
+    def text_revision(self) -> str | None:
+        """Revision of the text encoder on the Hugging Face Hub, if known."""
+        return self.text_source.revision
+
     def slots(self) -> dict[int, AdaptedFFN]:
         """Return the adapted FFNs, by layer; without those of blocks that were removed from the ViT since."""
         found: dict[int, AdaptedFFN] = {}

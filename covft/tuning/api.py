@@ -40,29 +40,21 @@ def tune(
     adapter: Adapter | None = None,
     **options: Any,
 ) -> TunedViT | ContextEncoder:
-    """Prepare a ViT for tuning by one of many methods, in place.
-
-    Everything that the method does not train is frozen. `covft.untune` restores the ViT, `save_pretrained` saves what
-    was trained, and `covft.load` loads it.
+    """Tune a ViT alone, in place: what `covft.tune` does with one.
 
     Args:
         vit: A vision transformer of timm, open_clip, transformers, or one that `adapter` knows.
-        method: Name of a method, such as `"lora"` (`covft.tuning.methods()` lists them), or a method with its options.
-            `"covft"` is `covft.wrap`.
-        text_encoder: As for `covft.wrap`, for methods that need text; others ignore it.
-        images: A tensor of images or an iterable of batches, for methods that start from them, such as `"svpt"`; others
-            ignore them.
-        adapter: How the ViT is built, if no registered adapter knows it.
+        method: As for `covft.tune`.
+        text_encoder: As for `covft.tune`.
+        images: As for `covft.tune`.
+        adapter: As for `covft.tune`.
         **options: Options of the method, such as `r=8`.
 
     Returns:
         The tuned ViT, called as the ViT is: `tuned(images, text=None)`. The ViT inside it is `vit`, changed.
 
     Raises:
-        ConfigError: If the method or an option is not known, or a value cannot work.
-        UnknownViTError: If no adapter knows the ViT.
-        UnsupportedViTError: If the method cannot be used on this ViT, or if it is tuned or wrapped already.
-        LayerIndexError: If an option asks for blocks that the ViT does not have.
+        CoVFTError: As `covft.tune` does.
 
     Example:
         >>> import timm

@@ -53,26 +53,16 @@ def budget(
     text_dim: int = 768,
     **options: Any,
 ) -> Budget:
-    """Return what a method would cost, on a twin of the ViT without values: nothing is built, the ViT is not changed.
-
-    FLOPs and bytes are counted in runs of the twin. They are None for a ViT whose input size is not known, and for
-    packed and padded ones. Bytes are those with fused attention, as `scaled_dot_product_attention` has it on CPUs and
-    GPUs; inside an `nn.MultiheadAttention` (open_clip) the attention's weights are counted, too. A method that reads
-    the tokens of the text is given one of 16 tokens.
+    """Return what a method would cost in a ViT alone: what `covft.budget` does with one.
 
     Args:
-        vit: The ViT.
+        vit: The ViT, which is not changed.
         method: Name of a method.
-        text_dim: Width C of the text features, for methods that read text.
+        text_dim: As for `covft.budget`.
         **options: Options of the method.
 
     Raises:
         CoVFTError: As `covft.tune` does.
-
-    Example:
-        >>> import timm
-        >>> budget(timm.create_model("test_vit"), "lora", r=4).parameters
-        21504
     """
     check_sizes(text_dim=text_dim)
     twin = twin_of(vit)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from covft.conditioning import Conditioning
@@ -13,6 +14,7 @@ from covft.conditioning.scope import freeze_batch_norms
 from covft.errors import UnsupportedViTError
 from covft.surgery.checks import MARK, check_not_distributed
 from covft.surgery.overrides import Override
+from covft.surgery.precision import narrow_weights
 from covft.surgery.wrapped import module_at
 from covft.utils.sharding import assign, full, in_engine
 from covft.utils.torch_internals import remove_hooks
@@ -74,6 +76,7 @@ class Applied:
         values: Values of the ViT's own parameters that are trained, on the CPU, by their names before.
         requires_grad: Whether each parameter was trainable, by its name before.
         idle: Whether each of `Change.idle_parameters` was trainable.
+        narrow: Types of the ViT's own parameters that were cast to float32 since, by name.
         over: Whether the ViT is plain again, after `undo` or `finish`.
     """
 
@@ -81,6 +84,7 @@ class Applied:
     values: dict[str, Tensor]
     requires_grad: dict[str, bool]
     idle: list[bool] = field(default_factory=list)
+    narrow: dict[str, torch.dtype] = field(default_factory=dict)
     over: bool = False
 
 
@@ -141,6 +145,7 @@ def undo(vit: nn.Module, change: Change, applied: Applied) -> None:
     """
     for path, module in applied.modules.items():
         vit.set_submodule(path, module)
+    narrow_weights(vit, applied.narrow)
     own = dict(vit.named_parameters())
     for name, value in applied.values.items():
         assign(own[name], value)
@@ -165,6 +170,7 @@ def finish(vit: nn.Module, change: Change, applied: Applied) -> None:
             place._modules.pop(name, None)
         if isinstance(module, FrozenBatchNorms):
             module.release(vit)
+    narrow_weights(vit, applied.narrow)
     for override in reversed(change.overrides):
         override.remove()
     for parameter, trained in zip(change.idle_parameters(), applied.idle, strict=True):

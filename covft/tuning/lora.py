@@ -70,13 +70,16 @@ class LoRA(Method):
         modules, parameters = self._places(tower)
         trained = {name: p.requires_grad for name, p in tower.vit.named_parameters()}
         skeleton = _skeleton(tower.vit, [*modules, *parameters])
-        options = {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout, **self._options()}
+        options: dict[str, Any] = {
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            **self._options(),
+        }
         names = "|".join(map(re.escape, modules))
-        config = peft.LoraConfig(
-            target_modules=rf"({names})" if modules else [],
-            target_parameters=[f"{path}.in_proj_weight" for path in parameters] or None,
-            **options,
-        )
+        if parameters:  # older releases, such as those that LLaVA's own code needs, know no such keyword
+            options["target_parameters"] = [f"{path}.in_proj_weight" for path in parameters]
+        config = peft.LoraConfig(target_modules=rf"({names})" if modules else [], **options)
         try:
             peft.inject_adapter_in_model(config, skeleton, adapter_name=ADAPTER)
         except ValueError as error:

@@ -11,18 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from covft import __version__
-from covft.adapters.sources import source_of
-from covft.checkpoints.fingerprint import fingerprint
-from covft.checkpoints.folder import write_folder
 from covft.checkpoints.loading import by_saved_name
-from covft.checkpoints.saving import check_gathered, dtypes
-from covft.checkpoints.sources import public_revision, public_source
+from covft.checkpoints.saving import common_config, write
 from covft.errors import CheckpointError
 from covft.tuning.change import check_in_place
 from covft.utils.peft import plain_name
-from covft.utils.sharding import full, is_main_process, is_sharded
-from covft.utils.transformers_names import commit_of
 
 if TYPE_CHECKING:
     from covft.tuning.tuned import TunedViT
@@ -76,27 +69,10 @@ def save(
             fix="save it before merge() or covft.untune",
         )
     check_in_place(tuned.vit, tuned.change)
-    tensors = tuned_tensors(tuned, gathered)
-    sharded = {name for name, tensor in tensors.items() if is_sharded(tensor)}
-    if writes is None:
-        writes = not sharded or is_main_process()
-    if gathered is not None and not writes:
-        return
-    if gathered is not None:
-        check_gathered(sharded)
-    meta = [name for name, tensor in tensors.items() if tensor.is_meta]
-    if meta:
-        raise CheckpointError(
-            "Weights on the meta device have no values to save.",
-            expected="weights in memory",
-            got=", ".join(meta[:5]),
-        )
-    values = {name: full(tensor).detach() for name, tensor in by_saved_name(tuned.vit, tensors).items()}
-    base = {name: t for name, t in base_of(tuned, gathered).items() if name not in values}
-    config = _config(tuned, values, base)  # on every process: sharded weights are gathered for the fingerprint
-    if writes:
-        write_folder(folder, values, config, _card(tuned))
-        tuned.saved_in = Path(folder)
+    adapted = tuned_tensors(tuned, gathered)
+    base = dict(base_tensors(tuned, {**_state(tuned), **(gathered or {})}))
+    base = {name: tensor for name, tensor in base.items() if name not in adapted}
+    write(tuned, folder, adapted, base, _config, _card, gathered=gathered is not None, writes=writes)
 
 
 def base_of(tuned: TunedViT, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -113,25 +89,9 @@ def _state(tuned: TunedViT) -> dict[str, Tensor]:
     return tuned.vit.state_dict(keep_vars=True)
 
 
-def _config(tuned: TunedViT, values: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Any]:
-    return {
-        "library_version": __version__,
-        "method": {"name": tuned.method.name, "options": tuned.method.to_dict()},
-        "base": {
-            "source": public_source(source_of(tuned.vit)),
-            "revision": public_revision(commit_of(tuned.vit)),
-            "library": tuned.spec.library,
-            "class_name": tuned.spec.class_name,
-            "fingerprint": fingerprint(base.items()),
-        },
-        "text": {
-            "source": public_source(tuned.text_name),
-            "text_dim": tuned.text_dim,
-            "revision": public_revision(tuned.text_revision),
-        },
-        "reading": tuned.reading,
-        **dtypes(values),
-    }
+def _config(tuned: TunedViT, saved: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Any]:
+    method = {"name": tuned.method.name, "options": tuned.method.to_dict()}
+    return {"method": method, **common_config(tuned, saved, base)}
 
 
 def _card(tuned: TunedViT) -> str:

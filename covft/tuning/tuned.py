@@ -16,6 +16,7 @@ from covft.conditioning.calls import CalledWithText
 from covft.errors import ConfigError, MergeError
 from covft.nn.functional import HALF
 from covft.surgery.adapted import AdaptedViT
+from covft.surgery.precision import widen_weights
 from covft.surgery.wrapped import module_at
 from covft.text import TextEncoder
 from covft.tuning import loading, saving
@@ -163,11 +164,24 @@ class TunedViT(CalledWithText, AdaptedViT):
         A method that only trains parameters that were there keeps their values; otherwise the ViT has its old ones.
         """
         if self.keeps_names:
-            return dict(state)
+            types = {f"{prefix}{name}": dtype for name, dtype in self.before.narrow.items()}
+            return {name: tensor.to(types.get(name, tensor.dtype)) for name, tensor in state.items()}
         inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         outside = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
         base = {f"{prefix}{name}": tensor for name, tensor in saving.base_tensors(self, inside)}
         return {**outside, **base}
+
+    @contextlib.contextmanager
+    def in_saved_types(self) -> Iterator[None]:
+        """Give parameters that are kept in float32 the type of the ViT."""
+        wide = {name: self.vit.get_parameter(name).data for name in self.before.narrow}
+        try:
+            for name, dtype in self.before.narrow.items():
+                self.vit.get_parameter(name).data = wide[name].to(dtype)
+            yield
+        finally:
+            for name, values in wide.items():
+                self.vit.get_parameter(name).data = values
 
     def write(self, folder: Path, gathered: Mapping[str, Tensor] | None = None, writes: bool | None = None) -> None:
         """Write a saved folder, also from gathered weights."""
@@ -190,10 +204,12 @@ class TunedViT(CalledWithText, AdaptedViT):
                 self.vit.set_submodule(path, self.change.replaced[path])
 
     def train_in_float32(self) -> int:
-        """Keep what the method added in float32, if the ViT is in half precision; the ViT's own weights are left.
+        """Keep what the method trains in float32, if the ViT is in half precision.
 
-        Call it before the optimizer is created. New modules compute in the type of their weights, and return that of
-        their tokens. Methods that train the ViT's own weights need a ViT in float32, with autocast.
+        An optimizer's small steps are rounded away in half precision. Call it before the optimizer is created; the
+        callback, `MLLMTrainer` and the launchers do. New modules compute in the type of their weights, and return that
+        of their tokens. The ViT's own weights are cast for each run, so that it computes as before; `covft.untune` and
+        `merge()` give them their type back.
 
         Returns:
             Number of parameters that were cast; sharded ones are left as they are.
@@ -201,7 +217,10 @@ class TunedViT(CalledWithText, AdaptedViT):
         new = [p for _, p in self.change.new_parameters() if p.dtype in HALF and not is_sharded(p)]
         for parameter in new:
             parameter.data = parameter.data.float()
-        return len(new)
+        blocks = (block.path for block in self.spec.blocks)
+        own = widen_weights(self.vit, self.change.trained, blocks)
+        self.before.narrow.update(own)
+        return len(new) + len(own)
 
     @check_kinds
     def param_groups(self, lr: float, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:

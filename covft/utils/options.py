@@ -144,8 +144,8 @@ def method_options(method: str, settings: Mapping[str, Any], given: Iterable[str
     Args:
         method: Name of the method.
         settings: Settings of covft that were given, each by an option of its own.
-        given: Options of another method, such as `r=16` or `layers=[2,3]`: numbers, lists and switches as JSON, all
-            else as text.
+        given: Options of another method, such as `r=16` or `layers=11-22`: numbers, lists and switches as JSON, blocks
+            also as `parse_layers` reads them, all else as text.
 
     Raises:
         ConfigError: If an option has no value, or settings and options belong to another method.
@@ -168,8 +168,14 @@ def method_options(method: str, settings: Mapping[str, Any], given: Iterable[str
         name, mark, value = entry.partition("=")
         if not mark or not name:
             raise ConfigError(f"The option {entry!r} has no value.", expected="NAME=VALUE", got=entry, fix="r=16")
-        try:
-            found[name.replace("-", "_")] = json.loads(value)
-        except ValueError:
-            found[name.replace("-", "_")] = value
+        found[name.replace("-", "_")] = _option_value(name, value)
     return found
+
+
+def _option_value(name: str, value: str) -> Any:
+    if name == "layers" and re.fullmatch(r"[-\d,\s]+", value):  # as those of covft
+        return list(parse_layers(value))
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

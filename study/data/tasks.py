@@ -257,3 +257,6 @@ def all_words() -> Iterator[str]:
     yield from GERMAN.values()
     yield from "the photo picture shape thing yes no , seen from which does say show small big or smallest".split()
     yield from "biggest blank arrow rightward leftward upward downward".split()
+
+
+load_entry_points()

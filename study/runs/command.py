@@ -17,7 +17,6 @@ def run_command(
     methods: Annotated[str | None, typer.Option(help="Only runs of these methods.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 1,
-    threads: Annotated[int, typer.Option(help="Runs side by side in each process; for GPUs.")] = 1,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which to stop; run again to go on.")] = None,
     field: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of all runs, such as steps=400.")] = None,
     rows: Annotated[str | None, typer.Option(help="Folder of the rows; default: study/results/rows/SIZE.")] = None,
@@ -27,6 +26,7 @@ def run_command(
     from pathlib import Path
 
     _before_torch()
+    from study.runs.captions import complete
     from study.runs.plan import STUDIES, plan
     from study.runs.rows import RESULTS, Rows
     from study.runs.work import work
@@ -40,7 +40,9 @@ def run_command(
         for run in store.missing(one.run for one in planned):
             typer.echo(run.name)
         return
-    _end(work(planned, store, device=device, jobs=jobs, threads=threads, time_limit=time_limit))
+    outcome = work(planned, store, device=device, jobs=jobs, time_limit=time_limit)
+    complete(store)
+    _end(outcome)
 
 
 def search_command(
@@ -49,7 +51,6 @@ def search_command(
     field: Annotated[list[str] | None, typer.Option(help="NAME=VALUE,VALUE: each value, of each field.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 1,
-    threads: Annotated[int, typer.Option(help="Runs side by side in each process; for GPUs.")] = 1,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which to stop; run again to go on.")] = None,
     choose: Annotated[bool, typer.Option("--choose", help="Write the best rates to study/runs/rates.json.")] = False,
 ) -> None:
@@ -62,7 +63,7 @@ def search_command(
     store = Rows(RESULTS / "search")
     wanted = None if methods == "all" else methods.split(",")
     planned = grid(wanted, parse_fields(field or ["vision_lr=1e-4,3e-4,1e-3,3e-3"]), numbers(seeds))
-    outcome = work(planned, store, device=device, jobs=jobs, threads=threads, time_limit=time_limit)
+    outcome = work(planned, store, device=device, jobs=jobs, time_limit=time_limit)
     if choose:
         for method, rate in choose_rates(store).items():
             typer.echo(f"{method}: {rate:g}")

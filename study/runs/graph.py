@@ -1,21 +1,15 @@
 """Training steps as a CUDA graph: recorded once, then replayed as one launch instead of two thousand.
 
-The networks of the study are so small that a GPU waits for Python; replayed, a step takes as long as its kernels, and
-steps of several models run beside one another on streams of their own.
+The networks of the study are so small that a GPU waits for Python; replayed, a step takes as long as its kernels.
 """
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-PREPARING = threading.RLock()
-"""Held by the thread that prepares a run: it draws from torch's generator, and recording forbids others to."""
 
 _WARM_UP = 3  # runs that libraries need to choose their kernels and workspaces, as torch's documentation says
 
@@ -65,8 +59,7 @@ class GraphedSteps:
                 self._step()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # Only this thread must do nothing that cannot be recorded; others may go on.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph):
             self._step()
         return graph
 
@@ -96,13 +89,6 @@ class GraphedSteps:
     def __call__(self) -> None:
         """Train one step."""
         self._graph.replay()
-
-
-@contextlib.contextmanager
-def own_stream(device: str) -> Iterator[None]:
-    """Run on a stream of the thread's own, where there is a GPU."""
-    with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext():
-        yield
 
 
 def graphed(*args: Any, **kwargs: Any) -> GraphedSteps | None:

@@ -12,7 +12,8 @@ from study.runs.settings import CONTROLS, RunSettings
 
 LARGE_RANK = 64
 MAIN = ("frozen", "full", "covft")
-_COST = {"covft": 3.0, "q_moe": 3.0, "cross_attention": 2.5, "qa_vit": 2.5, "adaln": 2.0, "dora": 1.6, "frozen": 0.6}
+# CPU time of a step relative to that of full, on one core
+_COST = {"covft": 2.9, "cross_attention": 1.9, "qa_vit": 1.8, "adaln": 1.5, "dora": 1.2, "frozen": 0.8, "q_moe": 0.9}
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,20 @@ class Planned:
     def cost(self) -> float:
         """About how long it takes, relative to others."""
         steps = self.run.steps * (2 if self.run.upstream else 1)
+        steps *= 6 if self.run.tower == "backbone" else 1
         return steps * _COST.get(self.run.method, 1.0) * (0.5 + self.run.tokens / 8) * (0.5 + self.run.experts / 8)
 
 
 def method_runs() -> list[RunSettings]:
     """Return one run for each method of covft.tune, LoRA with two ranks."""
-    ranks: dict[str, list[dict]] = {"lora": [{"r": 8}, {"r": LARGE_RANK}], "dora": [{"r": 8}]}
+    ranks: dict[str, list[dict]] = {"lora": [{"r": 8}, _rank(LARGE_RANK)], "dora": [{"r": 8}]}
     names = [*known_methods(), "covft"]
     return [RunSettings(method=name, options=options) for name in names for options in ranks.get(name, [{}])]
+
+
+def _rank(r: int) -> dict[str, float]:
+    """Return the options of LoRA with a rank, and the scale that r=8 has."""
+    return {"r": r, "alpha": 2.0 * r}
 
 
 def _controls() -> list[RunSettings]:
@@ -45,7 +52,11 @@ def _controls() -> list[RunSettings]:
 
 def _context() -> list[RunSettings]:
     contexts = [RunSettings(context=context) for context in ("cve", "image", "text", "concat")]
-    return contexts + [RunSettings(routing=routing) for routing in ("sparse", "uniform", "random")]
+    return [
+        *contexts,
+        *(RunSettings(routing=routing) for routing in ("sparse", "random")),
+        RunSettings(control="uniform"),
+    ]
 
 
 def _placement() -> list[RunSettings]:
@@ -63,12 +74,19 @@ def _diversity() -> list[RunSettings]:
 
 
 def _matched() -> list[RunSettings]:
-    # the options are those of covft.match(vit, covft.budget(vit, "covft", ...).parameters, [method])
-    return [RunSettings(options={"expert_rank": rank}) for rank in (4, 16)] + [
-        RunSettings(method="ffn"),
-        RunSettings(method="last_layers"),
+    """Return methods that train as much of the tower as covft (5.19 million parameters), and covft with less.
+
+    The widths are those of `covft.match(small_vit(), 5185932, [method], text_dim=384)`. No method that only trains the
+    tower's own weights can have as many: all of it has 1.03 million.
+    """
+    matched = {"adaln": {"width": 1927}, "cross_attention": {"width": 1684}, "qa_vit": {"width": 3369}}
+    return [
+        *(RunSettings(method=method, options=options) for method, options in matched.items()),
+        RunSettings(method="lora", options=_rank(375)),
+        RunSettings(method="full"),
+        *(RunSettings(options={"expert_rank": rank}) for rank in (4, 16)),
         RunSettings(experts=1),
-        RunSettings(method="lora", options={"r": LARGE_RANK}),
+        RunSettings(),
     ]
 
 
@@ -100,6 +118,11 @@ def _forgetting() -> list[RunSettings]:
     return [*runs, *towers]
 
 
+def _tower() -> list[RunSettings]:
+    runs = [RunSettings(method=method, tower="backbone") for method in ("frozen", "full")]
+    return [*runs, RunSettings(tower="backbone", layers=(8, 9, 10))]
+
+
 STUDIES: dict[str, Callable[[], list[RunSettings]]] = {
     "methods": method_runs,
     "controls": _controls,
@@ -110,7 +133,7 @@ STUDIES: dict[str, Callable[[], list[RunSettings]]] = {
     "text_encoder": lambda: [RunSettings(text_encoder=name) for name in ("minilm", "bag_of_words", "random")],
     "matched": _matched,
     "fraction": _fraction,
-    "tower": lambda: [RunSettings(method=method, tower="backbone", layers=(8, 9, 10)) for method in MAIN],
+    "tower": _tower,
     "start": _start,
     "tokens": lambda: [RunSettings(method=method, tokens=tokens) for tokens in (36, 9, 4, 1) for method in MAIN],
     "forgetting": _forgetting,

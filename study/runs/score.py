@@ -6,10 +6,15 @@ greedy generation gives it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from study.data.tasks import TASKS, Example
+from study.data.tokenizer import build_tokenizer
 from study.runs.model import Miniature
 from study.runs.tables import IGNORED
 from study.runs.train import Questions
@@ -19,70 +24,72 @@ Hits = dict[str, list[float]]
 
 
 @torch.no_grad()
-def right_answers(model: Miniature, questions: Questions, shuffle_texts: int | None = None) -> np.ndarray:
-    """Return which questions the model answers, `(N,)`, bool.
+def right_answers(model: Miniature, questions: Questions, rows: np.ndarray) -> np.ndarray:
+    """Return which questions the model answers, bool.
 
     Args:
         model: LLaVA in miniature.
         questions: The questions.
-        shuffle_texts: Seed by which the tower's texts are shuffled over all questions; None leaves them.
+        rows: Which of them.
     """
     found = []
     table = questions.table
-    words = questions.labels.shape[1]
-    for rows, pictures in _pictures(model, questions, shuffle_texts):
-        ids = questions.ids[rows, : int(table.lengths_N[rows.cpu().numpy()].max())]
-        logits = model.answer_logits(pictures, ids, questions.start[rows], words)
-        labels = questions.labels[rows]
+    for part, pictures in _pictures(model, questions, rows):
+        most = int((table.labels_NA[part] != IGNORED).sum(1).max())
+        on = torch.from_numpy(part).to(questions.ids.device)
+        ids, labels = questions.ids[on, : int(table.lengths_N[part].max())], questions.labels[on, :most]
+        logits = model.answer_logits(pictures, ids, questions.start[on], most)
         found.append(((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1))
     return torch.cat(found).cpu().numpy()
 
 
 @torch.no_grad()
-def greedy_answers(
-    model: Miniature, questions: Questions, eos: int, shuffle_texts: int | None = None
-) -> list[list[int]]:
-    """Generate an answer to each question, greedily; return the ids of its words.
+def greedy_answers(model: Miniature, questions: Questions, rows: np.ndarray, eos: int) -> list[list[int]]:
+    """Generate answers greedily; return the ids of their words.
 
     Args:
         model: LLaVA in miniature.
         questions: The questions.
+        rows: Which of them.
         eos: Id of the last word.
-        shuffle_texts: As for `right_answers`.
     """
     found: list[list[int]] = []
     most = questions.labels.shape[1]
-    for rows, pictures in _pictures(model, questions, shuffle_texts):
-        start = questions.start[rows]
-        ids = torch.nn.functional.pad(questions.ids[rows, : int(start.max()) + 1], (0, most))
-        each = torch.arange(len(rows), device=ids.device)
+    for part, pictures in _pictures(model, questions, rows):
+        on = torch.from_numpy(part).to(questions.ids.device)
+        start = questions.start[on]
+        ids = torch.nn.functional.pad(questions.ids[on, : int(start.max()) + 1], (0, most))
+        each = torch.arange(len(on), device=ids.device)
+        ended = torch.zeros(len(on), dtype=torch.bool, device=ids.device)
         for word in range(most):
             ids[each, start + word + 1] = model.answer_logits(pictures, ids, start + word, 1)[:, 0].argmax(-1)
+            ended |= ids[each, start + word + 1] == eos
+            if ended.all():
+                break
         answers = ids.gather(1, start[:, None] + torch.arange(1, most + 1, device=ids.device)).tolist()
         found += [answer[: answer.index(eos)] if eos in answer else answer for answer in answers]
     return found
 
 
-def _pictures(model: Miniature, questions: Questions, shuffle_texts: int | None):  # noqa: ANN202
-    """Yield rows of questions and the projected tokens of their pictures."""
+def _pictures(model: Miniature, questions: Questions, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Yield questions in batches, with the projected tokens of their pictures."""
     model.eval()
-    text = questions.text
-    if shuffle_texts is not None:
-        text = text[torch.randperm(len(text), generator=torch.Generator().manual_seed(shuffle_texts)).to(text.device)]
+    device = questions.ids.device
     cached = None
     if questions.texts is None:
-        everything = torch.arange(len(questions.inputs), device=text.device)
+        everything = torch.arange(len(questions.inputs), device=device)
         cached = torch.cat(
             [model.project(model.read(questions.tower_inputs(s), None), None) for s in everything.split(BATCH)]
         )
-    for rows in torch.arange(len(text), device=text.device).split(BATCH):
-        scenes = questions.scene[rows]
+    for part in np.array_split(rows, -(-len(rows) // BATCH)):
+        on = torch.from_numpy(part).to(device)
+        scenes = questions.scene[on]
         if cached is not None:
-            yield rows, cached[scenes]
+            yield part, cached[scenes]
         else:
             assert questions.texts is not None
-            told = questions.texts[text[rows]]
-            yield rows, model.project(model.read(questions.tower_inputs(scenes), told), told)
+            told = questions.texts[questions.told[on]]
+            yield part, model.project(model.read(questions.tower_inputs(scenes), told), told)
 
 
 def by_task(examples: list[Example], right: np.ndarray) -> Hits:
@@ -116,3 +123,25 @@ def written(hits: Hits) -> dict[str, str | list[float]]:
         task: "".join(str(int(hit)) for hit in found) if set(found) <= {0.0, 1.0} else [round(hit, 5) for hit in found]
         for task, found in hits.items()
     }
+
+
+def score(model: Miniature, questions: Questions) -> dict[str, Any]:
+    """Answer questions; return hits by task, and the captions of tasks that are scored by CIDEr.
+
+    Args:
+        model: LLaVA in miniature.
+        questions: The questions.
+    """
+    examples = questions.table.examples
+    is_caption = np.array([TASKS[example.task].metric == "cider" for example in examples])
+    captions: dict[str, list[str]] = {}
+    if is_caption.any():
+        rows = is_caption.nonzero()[0]
+        tokenizer = build_tokenizer()
+        answers = greedy_answers(model, questions, rows, int(tokenizer.eos_token_id))
+        for row, answer in zip(rows, answers, strict=True):
+            words = " ".join(tokenizer.convert_ids_to_tokens(answer))
+            captions.setdefault(examples[row].task, []).append(words)
+    rows = (~is_caption).nonzero()[0]
+    hits = by_task([examples[row] for row in rows], right_answers(model, questions, rows)) if len(rows) else {}
+    return {"hits": hits, "captions": captions}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from covft.errors import ConfigError
 from study.data.tasks import TASKS
 
-SIZES = ("small", "large")
+SIZES = ("small",)
 CONTROLS = {
     "none": "",
     "shuffled": "texts shuffled",
@@ -27,6 +28,15 @@ CONTROLS = {
 TEXT_ENCODERS = ("minilm", "bag_of_words", "random")
 TOWERS = ("small_vit", "backbone")
 TOKENS = (36, 9, 4, 1)
+_LABELS: dict[str, Callable[[Any], str]] = {
+    "control": lambda value: CONTROLS[value],
+    "tokens": lambda value: f"{value} token" + ("s" if value > 1 else ""),
+    "fraction": lambda value: f"{value:.0%} of the data",
+    "experts": lambda value: f"{value} expert" + ("s" if value > 1 else ""),
+    "routing": lambda value: f"{value} routing",
+    "projector": lambda value: "projector trained" if value else "projector frozen",
+    "layers": lambda value: "all blocks" if value is None else f"blocks {_shown(value)}",
+}
 RATES = Path(__file__).with_name("rates.json")
 
 
@@ -35,7 +45,7 @@ class RunSettings:
     """Settings of a run.
 
     Attributes:
-        size: `small`, or `large`: the packaged backbone and SmolLM2-135M.
+        size: `small`, the only one so far: the small ViT and the small language model.
         method: A method of `covft.tune`.
         options: Options of the method that are not fields of their own here.
         control: What is done to the texts, or to the routing: a name in `CONTROLS`.
@@ -83,8 +93,8 @@ class RunSettings:
     tasks: tuple[str, ...] = tuple(TASKS)
     upstream: tuple[str, ...] = ()
     fraction: float = 1.0
-    steps: int = 1600
-    batch: int = 64
+    steps: int = 400
+    batch: int = 128
     per_picture: int = 4
     first_steps: int = 150
     first_lr: float = 6e-3
@@ -151,23 +161,24 @@ class RunSettings:
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """What tables call it: all that differs from the defaults, but the seed and the split."""
         default = RunSettings()
-        parts = [self.method, CONTROLS[self.control]]
-        parts += [f"{name}={_shown(value)}" for name, value in self.options.items()]
-        for name in ("routing", "context", "experts", "text_encoder", "tower", "language", "layers"):
-            value = getattr(self, name)
-            if value != getattr(default, name):
-                parts.append(f"{name}={_shown(value)}")
-        if not self.projector:
-            parts.append("projector frozen")
-        if self.tokens != default.tokens:
-            parts.append(f"{self.tokens} tokens")
-        if self.fraction != 1:
-            parts.append(f"{self.fraction:.0%} of the data")
-        if self.tasks != default.tasks and not self.upstream:
-            parts.append(f"{len(self.tasks)} tasks")
-        return ", ".join(part for part in parts if part)
+        parts = [self.method]
+        for item in dataclasses.fields(self):
+            name, value = item.name, getattr(self, item.name)
+            if name in ("method", "size", "seed", "split", "upstream") or value == getattr(default, name):
+                continue
+            if name in _LABELS:
+                parts.append(_LABELS[name](value))
+            elif name == "options":
+                parts += [f"{key}={_shown(entry)}" for key, entry in value.items()]
+            elif name == "tasks":
+                parts.append("downstream tasks" if self.upstream else f"{len(value)} tasks")
+            else:
+                parts.append(f"{name.replace('_', ' ')} {_shown(value)}")
+        if self.fraction != 1:  # which says how many steps
+            parts = [part for part in parts if part != f"steps {self.steps}"]
+        return ", ".join(parts)
 
     @property
     def scored(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from study.runs.graph import PREPARING, graphed
+from study.runs.graph import graphed
 from study.runs.model import Miniature
 from study.runs.tables import Table, shuffled_within
 
@@ -36,25 +36,33 @@ class Questions:
         table: The table.
         inputs: What the tower takes for each scene: uint8 pictures `(scenes, H, W, 3)`, or cached states.
         texts: What the tower is told for each distinct question; None if it reads none.
+        told: Which of the texts the tower is told about each question: its own, where nothing is shuffled.
         ids: As in the table, and so are the others.
     """
 
     table: Table
     inputs: Tensor
     texts: Tensor | None
+    told: Tensor
     ids: Tensor
     start: Tensor
     labels: Tensor
     scene: Tensor
-    text: Tensor
 
     @classmethod
-    def of(cls, table: Table, inputs: Tensor, texts: Tensor | None) -> Questions:
-        """Move a table to the device of its pictures."""
-        device = inputs.device
-        arrays = (table.ids_NL, table.start_N, table.labels_NA, table.scene_N, table.text_N)
-        moved = (torch.from_numpy(array).to(device) for array in arrays)
-        return cls(table, inputs, None if texts is None else texts.to(device), *moved)
+    def of(cls, table: Table, inputs: Tensor, texts: Tensor | None, shuffle: int | None = None) -> Questions:
+        """Move a table to the device of its pictures.
+
+        Args:
+            table: The table.
+            inputs: What the tower takes for each scene.
+            texts: What the tower is told for each distinct question.
+            shuffle: Seed by which the texts of all questions are shuffled; None leaves them.
+        """
+        told = table.text_N if shuffle is None else np.random.default_rng([7, shuffle]).permutation(table.text_N)
+        arrays = (told, table.ids_NL, table.start_N, table.labels_NA, table.scene_N)
+        moved = (torch.from_numpy(array).to(inputs.device) for array in arrays)
+        return cls(table, inputs, None if texts is None else texts.to(inputs.device), *moved)
 
     def tower_inputs(self, scenes: Tensor) -> Tensor:
         """Return what the tower takes for some scenes."""
@@ -117,10 +125,7 @@ def fit(
     factors = [decay.lr_lambdas[0](step) for step in range(steps)]
     recorded = None
     if graph:
-        with PREPARING:
-            recorded = graphed(
-                padded, (order_on, texts_on), groups, factors, weight_decay=WEIGHT_DECAY, clip=LARGEST_NORM
-            )
+        recorded = graphed(padded, (order_on, texts_on), groups, factors, weight_decay=WEIGHT_DECAY, clip=LARGEST_NORM)
     if recorded is not None:
         for step in range(steps):
             recorded()

@@ -5,10 +5,8 @@ Data are drawn once, before the processes are forked; the parent never touches t
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import queue
-import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -42,7 +40,6 @@ def work(
     *,
     device: str = "cpu",
     jobs: int = 1,
-    threads: int = 1,
     time_limit: float | None = None,
     show: bool = True,
 ) -> Outcome:
@@ -53,7 +50,6 @@ def work(
         rows: Where their rows go.
         device: `cpu` or `cuda`.
         jobs: Processes.
-        threads: Threads of each process, whose runs share a GPU better than those of several processes.
         time_limit: Seconds after which all stop; runs that are not finished then leave nothing.
         show: Whether to show progress.
     """
@@ -67,7 +63,7 @@ def work(
     context = multiprocessing.get_context("fork")
     events: Any = context.Queue()
     processes = [
-        context.Process(target=_worker, args=(to_do, rows, device, jobs, threads, deadline, events), daemon=True)
+        context.Process(target=_worker, args=(to_do, rows, device, jobs, deadline, events), daemon=True)
         for _ in range(min(jobs, len(to_do)))
     ]
     for process in processes:
@@ -78,43 +74,25 @@ def work(
 
 
 def _draw_data(planned: Sequence[Planned]) -> None:
-    from study.runs.tables import held_out_part, training_part
+    from study.runs.tables import held_out_part, table_of, training_part
 
     for one in planned:
-        training_part(one.run)
-        held_out_part(one.run)
+        told = one.run.control != "tower_only"
+        table_of(training_part(one.run), one.run.tasks, one.run.fraction, told)
+        table_of(held_out_part(one.run), one.run.scored, 1.0, told)
 
 
 def _worker(
-    planned: Sequence[Planned],
-    rows: Rows,
-    device: str,
-    jobs: int,
-    threads: int,
-    deadline: float | None,
-    events: Any,
+    planned: Sequence[Planned], rows: Rows, device: str, jobs: int, deadline: float | None, events: Any
 ) -> None:
-    """Claim and run what is left, in several threads, until nothing is or time is up."""
+    """Claim and run what is left, until nothing is or time is up."""
     import torch
 
-    cores = multiprocessing.cpu_count()
-    torch.set_num_threads(1 if device == "cuda" else max(1, cores // jobs))
-    work_on = functools.partial(_run_all, planned, rows, device, deadline, events)
-    others = [threading.Thread(target=work_on) for _ in range(threads - 1)]
-    for thread in others:
-        thread.start()
-    work_on()
-    for thread in others:
-        thread.join()
-    events.close()
-    events.join_thread()
-
-
-def _run_all(planned: Sequence[Planned], rows: Rows, device: str, deadline: float | None, events: Any) -> None:
-    from study.runs.graph import own_stream
     from study.runs.run import run
     from study.runs.train import OutOfTime
 
+    cores = multiprocessing.cpu_count()
+    torch.set_num_threads(1 if device == "cuda" else max(1, cores // jobs))
     longest = 0.0
     tried: set[str] = set()
     for one in planned:
@@ -127,11 +105,10 @@ def _run_all(planned: Sequence[Planned], rows: Rows, device: str, deadline: floa
             tried.add(name)
             began = time.monotonic()
             try:
-                with own_stream(device):
-                    row = run(
-                        one.run, one.studies, device=device, deadline=deadline,
-                        report=lambda part, step, name=name: events.put(("step", name, step)),
-                    )  # fmt: skip
+                row = run(
+                    one.run, one.studies, device=device, deadline=deadline,
+                    report=lambda step, name=name: events.put(("step", name, step)),
+                )  # fmt: skip
             except OutOfTime:
                 break
             except Exception:
@@ -140,6 +117,8 @@ def _run_all(planned: Sequence[Planned], rows: Rows, device: str, deadline: floa
             rows.write(row)
             longest = max(longest, time.monotonic() - began)
             events.put(("finished", name, sum(row["scores"].values()) / len(row["scores"])))
+    events.close()
+    events.join_thread()
 
 
 def _watch(

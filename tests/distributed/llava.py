@@ -53,6 +53,27 @@ def attached_model(folder: Path, dtype: torch.dtype = torch.float64, **settings:
     return model.train()
 
 
+# What `option_model` is made with, by what it is about.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "attention_rank": {"attention_rank": 2},
+    "strength": {},
+    "null_text": {"null_text": True, "null_text_rate": 0.0},  # each process draws rows of its own
+}
+
+
+def option_model(folder: Path, option: str) -> Any:
+    """The model with one more option of covft."""
+    model = attached_model(folder, **SETTINGS[option])
+    if option == "strength":
+        get_encoder(model).strength = 0.4
+    return model
+
+
+def option_loss(model: nn.Module, option: str, rank: int, world: int) -> torch.Tensor:
+    """The loss of the batch, whose second row has no text where there is a null text."""
+    return loss_of(model, rank, world, silent=(1,) if option == "null_text" else ())
+
+
 def tuned_model(folder: Path, method: str) -> Any:
     """The same model, its tower tuned by another method, whose new weights matter, and a projector that is trained."""
     from transformers import LlavaForConditionalGeneration
@@ -104,18 +125,18 @@ def samples() -> list[dict[str, Any]]:
     return made
 
 
-def batch_of(rank: int, world: int) -> dict[str, Any]:
-    """The part of the global batch that a process sees."""
-    chosen = samples()
+def batch_of(rank: int, world: int, silent: tuple[int, ...] = ()) -> dict[str, Any]:
+    """The part of the global batch that a process sees; silent rows have no text."""
+    chosen = [{**sample, "context_text": None} if i in silent else sample for i, sample in enumerate(samples())]
     share = len(chosen) // world
     collator = Collator(LLAVA.tokenizer.pad_token_id, image_shape=(3, SIZE, SIZE))
     batch = collator(chosen[rank * share : (rank + 1) * share])
     return {**batch, "pixel_values": batch["pixel_values"].double()}
 
 
-def loss_of(model: nn.Module, rank: int, world: int) -> torch.Tensor:
+def loss_of(model: nn.Module, rank: int, world: int, silent: tuple[int, ...] = ()) -> torch.Tensor:
     """The mean over all tokens of the global batch, as this process adds to it before gradients are averaged."""
-    batch = batch_of(rank, world)
+    batch = batch_of(rank, world, silent)
     like = next(model.parameters())
     batch["pixel_values"] = batch["pixel_values"].to(like.dtype)
     batch = {name: value.to(like.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

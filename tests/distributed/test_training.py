@@ -14,11 +14,14 @@ from covft.integrations import attach, get_encoder
 from tests.distributed import processes
 from tests.distributed.llava import (
     LLAVA,
+    SETTINGS,
     TEXTS,
     attached_model,
     batch_of,
     lora_model,
     loss_of,
+    option_loss,
+    option_model,
     trained_gradients,
     tuned_model,
 )
@@ -128,6 +131,34 @@ def test_tuned__sharded_it_has_the_gradients_and_the_files_of_one_process(tuned,
     assert_close(torch.load(tuned / f"{method}-fsdp2.pt"), gradients_of(tuned, method))
     tuned_model(tuned, method).save_pretrained(tmp_path)
     assert_same_files(tuned / f"{method}-saved", tmp_path)
+
+
+# Options of covft
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("options")
+    processes.run("options", folder)
+    return folder
+
+
+@pytest.mark.parametrize("option", SETTINGS)
+def test_options__gradients_and_files_are_those_of_one_process(options, option, tmp_path):
+    model = option_model(options, option)
+    option_loss(model, option, 0, 1).backward()
+    expected = trained_gradients(model)
+    plain = alone(options)
+    if option == "strength":
+        assert any(not torch.allclose(expected[name], plain[name]) for name in plain), "the dial counts"
+    else:
+        own = [name for name in expected if name not in plain]
+        assert own
+        assert all(expected[name].abs().max() > 1e-9 for name in own)
+    for found in ("0", "1", "fsdp2-False", "fsdp2-True"):
+        assert_close(torch.load(options / f"{option}-{found}.pt"), expected)
+    option_model(options, option).save_pretrained(tmp_path)
+    assert_same_files(options / f"{option}-saved", tmp_path)
 
 
 # FSDP2

@@ -22,7 +22,18 @@ from covft.checkpoints.loading import load_into
 from covft.errors import CheckpointError, TextEncoderError, UnsupportedViTError
 from covft.integrations import attach, detach, get_encoder
 from covft.utils.sharding import full
-from tests.distributed.llava import LLAVA, TEXTS, attached_model, lora_model, loss_of, trained_gradients, tuned_model
+from tests.distributed.llava import (
+    LLAVA,
+    SETTINGS,
+    TEXTS,
+    attached_model,
+    lora_model,
+    loss_of,
+    option_loss,
+    option_model,
+    trained_gradients,
+    tuned_model,
+)
 
 
 def ddp(rank: int, world: int, folder: Path) -> None:
@@ -56,6 +67,23 @@ def tuned(rank: int, world: int, folder: Path) -> None:
         if rank == 0:
             torch.save(gradients, folder / f"{method}-fsdp2.pt")
         model.save_pretrained(folder / f"{method}-saved")
+
+
+def options(rank: int, world: int, folder: Path) -> None:
+    """Updates of attentions, a strength between its ends, and the null text: under DDP and under FSDP2."""
+    for option in SETTINGS:
+        model = option_model(folder, option)
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
+        option_loss(parallel, option, rank, world).backward()
+        torch.save(trained_gradients(parallel), folder / f"{option}-{rank}.pt")
+        for checkpointing in (False, True):
+            model = option_model(folder, option)
+            shard(model, world, checkpointing=checkpointing)
+            option_loss(model, option, rank, world).backward()
+            gradients = trained_gradients(model)
+            if rank == 0:
+                torch.save(gradients, folder / f"{option}-fsdp2-{checkpointing}.pt")
+        model.save_pretrained(folder / f"{option}-saved")
 
 
 def fsdp2(rank: int, world: int, folder: Path) -> None:

@@ -51,17 +51,26 @@ def test_triton_kernels__are_as_close_to_the_truth_as_eager_operations(name, dty
     case.encoder.double().set_recompute("none")
     case.images, case.texts = case.images.double(), [text.double() for text in case.texts]
     truth = _results(case, "eager")
-    eps = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-11
-    # Some gradients are zero but for rounding, those of the keys' biases for one.
-    noise = 8 * eps * max(gradient.norm() for gradient in truth[1:])
-    names = ["output", *(name for name, p in case.encoder.named_parameters() if p.requires_grad)]
-    worse = {}
-    for name, eager, kernel, true in zip(names, *results, truth, strict=True):
-        errors = (kernel - true).norm(), (eager - true).norm()
-        if not errors[0] <= 3 * errors[1] + 8 * eps * true.norm() + noise:
-            worse[name] = [f"{float(value):.1e}" for value in (*errors, true.norm(), noise)]
-    if worse:
-        pytest.fail("errors of kernels and of eager operations, true norm, noise: " + str(worse), pytrace=False)
+    if dtype == torch.float64:  # every formula, to the last gradient
+        names = ["output", *(name for name, p in case.encoder.named_parameters() if p.requires_grad)]
+        size = max(gradient.norm() for gradient in truth[1:])  # some gradients are zero but for rounding
+        wrong = {
+            name: f"{float((kernel - true).norm()):.1e} of {float(true.norm()):.1e}"
+            for name, kernel, true in zip(names, results[1], truth, strict=True)
+            if not (kernel - true).norm() <= 1e-11 * true.norm() + 1e-13 * size
+        }
+        assert not wrong, wrong
+        return
+    # Rounding: of the output, and of all gradients together, since that of a single small one is a matter of luck.
+    for part in (slice(0, 1), slice(1, None)):
+        eager, kernel = (_distance(found[part], truth[part]) for found in results)
+        assert kernel <= 2 * eager + torch.finfo(dtype).eps
+
+
+def _distance(found, true):
+    """How far tensors are from the truth, all together, relative to its size."""
+    size = sum(tensor.square().sum() for tensor in true)
+    return float((sum((a - b).square().sum() for a, b in zip(found, true, strict=True)) / size).sqrt())
 
 
 def _results(case, kernels):

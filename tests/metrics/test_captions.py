@@ -88,8 +88,10 @@ def test_words_of_every_image_count_for_nothing():
 
 
 def test_case_and_punctuation_do_not_matter():
-    plain = cider(["a man 's dog is n't red", "two dogs"], [["the man 's dog"], ["two dogs run"]])
-    assert cider(["A man's dog isn't red!", "Two, dogs."], [["The man\u2019s dog."], ['"Two dogs" run']]) == plain
+    plain = cider(["a man 's dog is n't red", "two dogs"], [["the man 's dog is red"], ["two dogs run"]])
+    assert min(plain) > 1
+    references = [["The man\u2019s dog is red."], ['"two dogs" run']]
+    assert cider(["A MAN's dog isn't red!", "Two, dogs."], references) == plain
 
 
 @pytest.mark.slow

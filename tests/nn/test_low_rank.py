@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.speed.measure import bytes_for_backward
 from covft.errors import UnsupportedViTError
 from covft.nn.low_rank import LowRankExperts
 from covft.nn.router import Routing
@@ -95,3 +96,51 @@ def test_refused__another_form():
     ffn = nn.Sequential(nn.Linear(D, 10), nn.GELU(), nn.LayerNorm(10), nn.Linear(10, D))
     with pytest.raises(UnsupportedViTError, match="cannot be made from Sequential"):
         LowRankExperts(ffn, E, rank=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recompute__gradients_and_second_derivatives_are_those_without(name):
+    experts = LowRankExperts(FFNS[name](), E, rank=2).double()
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    x, decided = torch.randn(2, 5, D, dtype=torch.float64, requires_grad=True), routing(2)
+    decided.weights_BE.requires_grad_(True)
+    wanted = [p for p in (x, decided.weights_BE, *experts.parameters()) if p.requires_grad]
+    found = {}
+    for recompute in ("none", "activation", "all"):
+        experts.recompute = recompute
+        output = experts(x, decided)
+        first = torch.autograd.grad(output.square().sum(), wanted, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), wanted)
+        found[recompute] = (output, *first, *second)
+    for recompute in ("activation", "all"):
+        for one, other in zip(found[recompute], found["none"], strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_recompute__uses_the_weights_of_the_call():
+    """Weights that were lent for the forward are gone in backward."""
+    experts = LowRankExperts(FFNS["mlp"](), E, rank=2).double()
+    lent = {name: torch.randn_like(p, requires_grad=p.requires_grad) for name, p in experts.named_parameters()}
+    trained = [tensor for tensor in lent.values() if tensor.requires_grad]
+    x, decided, found = torch.randn(2, 5, D, dtype=torch.float64), routing(2), []
+    for recompute in ("none", "all"):
+        experts.recompute = recompute
+        output = torch.func.functional_call(experts, lent, (x, decided))
+        found.append(torch.autograd.grad(output.square().sum(), trained))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_recompute__keeps_the_tokens_and_the_shared_products():
+    """Of eight experts whose inner width is four times the outer."""
+    experts = LowRankExperts(nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)), 8, rank=2)
+    x, decided = torch.randn(3, 50, 32), Routing(torch.rand(3, 8).softmax(-1))
+    tokens, sizes = x.numel() * 4, {}
+    for recompute in ("none", "activation", "all"):
+        experts.recompute = recompute
+        sizes[recompute] = bytes_for_backward(lambda: experts(x, decided), experts.parameters())
+    weights = 3 * 8 * 4
+    assert sizes["all"] == tokens + weights
+    assert sizes["activation"] == 5 * tokens + weights
+    assert sizes["none"] > 8 * 8 * tokens

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from study.cli import app, main
@@ -17,7 +18,7 @@ def test_help_lists_the_options() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
     assert shown.exit_code == 0
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown.output)
-    for option in ("--steps", "--seed", "--tasks", "--method", "--output", "--quick", "pretrain"):
+    for option in ("--steps", "--seed", "--tasks", "--method", "--output", "--quick", "pretrain", "prepare"):
         assert option in plain
 
 
@@ -30,6 +31,16 @@ def test_an_unknown_task_is_refused_before_anything_is_written(
     shown = capsys.readouterr().err
     assert "juggling" in shown
     assert "grounding" in shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_pretraining_on_a_device_that_is_not_there_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--device", "cuda", "--output", str(tmp_path / "out")])
+    assert "--device cpu" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -47,7 +47,10 @@ def test_a_few_steps_lower_the_losses_and_the_weights_load(tmp_path: Path) -> No
     for found in losses.values():
         assert found[-1] < found[0]
     scores = measure_language_model(model, scenes=12)
-    assert scores.keys() == {f"word_pictures_{task}" for task in TASKS}
+    means = {f"word_pictures_mean_{tokens}_tokens" for tokens in (36, 9, 4)}
+    assert scores.keys() == {f"word_pictures_{task}" for task in TASKS} | means
+    tasks = [share for name, share in scores.items() if name not in means]
+    assert scores["word_pictures_mean_36_tokens"] == pytest.approx(sum(tasks) / len(tasks), abs=1e-3)
     save_weights(tmp_path, "small_vit", vit, {}, {})
     save_weights(tmp_path, "language_model", model, {}, scores)
     llava = build_llava(small_vit(tmp_path), tmp_path)

@@ -15,7 +15,14 @@ from covft.cli import with_settings
 from covft.config import CoVFTConfig
 from covft.errors import ConfigError
 from covft.integrations.codebases.launch import parse
-from covft.utils.options import add_options, given_options, options, parse_layers, parse_switch
+from covft.utils.options import (
+    add_options,
+    given_options,
+    method_options,
+    options,
+    parse_layers,
+    parse_switch,
+)
 
 FIELDS = {field.name: field for field in dataclasses.fields(CoVFTConfig)}
 # A value for every field, as it is typed and as it is set.
@@ -212,3 +219,21 @@ def test_the_command_and_the_launchers_read_the_same_settings(read):
 def test_the_command_and_the_launchers_refuse_the_same_layers(read):
     with pytest.raises(ConfigError, match=r"layers '-2-5' cannot be read"):
         read(["--covft_layers=-2-5"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        ("r=16", {"r": 16}),
+        ("layers=11-13", {"layers": [11, 12, 13]}),
+        ("layers=3,5,-2", {"layers": [3, 5, -2]}),
+        ("layers=4", {"layers": [4]}),
+        ("layers=[2,3]", {"layers": [2, 3]}),
+        ("layers=null", {"layers": None}),
+        ("deep=false", {"deep": False}),
+        ("targets=attention", {"targets": "attention"}),
+        ("expert-rank=1-3", {"expert_rank": "1-3"}),
+    ],
+)
+def test_method_options__are_json__blocks_also_as_spans__all_else_text(typed, wanted):
+    assert method_options("lora", {}, [typed]) == wanted

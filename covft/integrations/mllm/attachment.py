@@ -198,7 +198,7 @@ class Attachment:
         asked = sorted(set(row_of_tile))
         return self.encoder.condition(self._read(given, asked), [asked.index(row) for row in row_of_tile])
 
-    def _read(self, given: Mapping[str, Any], rows: Iterable[int]) -> list[str]:
+    def _read(self, given: Mapping[str, Any], rows: Iterable[int]) -> list[str | None]:
         """Read the instructions of some rows from the prompt."""
         input_ids = given.get("input_ids")
         if input_ids is None:
@@ -228,7 +228,7 @@ class Attachment:
         placeholder = getattr(base.config, "video_token_id", None) if videos else image_id(self.model)
         return map_images(self.family.layout, base, given, placeholder, videos=videos)
 
-    def _one_text(self, given: Mapping[str, Any], texts: Texts | None) -> str:
+    def _one_text(self, given: Mapping[str, Any], texts: Texts | None) -> str | None:
         """Return the text of a batch with videos, whose frames can only share one."""
         if texts is None:
             texts = self._read(given, range(rows_of(given) or 0))

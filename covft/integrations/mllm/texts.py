@@ -11,7 +11,7 @@ from covft.errors import ShapeError
 from covft.integrations.mllm.images import ImageMap
 from covft.text.inputs import as_index
 
-Texts = Tensor | list[str]
+Texts = Tensor | list[str | None]  # None where an image has no text
 
 
 def as_texts(context_text: Any) -> Texts:
@@ -104,8 +104,8 @@ def refuse_index() -> NoReturn:
     )
 
 
-def same_text(texts: Texts, num_rows: int | None) -> str:
-    """Return the text that all rows have.
+def same_text(texts: Texts, num_rows: int | None) -> str | None:
+    """Return the text that all rows have; None for no text.
 
     Args:
         texts: One text, or one per row.

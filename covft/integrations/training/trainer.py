@@ -114,7 +114,8 @@ class MLLMTrainer(Trainer):
         **kwargs: As for transformers' Trainer; `processing_class` is the tokenizer or the processor.
 
     Raises:
-        ConfigError: If there is no collator and none can be created.
+        ConfigError: If there is no collator and none can be created, or the data set has rows without a text, which the
+            tower has no null text for.
 
     Example:
         >>> MLLMTrainer(model, args, train_dataset=dataset, processing_class=tokenizer).train()  # doctest: +SKIP
@@ -145,6 +146,7 @@ class MLLMTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
+        _check_null_text(self.model, train_dataset)
         # Before the reporters, which then see the routing in each entry.
         self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, CoVFTCallback))
 
@@ -229,6 +231,20 @@ class MLLMTrainer(Trainer):
             for keys in (load_result.missing_keys, load_result.unexpected_keys):
                 keys[:] = [key for key in keys if not key.startswith((tower, MARK))]
         super()._issue_warnings_after_load(load_result)
+
+
+def _check_null_text(model: Any, dataset: Any) -> None:
+    attachment = attachment_of(model)
+    if attachment is None or not getattr(dataset, "null_text", False):
+        return
+    conditioning = attachment.encoder.conditioning
+    if conditioning.needs_text and not conditioning.has_null_text:
+        raise ConfigError(
+            "The data set leaves rows without an instruction without a text, and the tower has nothing to put there.",
+            expected="a tower with a null text, or an instruction for these rows",
+            got="null_text=True of the data set alone",
+            fix="covft.attach(model, ..., null_text=True), or ConversationDataset(..., empty_instruction='...')",
+        )
 
 
 def _collator_for(dataset: Any) -> Collator:

@@ -49,6 +49,24 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(method, rows, tmp_pa
     assert same(state(resumed), state(whole))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["bitfit", "full"])
+def test_a_tower_in_half_precision_is_kept_in_float32_and_resumed(method, rows, tmp_path):
+    """At LLaVA's learning rate: the callback, which would warn after ten steps, does not."""
+
+    def run(**options):
+        model = build(attached=False).bfloat16()
+        covft.tune(model, method, language="frozen", projector=False)
+        args = arguments(tmp_path, save_strategy="steps", save_steps=6, max_steps=12, learning_rate=2e-5)
+        trainer = MLLMTrainer(model, args, train_dataset=rows, processing_class=rows.tokenizer)
+        assert {p.dtype for p in get_encoder(model).trainable_parameters()} == {torch.float32}
+        trainer.train(**options)
+        return state(model)
+
+    whole = run()
+    assert same(run(resume_from_checkpoint=tmp_path / "checkpoint-6"), whole)
+
+
 def test_a_checkpoint_of_another_method_or_option_is_refused(rows, tmp_path):
     trainer_of(tuned("lora", rows), rows, tmp_path).train()
     checkpoint = tmp_path / "checkpoint-2"

@@ -81,7 +81,7 @@ def test_all_tokens_give_the_logits_and_the_answers_of_llava(scenes: list) -> No
         )[0, len(before) :].tolist()  # fmt: skip
         generated.append(told[: told.index(ids["<eos>"])] if ids["<eos>"] in told else told)
     with started_at(model.encoder.vit, first):
-        greedy = greedy_answers(model, questions, ids["<eos>"])
+        greedy = greedy_answers(model, questions, np.arange(len(questions.table.examples)), ids["<eos>"])
         assert [greedy[i] for i in picked] == generated
         # an answer is right if it is what is generated, and only then
         said = [
@@ -90,7 +90,7 @@ def test_all_tokens_give_the_logits_and_the_answers_of_llava(scenes: list) -> No
         changed = [replace(e, answer=f"{e.answer.rpartition(' ')[0]} blank".strip()) for e in said[::2]]
         asked = Questions.of(make_table([*said, *changed]), questions.inputs, None)
         cut = [i for i, words in enumerate(generated) if len(words) == questions.labels.shape[1]]  # no <eos> yet
-        right = right_answers(model, asked)
+        right = right_answers(model, asked, np.arange(len(said) + len(changed)))
     assert [i for i in range(len(said)) if not right[i]] == cut
     assert not right[len(said) :].any()
 
@@ -106,7 +106,7 @@ def test_every_method_starts_at_its_first_block_and_trains_what_it_says(run: Run
     questions = _questions(model, first, scenes, states)
     rows = training_order(questions.table, 1, 8, 4, 0)
     model.train()
-    text = None if questions.texts is None else questions.texts[questions.text[rows[0]]]
+    text = None if questions.texts is None else questions.texts[questions.told[rows[0]]]
     picked = questions.scene[rows[0]] if text is not None else questions.scene[rows[0]][::4]
     with torch.no_grad():
         # the complete tower, as covft's user calls it
@@ -122,7 +122,7 @@ def test_every_method_starts_at_its_first_block_and_trains_what_it_says(run: Run
             return
         on = torch.from_numpy(rows)
         loss = step_loss(
-            model, questions, on[0], questions.text[on[0]], questions.ids.shape[1], questions.labels.shape[1], 4
+            model, questions, on[0], questions.told[on[0]], questions.ids.shape[1], questions.labels.shape[1], 4
         )
         loss.backward()
     inside = {n for n, p in model.encoder.vit.named_parameters() if p.requires_grad}

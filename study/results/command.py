@@ -1,0 +1,79 @@
+"""`python -m study table`, `plots` and `page`: what the rows say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from study.results.studies import Results
+
+_Rows = Annotated[Path | None, typer.Option(help="Folder of rows; default: study/results/rows/SIZE.")]
+_Size = Annotated[str, typer.Option(help="Size whose rows are read: small or large.")]
+_Split = Annotated[str, typer.Option(help="Split whose rows are read.")]
+
+PAGE = Path(__file__).parents[2] / "docs" / "study"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the study's command line."""
+    app.command("table")(table)
+    app.command("plots")(plots)
+    app.command("page")(page)
+
+
+def table(
+    study: Annotated[str | None, typer.Option(help="Studies, separated by commas; default: all.")] = None,
+    size: _Size = "small",
+    rows: _Rows = None,
+    split: _Split = "test",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+) -> None:
+    """Print the tables of the studies, from the rows alone."""
+    from rich.console import Console
+
+    from study.results.studies import chosen
+    from study.results.tables import HOW_TO_READ, tables_of
+
+    results = _results(size, rows, split)
+    for each in chosen(study):
+        for found in tables_of(results, each):
+            if markdown:
+                typer.echo(f"## {found.title}\n\n{found.markdown()}\n")
+            else:
+                Console().print(found.rich(), "")
+    (typer.echo if markdown else Console().print)(HOW_TO_READ.replace("*", ""))
+
+
+def plots(
+    size: _Size = "small",
+    rows: _Rows = None,
+    split: _Split = "test",
+    output: Annotated[Path, typer.Option(help="Folder for the figures.")] = PAGE,
+) -> None:
+    """Draw the figures of the studies, from the rows alone."""
+    from study.results.plots import write_plots
+
+    for plot in write_plots(_results(size, rows, split), output):
+        typer.echo(output / f"{plot.name}.svg")
+
+
+def page(
+    size: _Size = "small",
+    rows: _Rows = None,
+    split: _Split = "test",
+    output: Annotated[Path, typer.Option(help="Folder for the page and its figures.")] = PAGE,
+) -> None:
+    """Write the page of the study, with tables, figures and verdicts, from the rows alone."""
+    from study.results.page import write_page
+
+    typer.echo(write_page(_results(size, rows, split), output))
+
+
+def _results(size: str, folder: Path | None, split: str) -> Results:
+    from study.results.load import ROWS, read_rows
+    from study.results.studies import Results
+
+    return Results.of(size, read_rows(folder or ROWS / size), split)
