@@ -130,9 +130,12 @@ def lora(bench: Bench, tree: Path) -> None:
 def methods(bench: Bench, tree: Path) -> None:
     """Other methods of `covft.tune` on the tower: what moves, what is saved, loading."""
     covft = "--covft_text_encoder bert-base-uncased --covft_layers 11-22 --covft_experts 4"
-    for method, option, encoder in (("lora", "r=4", "none"), ("adaln", "layers=1-3", "bert")):
-        name, flags = f"llava-{method}", f"--covft_method {method} --covft_option {option}"
-        flags += "" if encoder == "none" else f" --covft_text_encoder {encoder}"
+    for method, more, encoder in (
+        ("lora", "--covft_option r=4", "none"),
+        ("bitfit", "", "none"),
+        ("adaln", "--covft_option layers=1-3 --covft_text_encoder bert", "bert"),
+    ):
+        name, flags = f"llava-{method}", f"--covft_method {method} {more}"
         replace = {covft: flags, **command(tree, name, 8)}
         for key in ("bert-base-uncased", "11-22"):
             del replace[key]
