@@ -58,6 +58,7 @@ def run(bench: Bench) -> None:
     stage_1(bench, tree)
     stage_2(bench, tree)
     lora(bench, tree)
+    methods(bench, tree)
 
 
 def stage_1(bench: Bench, tree: Path) -> None:
@@ -124,6 +125,30 @@ def lora(bench: Bench, tree: Path) -> None:
     same = value_of(bench.part("compare_files.py", "same", "llava-lora-all", cut.name, title="compared"))
     bench.check("LoRA: a resumed run ends with the weights of an uninterrupted one", same == 0, f"difference {same}")
     evaluate(bench, "llava-lora-none", " --model-base vicuna")
+
+
+def methods(bench: Bench, tree: Path) -> None:
+    """Other methods of `covft.tune` on the tower: what moves, what is saved, loading."""
+    covft = "--covft_text_encoder bert-base-uncased --covft_layers 11-22 --covft_experts 4"
+    for method, more, encoder in (
+        ("lora", "--covft_option r=4", "none"),
+        ("bitfit", "", "none"),
+        ("adaln", "--covft_option layers=1-3 --covft_text_encoder bert", "bert"),
+    ):
+        name, flags = f"llava-{method}", f"--covft_method {method} {more}"
+        replace = {covft: flags, **command(tree, name, 8)}
+        for key in ("bert-base-uncased", "11-22"):
+            del replace[key]
+        replace["deepspeed --module"] = f"python {PARTS / 'original_reload.py'} train logits.pt"
+        train(bench, replace, f"stage 2 with --covft_method {method}")
+        settings = json.loads((bench.folder / name / "covft/covft_config.json").read_text(encoding="utf-8"))
+        bench.check(f"{method}: covft/ names the method", settings["method"]["name"] == method)
+        first, last = f"{name}/checkpoint-2/covft", f"{name}/checkpoint-8/covft"
+        moved = value_of(bench.part("compare_files.py", "moved", first, last, title="what moved in 6 steps"))
+        bench.check(f"{method}: share of elements that moved: at least 0.9", min(moved.values()) >= 0.9, moved)
+        output = bench.part("original_reload.py", "load", "llava", name, "logits.pt", encoder, title="loaded anew")
+        difference = line_of(output, "difference")
+        bench.check(f"{method}: loaded, it gives the logits of training", difference == "difference 0.0", difference)
 
 
 def evaluate(bench: Bench, folder: str, more: str) -> None:

@@ -1,7 +1,8 @@
 """Compare a model after training with the one that is loaded from its folder.
 
 original_reload.py train FILE MODULE ...            runs a module as `python -m` does, and keeps the logits
-original_reload.py load llava|internvl FOLDER FILE TEXT_ENCODER  prints the largest difference from them
+original_reload.py load llava|internvl FOLDER FILE TEXT_ENCODER  prints the largest difference from them; a method
+without text has the encoder "none"
 """
 
 from __future__ import annotations
@@ -65,13 +66,14 @@ def logits_of(model: Any, batch: Any) -> torch.Tensor:
 
 def load(codebase: str, folder: str, file: str, text_encoder: str) -> None:
     """Load a model as the guides do, and compare."""
-    model = {"llava": load_llava, "internvl": load_internvl}[codebase](folder, text_encoder)
+    encoder = None if text_encoder == "none" else text_encoder
+    model = {"llava": load_llava, "internvl": load_internvl}[codebase](folder, encoder)
     kept = torch.load(file)
     difference = (logits_of(model.eval(), kept["batch"]) - kept["logits"]).abs().max().item()
     print(f"difference {difference}")
 
 
-def load_llava(folder: str, text_encoder: str) -> Any:
+def load_llava(folder: str, text_encoder: str | None) -> Any:
     """Load as in docs/guides/original-llava.md."""
     from llava.conversation import conv_templates
     from llava.model.builder import load_pretrained_model
@@ -84,7 +86,7 @@ def load_llava(folder: str, text_encoder: str) -> Any:
     )
 
 
-def load_internvl(folder: str, text_encoder: str) -> Any:
+def load_internvl(folder: str, text_encoder: str | None) -> Any:
     """Load as in docs/guides/internvl-chat.md."""
     from transformers import AutoModel, AutoTokenizer
 
