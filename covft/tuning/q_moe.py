@@ -18,7 +18,7 @@ from covft.nn.moe import ContextualMoE
 from covft.surgery.overrides import Override
 from covft.tuning.change import Change
 from covft.tuning.method import Method, Tower
-from covft.tuning.texts import conditioning_of, text_width
+from covft.tuning.texts import ReadsText, conditioning_of, text_width
 from covft.utils.arguments import check_kinds, check_sizes
 
 CONNECTOR = "covft_connector"
@@ -93,7 +93,7 @@ class ConnectorFFN(NamedTuple):
     last: nn.Linear
 
 
-class ConnectorExperts(nn.Module):
+class ConnectorExperts(ReadsText):
     """Mixes copies of an FFN of the connector, by the text of each image.
 
     Args:
@@ -104,8 +104,7 @@ class ConnectorExperts(nn.Module):
     """
 
     def __init__(self, conditioning: Conditioning, ffn: ConnectorFFN, text_dim: int, experts: int) -> None:
-        super().__init__()
-        self.conditioning = conditioning
+        super().__init__(conditioning)
         copied = nn.Sequential(*ffn)
         copied.training = ffn.first.training
         self.moe = ContextualMoE(
@@ -120,9 +119,7 @@ class ConnectorExperts(nn.Module):
             ShapeError: If the text is for another number of images.
             ReentrantCheckpointError: If gradients would be lost silently.
         """
-        scope = self.conditioning.require()
-        assert scope is not None, "the method needs text"
-        self.conditioning.check_gradients(scope, training=self.training)
+        scope = self.scope()
         segments = self.conditioning.segments_after(scope, x)
         if segments is None:
             scope.check_rows(len(x))

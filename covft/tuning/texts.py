@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from covft.conditioning import Conditioning
+from covft.conditioning.scope import Scope
 from covft.errors import ConfigError, ShapeError, UnsupportedViTError
 from covft.nn.segments import Segments
 from covft.tuning.method import Tower
@@ -57,6 +58,18 @@ class ReadsText(nn.Module):
         super().__init__()
         self.conditioning = conditioning
 
+    def scope(self) -> Scope:
+        """Return the running call, whose text is read.
+
+        Raises:
+            MissingContextError: If there is no text.
+            ReentrantCheckpointError: If gradients would be lost silently.
+        """
+        scope = self.conditioning.require()
+        assert scope is not None, "methods that read text need it"
+        self.conditioning.check_gradients(scope, training=self.training)
+        return scope
+
     def images_of(self, x: Tensor) -> ImageTokens:
         """Return the tokens of each image, and its text.
 
@@ -68,9 +81,7 @@ class ReadsText(nn.Module):
             ShapeError: If the text is for another number of images.
             ReentrantCheckpointError: If gradients would be lost silently.
         """
-        scope = self.conditioning.require()
-        assert scope is not None, "methods that read text need it"
-        self.conditioning.check_gradients(scope, training=self.training)
+        scope = self.scope()
         segments = self.conditioning.segments_of(scope, x)
         if segments is None:
             num_images, tokens = len(x), x.flatten(1, -2)

@@ -31,7 +31,7 @@ from covft.errors import UnsupportedVersionError
 # The module that a wrapper of torch holds: of torch.compile, and of `checkpoint_wrapper` (which state dicts leave out).
 COMPILED, CHECKPOINTED = "_orig_mod", "_checkpoint_wrapped_module"
 _BEFORE = "_forward_pre_hooks"
-_TABLES = (_BEFORE, "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TABLES = (_BEFORE, "_forward_hooks")
 _OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
@@ -114,7 +114,7 @@ def remove_hooks(module: nn.Module, is_ours: Callable[[Any], bool]) -> None:
         module: Where they are registered.
         is_ours: Whether an object is one of those.
     """
-    for table in _TABLES[:2]:
+    for table in _TABLES:
         hooks = getattr(module, table)
         for key in [key for key, hook in hooks.items() if is_ours(getattr(hook, "__self__", None))]:
             for options in (hooks, *(getattr(module, name) for name in _OPTIONS)):

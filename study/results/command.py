@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from study.results.studies import Results
 
 _Rows = Annotated[Path | None, typer.Option(help="Folder of rows; default: study/results/rows/SIZE.")]
-_Size = Annotated[str, typer.Option(help="Size whose rows are read: small or large.")]
+_Size = Annotated[str, typer.Option(help="Size whose rows are read.")]
 _Split = Annotated[str, typer.Option(help="Split whose rows are read.")]
 
 _WIDTH = 200  # of a table, at least: `| less -S` scrolls, and cells that are broken up cannot be read

@@ -91,13 +91,12 @@ class GraphedSteps:
         self._graph.replay()
 
 
-def graphed(*args: Any, **kwargs: Any) -> GraphedSteps | None:
+def graphed(loss_of: Callable[..., Tensor], tables: Sequence[Tensor], *args: Any, **kwargs: Any) -> GraphedSteps | None:
     """Record steps, as `GraphedSteps`; None where that cannot be done: on a CPU, or if a step waits for the device."""
-    tables: Sequence[Tensor] = args[1]
     if not tables[0].is_cuda:
         return None
     try:
-        return GraphedSteps(*args, **kwargs)
+        return GraphedSteps(loss_of, tables, *args, **kwargs)
     except RuntimeError:  # such as sparse routing, which picks rows by their values
         torch.cuda.synchronize()
         return None
