@@ -117,6 +117,16 @@ def percent(hits: Hits) -> dict[str, float]:
     return {task: round(100 * sum(found) / len(found), 4) for task, found in hits.items()}
 
 
+def mean_of(scores: dict[str, float]) -> float:
+    """Return the mean over the tasks outside the conflict, whose captions have no percent; over all if there is none.
+
+    Args:
+        scores: Score of each task.
+    """
+    counted = [score for task, score in scores.items() if TASKS[task].group != "conflict"] or [*scores.values()]
+    return sum(counted) / len(counted)
+
+
 def written(hits: Hits) -> dict[str, str | list[float]]:
     """Return hits as a row holds them: a string of 0 and 1 where they are such, else numbers."""
     return {

@@ -9,6 +9,7 @@ from typing import Any
 from covft.utils.files import write_json
 from study.runs.plan import Planned, method_runs
 from study.runs.rows import Rows
+from study.runs.score import mean_of
 from study.runs.settings import RATES, RunSettings, chosen_rates
 
 
@@ -38,8 +39,8 @@ def choose_rates(rows: Rows) -> dict[str, float]:
     for row in rows.read():
         settings = row["settings"]
         if row["split"] == "validation" and settings["vision_lr"] is not None:
-            mean = sum(row["scores"].values()) / len(row["scores"])
-            found.setdefault(settings["method"], {}).setdefault(settings["vision_lr"], []).append(mean)
+            rates = found.setdefault(settings["method"], {})
+            rates.setdefault(settings["vision_lr"], []).append(mean_of(row["scores"]))
     best = {method: max(rates, key=lambda rate: sum(rates[rate]) / len(rates[rate])) for method, rates in found.items()}
     write_json(RATES, {"vision_lr": {**chosen_rates(), **best}})
     chosen_rates.cache_clear()

@@ -89,6 +89,7 @@ def _worker(
     import torch
 
     from study.runs.run import run
+    from study.runs.score import mean_of
     from study.runs.train import OutOfTime
 
     cores = multiprocessing.cpu_count()
@@ -116,7 +117,7 @@ def _worker(
                 continue
             rows.write(row)
             longest = max(longest, time.monotonic() - began)
-            events.put(("finished", name, sum(row["scores"].values()) / len(row["scores"])))
+            events.put(("finished", name, mean_of(row["scores"])))
     events.close()
     events.join_thread()
 

@@ -12,6 +12,7 @@ from study.data.tasks import TASKS
 from study.runs.captions import with_captions
 from study.runs.plan import STUDIES, Planned, plan
 from study.runs.rows import Rows
+from study.runs.score import mean_of
 from study.runs.search import choose_rates, grid
 from study.runs.settings import CONTROLS, RunSettings
 from study.runs.tables import chosen, held_out_part
@@ -102,3 +103,8 @@ def test_runs_leave_rows_and_are_not_run_again(tmp_path: Path) -> None:
     assert {row["name"]: row for row in rows.read()}[runs[0].name]["studies"] == ["methods", "controls"]
     late = work([Planned(RunSettings(**TINY, seed=1), ("methods",))], rows, time_limit=0.0, show=False)
     assert late.left == [RunSettings(**TINY, seed=1).name]
+
+
+def test_the_mean_of_a_run_leaves_out_the_conflict():
+    assert mean_of({"count": 90.0, "word": 10.0, "grounding": 0.0, "caption": 350.0}) == 50.0
+    assert mean_of({"caption": 350.0}) == 350.0
