@@ -18,6 +18,8 @@ from covft.surgery.overrides import Override
 from covft.surgery.wrapped import WrappedViT
 from covft.utils.sharding import is_sharded
 
+RUNS_IN = "covft_runs_in"
+
 
 class WideNorm(Override):
     """Overrides the forward of a norm in float32: tokens in half precision come back in their own type."""
@@ -74,23 +76,27 @@ def remove_wide_norms(vit: nn.Module) -> None:
 class HalfWeights(Override):
     """Overrides the forward of a block, or of the ViT around the blocks, some of whose weights are kept in float32.
 
-    It runs with these weights in half precision, as if they had never been cast, also in a recomputation. What reads
-    weights without calling their module is covered, such as `nn.MultiheadAttention`.
+    It runs with these weights in the type that the ViT was cast to, as if they had never been kept in float32, also in
+    a recomputation. What reads weights without calling their module is covered, such as `nn.MultiheadAttention`. An
+    empty buffer of the unit holds the type, because casts of the ViT reach buffers: `vit.float()` is followed.
 
     Args:
         unit: The block or the ViT.
         names: Names of the weights in it.
-        dtype: The type to run in.
+        dtype: The type to run in, until the ViT is cast.
     """
 
     def __init__(self, unit: nn.Module, names: tuple[str, ...], dtype: torch.dtype) -> None:
         super().__init__(unit, "forward")
-        self.names, self.dtype = names, dtype
+        self.names = names
+        device = next(unit.parameters()).device
+        unit.register_buffer(RUNS_IN, torch.empty(0, dtype=dtype, device=device), persistent=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run with weights in half precision; their gradients come in float32."""
+        dtype = self.owner.get_buffer(RUNS_IN).dtype
         weights = ((name, self.owner.get_parameter(name)) for name in self.names)
-        half = {f"unit.{name}": w.to(self.dtype) for name, w in weights if w.dtype == torch.float32}
+        half = {f"unit.{name}": w.to(dtype) for name, w in weights if w.dtype == torch.float32}
         return functional_call(_Run(self.owner, self.inner), half, self._own(args), kwargs)
 
 
@@ -109,7 +115,7 @@ class _Run(nn.Module):
         return self.inner(*args, **kwargs)
 
 
-def widen_weights(vit: nn.Module, names: Iterable[str], blocks: Iterable[str]) -> dict[str, torch.dtype]:
+def widen_weights(vit: nn.Module, names: Iterable[str], blocks: Iterable[str]) -> dict[str, str]:
     """Cast trained weights of a ViT from half precision to float32; it still runs in half precision.
 
     Args:
@@ -118,42 +124,54 @@ def widen_weights(vit: nn.Module, names: Iterable[str], blocks: Iterable[str]) -
         blocks: Paths of its blocks, which activation checkpointing runs by themselves.
 
     Returns:
-        The types of those that were cast, by name.
+        For each that was cast, by name, the path of the block that runs with it, or "" for the ViT.
     """
-    narrow: dict[str, torch.dtype] = {}
-    units: dict[str, list[str]] = {}
+    narrow: dict[str, str] = {}
     paths = sorted(set(blocks))
     for name in names:
         parameter = vit.get_parameter(name)
         if not parameter.requires_grad or parameter.dtype not in HALF or is_sharded(parameter):
             continue
-        narrow[name] = parameter.dtype
-        parameter.data = parameter.data.float()
-        units.setdefault(next((path for path in paths if name.startswith(f"{path}.")), ""), []).append(name)
-    for path, inside in units.items():
-        unit = vit.get_submodule(path)
-        own = tuple(name.removeprefix(f"{path}.") for name in inside)
+        path = next((path for path in paths if name.startswith(f"{path}.")), "")
+        unit, inside = vit.get_submodule(path), (name.removeprefix(f"{path}."),)
         before = unit.__dict__.get("forward")
         if isinstance(before, HalfWeights):
-            before.names += own
+            before.names += inside
         else:
-            HalfWeights(unit, own, narrow[inside[0]]).install()
+            HalfWeights(unit, inside, parameter.dtype).install()
+        narrow[name] = path
+        parameter.data = parameter.data.float()
     return narrow
 
 
-def narrow_weights(vit: nn.Module, narrow: Mapping[str, torch.dtype]) -> None:
-    """Undo `widen_weights`; where the ViT was cast since, its weights keep the type that they have.
+def narrow_types(vit: nn.Module, narrow: Mapping[str, str]) -> dict[str, torch.dtype]:
+    """Return the type that the ViT runs in, by the name of each weight that `widen_weights` has cast.
+
+    Args:
+        vit: The ViT.
+        narrow: What `widen_weights` returned.
+
+    Returns:
+        Types by name; a later cast of the ViT is followed.
+    """
+    markers = {path: vit.get_submodule(path)._buffers.get(RUNS_IN) for path in set(narrow.values())}
+    return {name: marker.dtype for name, path in narrow.items() if (marker := markers[path]) is not None}
+
+
+def narrow_weights(vit: nn.Module, narrow: Mapping[str, str]) -> None:
+    """Undo `widen_weights`: the weights get the type that the ViT has been cast to.
 
     Args:
         vit: The ViT.
         narrow: What `widen_weights` returned.
     """
-    for module in vit.modules():
-        override = module.__dict__.get("forward")
+    for name, dtype in narrow_types(vit, narrow).items():
+        parameter = vit.get_parameter(name)
+        parameter.data = parameter.data.to(dtype)
+    for path in dict.fromkeys(narrow.values()):
+        unit = vit.get_submodule(path)
+        if unit._buffers.pop(RUNS_IN, None) is not None:
+            unit._non_persistent_buffers_set.discard(RUNS_IN)
+        override = unit.__dict__.get("forward")
         if isinstance(override, HalfWeights):
             override.remove()
-    rest = {p.dtype for name, p in vit.named_parameters() if name not in narrow and p.is_floating_point()}
-    for name, dtype in narrow.items():
-        parameter = vit.get_parameter(name)
-        if parameter.dtype == torch.float32 and (dtype in rest or not rest):
-            parameter.data = parameter.data.to(dtype)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from covft.conditioning import Conditioning
@@ -76,7 +75,7 @@ class Applied:
         values: Values of the ViT's own parameters that are trained, on the CPU, by their names before.
         requires_grad: Whether each parameter was trainable, by its name before.
         idle: Whether each of `Change.idle_parameters` was trainable.
-        narrow: Types of the ViT's own parameters that were cast to float32 since, by name.
+        narrow: The ViT's own parameters that were cast to float32 since, by name; see `widen_weights`.
         over: Whether the ViT is plain again, after `undo` or `finish`.
     """
 
@@ -84,7 +83,7 @@ class Applied:
     values: dict[str, Tensor]
     requires_grad: dict[str, bool]
     idle: list[bool] = field(default_factory=list)
-    narrow: dict[str, torch.dtype] = field(default_factory=dict)
+    narrow: dict[str, str] = field(default_factory=dict)
     over: bool = False
 
 

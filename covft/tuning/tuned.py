@@ -16,7 +16,7 @@ from covft.conditioning.calls import CalledWithText
 from covft.errors import ConfigError, MergeError
 from covft.nn.functional import HALF
 from covft.surgery.adapted import AdaptedViT
-from covft.surgery.precision import widen_weights
+from covft.surgery.precision import narrow_types, widen_weights
 from covft.surgery.wrapped import module_at
 from covft.text import TextEncoder
 from covft.tuning import loading, saving
@@ -164,7 +164,7 @@ class TunedViT(CalledWithText, AdaptedViT):
         A method that only trains parameters that were there keeps their values; otherwise the ViT has its old ones.
         """
         if self.keeps_names:
-            types = {f"{prefix}{name}": dtype for name, dtype in self.before.narrow.items()}
+            types = {f"{prefix}{name}": dtype for name, dtype in narrow_types(self.vit, self.before.narrow).items()}
             return {name: tensor.to(types.get(name, tensor.dtype)) for name, tensor in state.items()}
         inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         outside = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
@@ -176,7 +176,7 @@ class TunedViT(CalledWithText, AdaptedViT):
         """Give parameters that are kept in float32 the type of the ViT."""
         wide = {name: self.vit.get_parameter(name).data for name in self.before.narrow}
         try:
-            for name, dtype in self.before.narrow.items():
+            for name, dtype in narrow_types(self.vit, self.before.narrow).items():
                 self.vit.get_parameter(name).data = wide[name].to(dtype)
             yield
         finally:

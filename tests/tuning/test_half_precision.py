@@ -115,9 +115,22 @@ def test_copies_saved_and_merged_ones_have_the_outputs(tmp_path):
     assert torch.equal(answer(vit, tower, images), last)
 
 
-def test_a_later_cast_is_followed():
-    tower, encoder = tuned("bitfit")
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=LONG), torch.float64])
+@pytest.mark.parametrize("method", [m if m in ("full", "bitfit") else pytest.param(m, marks=LONG) for m in OWN])
+def test_a_later_cast_is_followed(method, dtype, tmp_path):
+    tower, encoder = tuned(method)
+    before = [name for name, _ in encoder.vit.named_buffers()]
     encoder.train_in_float32()
-    encoder.double()
-    assert answer(encoder, tower, tower.images(3, torch.float64)).dtype == torch.float64
-    assert {p.dtype for p in untune(encoder).parameters()} == {torch.float64}
+    moved(encoder, tower, tower.images(3, torch.bfloat16), steps=1)
+    encoder.to(dtype)
+    plain = tower_of("hf-clip")[1].to(dtype)
+    plain.load_state_dict(encoder.vit.state_dict())
+    images = tower.images(3, dtype)
+    output = answer(encoder, tower, images)
+    assert output.dtype == dtype
+    assert torch.equal(answer(plain, tower, images), output)
+    encoder.save_pretrained(tmp_path)
+    assert torch.equal(answer(load(tmp_path, vit=tower_of("hf-clip")[1].bfloat16().to(dtype)), tower, images), output)
+    vit = untune(encoder)
+    assert {p.dtype for p in vit.parameters()} == {dtype}
+    assert [name for name, _ in vit.named_buffers()] == before
