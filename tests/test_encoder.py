@@ -146,6 +146,7 @@ def test_compile__inductor():
     assert torch.allclose(compiled(images, text), encoder(images, text), atol=1e-4)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("tower", TOWERS, ids=str)
 def test_bfloat16_and_autocast__stay_finite(tower):
     inputs = tower.inputs(2)

@@ -47,6 +47,7 @@ def rows(card: str) -> list[str]:
     return [line for line in card.split("\n") if line.startswith("|")]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("place", ["base ViT", "text encoder", "class"])
 @pytest.mark.parametrize("name", EVIL)
 def test_no_name_changes_the_card(place, name):

@@ -33,6 +33,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("settings", VARIANTS, ids=lambda s: "-".join(map(str, s.values())) or "default")
 def test_a_loaded_encoder_gives_the_outputs_of_the_saved_one(tower, settings, tmp_path):

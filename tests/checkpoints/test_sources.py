@@ -173,6 +173,7 @@ class Named:
         return torch.ones(len(texts), WIDTH)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("revision", [None, "main", 3, "../x", ["main"]])
 @pytest.mark.parametrize(
     "name", ["", "a\nb\x00c", "x" * 100_000, "\ud800", "?", "open_clip:", "hf:/", "/", "a?b=c?d=e"]

@@ -60,6 +60,7 @@ def test_every_family_has_a_page():
     assert set(FAMILIES) - alike <= set(TINY)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # GLM, PaliGemma
 @pytest.mark.parametrize("family", TINY)
 def test_the_snippet_attaches__and_the_question_reaches_the_tower(family, here):

@@ -14,6 +14,7 @@ SECONDS = ("attach", "match", "ConversationDataset", "compress")  # what is buil
 CALLS = [pytest.param(call, marks=pytest.mark.long if str(call) in SECONDS else ()) for call in EVERYTHING]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_wrong_kinds(call: Call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a path such as "nonsense" is a good one

@@ -201,6 +201,7 @@ def test_never_runs__in_training(name, checkpointing):
         assert all(p.grad is not None for slot in encoder.slots().values() for p in slot.parameters())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("called", [False, True], ids=["before-a-call", "after-a-call"])
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))], ids=["copy", "pickle"])
 @every_tower

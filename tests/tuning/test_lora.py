@@ -87,6 +87,7 @@ def test_a_tower_with_adapters_is_refused():
         tune(vit, "lora")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("tower", TOWERS, ids=str)
 def test_every_update_gets_a_gradient(tower):
     """Some attentions read the weight of a linear layer without calling it, past any update."""

@@ -37,6 +37,7 @@ def test_what_merges_is_what_only_changes_weights():
     }  # fmt: skip
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("method", "name"), CASES)
 def test_the_merged_tower_is_a_plain_one(method, name):
     tower, vit = tower_of(name)

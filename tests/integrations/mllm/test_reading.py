@@ -33,6 +33,7 @@ def test_forward__every_image_has_the_question_of_its_row(mllm):
     assert changed(runs[0].features, others) == [True] * len(questions)
 
 
+@pytest.mark.sampled(2)
 @every_mllm
 def test_forward__asking_one_row_something_else_changes_its_images_only(mllm):
     rows = [Row(1, CUP), Row(2, PEOPLE), Row(1, CUP)]

@@ -49,6 +49,7 @@ def refused(kind, model, rows, checkpoint, output):
     return caught.value
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["plain", "ours"])
 @pytest.mark.parametrize(
     ("name", "old", "new"),

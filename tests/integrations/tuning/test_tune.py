@@ -80,6 +80,7 @@ def train(model, batch, steps=3):
     return {name: p.grad for name, p in encoder.vit.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_start_training_text_saving_and_undoing(method, tmp_path):
     from transformers import LlavaForConditionalGeneration
