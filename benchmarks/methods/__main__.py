@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.methods import page
 from benchmarks.methods.cases import Case, cases
-from benchmarks.methods.measure import CLOCK, Bench, matched
+from benchmarks.methods.measure import CLOCK, Bench, in_connector, matched
 from benchmarks.speed.measure import machine
 from benchmarks.speed.sizes import CLIP_L, TINY, Record
 
@@ -39,6 +39,8 @@ def main(words: Sequence[str] | None = None) -> None:
     bench, every = Bench(size), cases(size)
     result = json.loads(file.read_text()) if file.exists() else {}
     result.setdefault("plain", bench.plain())
+    if "q_moe" not in result:
+        result["q_moe"] = in_connector(size.text_dim)
     before = {record["name"]: record for record in result.get("methods", ())}
     for name in [name for name, record in before.items() if record["method"] in (options.method or ())]:
         del before[name]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import covft
+from benchmarks.memory.models import Model
 from benchmarks.methods.cases import Case
 from benchmarks.speed.measure import bytes_for_backward, flops
 from benchmarks.speed.sizes import Record, Size, clip
@@ -95,6 +96,21 @@ def _cpu_seconds(function: Callable[[], Any]) -> float:
     start = time.process_time()
     function()
     return time.process_time() - start
+
+
+def in_connector(text_dim: int) -> Record:
+    """Return what q_moe costs in LLaVA-1.5-7B, by `covft.budget`: it has no place in a tower alone.
+
+    Args:
+        text_dim: Width of the text features.
+    """
+    cost = covft.budget(Model("LLaVA-7B", lora=False).plain, "q_moe", text_dim=text_dim)
+    return {
+        "parameters": cost.parameters,
+        "flops": cost.forward_flops,
+        "flops_step": cost.step_flops,
+        "bytes": cost.kept_bytes,
+    }
 
 
 def matched(bench: Bench, target: int) -> list[Record]:

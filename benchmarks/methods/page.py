@@ -66,6 +66,8 @@ def page(result: dict[str, Any]) -> str:
         "Gradients and AdamW's moments take 12 bytes per trained parameter in addition, in float32. The dashed line is "
         "the frozen tower. Experts are [recomputed](../guides/cheaper.md) in backward.",
         "",
+        _elsewhere(result["q_moe"]),
+        "",
         "## With the same number of parameters",
         "",
         "Table 7 of the [paper](https://arxiv.org/abs/2603.21077) sets LoRA of rank 512 against covft in 4 blocks. "
@@ -126,6 +128,17 @@ def _told(method: type[Method]) -> tuple[str, bool, str]:
 def _disturbance(records: list[Record]) -> float:
     """Return the largest distance from 1 of a forward that takes as long as the frozen tower's."""
     return max(abs(relative(record, "forward") - 1) for record in records if not record["added"])
+
+
+def _elsewhere(record: Record) -> str:
+    """Say what the methods cost that have no line of their own."""
+    return (
+        "[`svpt`](svpt.md) costs what `vpt` does, and its start runs the tower once over the images that it is given. "
+        f"[`q_moe`](q_moe.md) is in the connector of a multimodal LLM: in that of LLaVA-1.5-7B it trains "
+        f"{record['parameters']:,} parameters, and `covft.budget` counts {record['flops'] / 1e9:.0f} GFLOPs per image "
+        f"more in a forward, {record['flops_step'] / 1e9:.0f} more in a step, and {record['bytes'] / 1e6:.0f} MB kept, "
+        "in float32."
+    )
 
 
 def _wanted(result: dict[str, Any]) -> int:
