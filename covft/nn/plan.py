@@ -23,6 +23,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(_QUICK * x),
     "silu": silu,
 }
+_CALLED = "()"  # begins the name of an activation that the FFN's forward calls as a function
 _OTHER_FORM = "another form than linear, activation, linear"
 # Kinds by the number of the first linear layers, and their width relative to the input of the last one.
 _KINDS: dict[tuple[float, ...], tuple[str, ...]] = {
@@ -39,7 +40,7 @@ class FFNPlan:
     Attributes:
         first: Names of the linear layers on the tokens, one or two.
         last: Name of the last linear layer.
-        activation: Name of the activation.
+        activation: Name of the activation in the FFN; `"()silu"` if it is no attribute, but a function that is called.
         kind: What comes between: `"plain"`, act(p); `"gate_first"`, act(p) q; `"gate_last"`, p act(q). With the suffix
             `"_halves"`, p and q are the halves of one layer's output.
         functions: Name of the function that an activation computes, by `identity_of` the activation; known ones are
@@ -63,20 +64,22 @@ class FFNPlan:
         trial, generator = copy.deepcopy(ffn), torch.Generator().manual_seed(0)
         # On the meta device there is nothing to copy, and nothing is needed: the weights are drawn here.
         trial = trial.to_empty(device="cpu") if _is_meta(trial) else trial.cpu()
-        trial = trial.float()
+        trial = trial.float().train()  # in which dropout that is no module shows
         for parameter in trial.parameters():
             parameter.uniform_(-1, 1, generator=generator).mul_(parameter.shape[-1] ** -0.5)
         linears = _linears(trial)
         width = next(iter(linears.values())).in_features
         tokens = torch.randn(1, 3, width, generator=generator, dtype=torch.float32, device="cpu")
         try:
-            wanted = trial(tokens)
+            with torch.random.fork_rng(devices=[]):
+                wanted = trial(tokens)
         except Exception as error:  # of a foreign FFN that wants more than tokens
             return None, f"it does not run on tokens alone ({type(error).__name__})"
         for plan in _candidates(trial, linears):
             found = run_ffn(tokens, plan.weights(trial), plan.between(trial))
             if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-4, atol=1e-5):
-                return replace(plan, functions=_known(plan._activation_of(trial))), ""
+                called = plan.activation.startswith(_CALLED)
+                return replace(plan, functions=() if called else _known(plan._activation_of(trial))), ""
         return None, _OTHER_FORM
 
     @staticmethod
@@ -95,6 +98,8 @@ class FFNPlan:
     def between(self, ffn: nn.Module) -> Between:
         """Return what an FFN computes between its linear layers, as a function of the first layers' outputs."""
         activation = self._activation_of(ffn)
+        if self.activation.startswith(_CALLED):
+            return Between(activation, self.kind, function=self.activation.removeprefix(_CALLED))
         identity = identity_of(activation)
         names = (name for known, name in self.functions if known == identity)
         # Not called as a module: hooks on all modules (profilers set them) cannot follow what backward does with it.
@@ -102,6 +107,8 @@ class FFNPlan:
         return Between(call, self.kind, function=next(names, None))
 
     def _activation_of(self, ffn: nn.Module) -> Any:
+        if self.activation.startswith(_CALLED):
+            return _FUNCTIONS[self.activation.removeprefix(_CALLED)]
         owner, _, name = self.activation.rpartition(".")
         return getattr(_submodule(ffn, owner), name)
 
@@ -201,6 +208,7 @@ def _candidates(ffn: nn.Module, linears: dict[str, nn.Linear]) -> Iterator[FFNPl
         for name, value in vars(ffn).items()
         if callable(value) and not isinstance(value, nn.Module | type) and not name.startswith("_")
     ]
+    activations += [f"{_CALLED}{name}" for name in _FUNCTIONS]
     for names in itertools.permutations(linears):
         *first, last = names
         into, out = [linears[name] for name in first], linears[last]

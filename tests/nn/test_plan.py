@@ -86,6 +86,40 @@ class NeedsMore(Scaled):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class Called(nn.Module):
+    """An FFN whose forward calls functions."""
+
+    def __init__(self, function=nn.functional.gelu, dropout=0.0):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(D, HIDDEN), nn.Linear(HIDDEN, D)
+        self.__dict__["settings"] = function, dropout
+
+    def forward(self, x):
+        function, dropout = self.__dict__["settings"]
+        return self.fc2(nn.functional.dropout(function(self.fc1(x)), dropout, self.training))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("ffn", "plan"),
+    [
+        (Called(), FFNPlan(("fc1",), "fc2", "()gelu", "plain")),
+        (Called(nn.functional.silu), FFNPlan(("fc1",), "fc2", "()silu", "plain")),
+        (Called(lambda x: x * torch.sigmoid(1.702 * x)), FFNPlan(("fc1",), "fc2", "()quick_gelu", "plain")),
+        (Halves(last=True), FFNPlan(("w12",), "w3", "()silu", "gate_last_halves")),
+    ],
+    ids=["gelu", "silu", "quick", "gated halves"],
+)
+def test_plan__knows_activations_that_are_called_as_functions(ffn, plan, training):
+    found, why = FFNPlan.of(ffn.train(training))
+    assert (found, why) == (plan, "")
+    assert found.between(ffn).function == plan.activation[2:]
+    experts = experts_like(ffn)
+    x, weights = torch.randn(2, 3, D, dtype=torch.float64), torch.rand(2, E, dtype=torch.float64)
+    mixed = mix(x, weights, experts, found, keep_pre_activations=False)
+    assert torch.allclose(mixed, one_by_one(x, weights, experts), rtol=1e-12, atol=1e-12)
+
+
 class Buffered(nn.Sequential):
     """Something whose values nobody knows may count."""
 
@@ -106,7 +140,7 @@ def test_plan__is_found_without_weights():
     [
         (Scaled(), "another form"),
         (Residual(), "another form"),
-        (Halves(last=True), "another form"),  # its activation is not an attribute
+        (Called(dropout=0.1), "another form"),
         (NeedsMore(), "tokens alone"),
         (nn.Sequential(nn.Linear(D, HIDDEN), nn.GELU(), nn.Dropout(0.1), nn.Linear(HIDDEN, D)), "dropout"),
         (nn.Sequential(nn.Linear(D, HIDDEN), nn.GELU(), nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, D)), "weights outside"),

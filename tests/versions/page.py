@@ -25,7 +25,7 @@ TEXT = """\
 # Tested releases
 
 covft needs torch {torch} or later, and Python {python} or later. With transformers {transformers} or later it wraps
-ViTs, reads texts, saves and loads; `attach`, the callback and the trainer need transformers {training}.
+ViTs, reads texts, saves and loads; `attach`, the callback and the trainer need transformers {training}, and so does tuning by other methods.
 
 Each row is an environment of its own, filled by pip, on CPU. A cell has the tests that passed there; `–` was not run.
 
@@ -42,6 +42,7 @@ The tests, in `tests/`:
 - save and load: {saving}
 - attach and generate: {attach}
 - train: {train}
+- tune: {tune}
 
 Skipped are tests of a model or an option that the release lacks.
 
@@ -64,7 +65,9 @@ def order(result: dict, package: str) -> tuple[int, ...]:
 def page(rows: list[dict] | None = None) -> str:
     """Return the page of these results, by default of all."""
     rows = results() if rows is None else rows
-    names = dict(zip(("wrap", "text", "saving", "attach", "train"), map(listed, FEATURES.values()), strict=True))
+    names = dict(
+        zip(("wrap", "text", "saving", "attach", "train", "tune"), map(listed, FEATURES.values()), strict=True)
+    )
     return TEXT.format(
         torch=floors()["torch"],
         python=project()["requires-python"].removeprefix(">="),

@@ -23,6 +23,7 @@ FEATURES = {
     "save and load": ("tests/checkpoints",),
     "attach and generate": ("tests/integrations/mllm",),
     "train": ("tests/integrations/training",),
+    "tune": ("tests/tuning", "tests/integrations/tuning"),
 }
 
 # What the tests themselves need, as the extra `dev` asks for it.

@@ -177,6 +177,7 @@ def is_mllm(model: nn.Module) -> bool:
     if attachment_of(target) is not None:
         return True
     config: Any = getattr(target, "config", None)
-    if getattr(config, "model_type", None) in FAMILIES:
-        return True
+    family = FAMILIES.get(getattr(config, "model_type", ""))
+    if family is not None and isinstance(getattr(base_of(target), family.tower, None), nn.Module):
+        return True  # and not the tower alone, which has the same name in older releases of transformers
     return config is not None and image_id(target) is not None and hasattr(base_of(target), "get_image_features")

@@ -253,3 +253,10 @@ def test_wrong_calls_change_nothing():
     covft.tune(model, "lora")
     with pytest.raises(UnsupportedViTError, match="already"):
         covft.tune(model, "bitfit")
+
+
+def test_a_tower_with_the_name_of_its_multimodal_llm_is_a_tower():
+    vit = TOWERS["hf-qwen2.5-vl"].build()
+    vit.config.model_type = "qwen2_5_vl"  # as before release 5 of transformers
+    assert not is_mllm(vit)
+    assert covft.tune(vit, "bitfit").vit is vit
