@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from covft.utils.files import write_text
 from study.results import paper, paper_claims
 from study.results.claims import FAILS, HOLDS, NOT_RUN, UNKNOWN, Claim, Comparison, verdict
 from study.results.formats import Table, interval, plural
+from study.results.load import Row
 from study.results.plots import Plot, write_plots
 from study.results.settings_shown import run_table, settings_table, tasks_table
+from study.results.size import size_rows, size_table
 from study.results.studies import STUDIES, Results
 from study.results.tables import HOW_TO_READ, tables_of
 
@@ -22,16 +25,17 @@ _MOST = 3  # comparisons that a cell lists
 def write_page(results: Results, folder: Path) -> Path:
     """Write the page and its figures; return the page's path."""
     plots = write_plots(results, folder)
-    write_text(folder / NAME, page(results, plots))
+    write_text(folder / NAME, page(results, plots, size_rows() if results.size == "small" else ()))
     return folder / NAME
 
 
-def page(results: Results, plots: list[Plot]) -> str:
+def page(results: Results, plots: list[Plot], searched: Iterable[Row] = ()) -> str:
     """Return the page.
 
     Args:
         results: The results.
         plots: The figures that stand beside it.
+        searched: Rows of the search for the size of a run.
     """
     parts = [
         "# Does a question-aware tower help?",
@@ -45,7 +49,8 @@ def page(results: Results, plots: list[Plot]) -> str:
         for place, table in enumerate(tables_of(results, study)):
             parts += [*([f"### {table.title}"] if place else []), table.markdown()]
         parts += [f"![{plot.alt}]({plot.name}.svg){{ .scrolls }}" for plot in plots if plot.study == study.name]
-    parts += [*_claims(results), *_against_itself(), *_what_was_run(results), *_limits(results), *_again(results)]
+    parts += [*_claims(results), *_against_itself(), *_what_was_run(results), *_size(searched)]
+    parts += [*_limits(results), *_again(results)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -91,6 +96,19 @@ def _what_was_run(results: Results) -> list[str]:
         settings_table(results).markdown(),
         "### Tasks",
         tasks_table(results).markdown(),
+    ]
+
+
+def _size(searched: Iterable[Row]) -> list[str]:
+    table = size_table(searched)
+    if not table.rows:
+        return []
+    return [
+        "### Size",
+        "A comparison of ways to tune says nothing where tuning does not pay. So the size of a run was searched on "
+        "validation scenes, with one seed: full tuning at the best of two or three learning rates, against a frozen "
+        "tower. Intervals are over questions alone.",
+        table.markdown(),
     ]
 
 

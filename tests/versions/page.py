@@ -25,7 +25,7 @@ TEXT = """\
 # Tested releases
 
 covft needs torch {torch} or later, and Python {python} or later. With transformers {transformers} or later it wraps
-ViTs, reads texts, saves and loads; `attach`, the callback and the trainer need transformers {training}, and so does tuning by other methods.
+ViTs, reads texts, saves and loads; `attach`, `tune`, the callback and the trainer need transformers {training}.
 
 Each row is an environment of its own, filled by pip, on CPU. A cell has the tests that passed there; `–` was not run.
 
