@@ -64,7 +64,8 @@ class Environment:
         """Create the environment, or keep the one that is there."""
         FOLDER.mkdir(exist_ok=True)
         self.log.write_text("", encoding="utf-8")
-        if not self.python.exists():
+        if not (self.python.exists() and (self.folder / "pyvenv.cfg").exists()):  # half of one would use another's
+            shutil.rmtree(self.folder, ignore_errors=True)
             self.call("create", interpreter(self.row.python), "-m", "venv", self.folder)
             # The pip of Python 3.11 (23.2) finds no releases that go with an older transformers, after minutes.
             self.call("upgrade pip", *self.pip(), "--upgrade", "pip")
