@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import string
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def characters() -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789 ?,.:-()'\näöüß"
+    letters = f"{string.ascii_letters}{string.digits} ?,.:-()'\näöüß"
     ids = {token: i for i, token in enumerate(("<unk>", *letters))}
     backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")  # type: ignore[assignment]
