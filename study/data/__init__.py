@@ -1,6 +1,7 @@
 """What the study asks, about what: pictures made of real pixels, questions and answers, and the words in them.
 
 packages.py         data and weights inside installed packages
+converted.py        weights of packages, converted once into the cache
 prepared.py         the prepared file, which stands in for the packages
 tiles.py            real pixels: digits, photographs, easy-VQA shapes, drawn shapes, rendered words
 scenes.py           seeded images of one to four things on a 3 x 3 grid, in three splits: twins and diagrams

@@ -10,11 +10,15 @@ import typer
 
 def prepare_command(
     output: Annotated[Path, typer.Option(help="The file to write, such as study-prepared.npz.")],
+    size: Annotated[str, typer.Option(help="small, or large: with the weights of backbone and language model.")] = (
+        "small"
+    ),
 ) -> None:
     """Write tiles and text features to one file, for machines without the packages that they come from."""
     from study.data.prepared import VARIABLE, write_prepared
+    from study.runs.sizes import size_named
 
-    texts = write_prepared(output)
+    texts = write_prepared(output, folders=[folder() for folder in size_named(size).folders])
     typer.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {texts} texts. Use it with {VARIABLE}={output}")
 
 

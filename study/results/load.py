@@ -203,8 +203,8 @@ def _same_questions(rows: list[Row]) -> None:
 def _same_settings(group: Group) -> None:
     rows = list(group.rows.values())
     for row in rows[1:]:
-        keys = {*rows[0].settings, *row.settings} - {"seed"}
-        different = sorted(key for key in keys if rows[0].settings.get(key) != row.settings.get(key))
+        keys = {*rows[0].settings} & {*row.settings} - {"seed"}  # an older row lacks settings that came later
+        different = sorted(key for key in keys if rows[0].settings[key] != row.settings[key])
         if different:
             raise RowsError(
                 f"{rows[0].name} and {row.name} share the label {group.label!r} and differ in more than the seed.",

@@ -16,6 +16,8 @@ from study.results.settings_shown import run_table, settings_table, tasks_table
 from study.results.size import size_rows, size_table
 from study.results.studies import STUDIES, Results
 from study.results.tables import HOW_TO_READ, tables_of
+from study.runs.settings import RunSettings
+from study.runs.sizes import size_named
 
 NAME = "index.md"
 _VERDICTS = (HOLDS, FAILS, UNKNOWN, NOT_RUN)
@@ -66,8 +68,18 @@ def _made(results: Results) -> str:
         f"`study/results/rows/{results.size}` ({', '.join(each for each in (when, devices) if each)}; {hours:.1f} "
         "hours in all). Every number, figure and verdict follows from the rows alone. "
         "LLaVA in miniature, from real parts, learns to answer questions about small pictures; what differs from run "
-        "to run is how its vision tower is tuned. [The study in miniature](../guides/study.md) describes its parts."
+        f"to run is how its vision tower is tuned. {_size_told(results)}[The study in miniature](../guides/study.md) "
+        "describes its parts."
     )
+
+
+def _size_told(results: Results) -> str:
+    """Say what the size is, where it is not the usual one."""
+    return f"These are runs of the size *{results.size}*: {size_named(results.size).about}. " if _field(results) else ""
+
+
+def _field(results: Results) -> str:
+    return "" if results.size == RunSettings().size else f" --field size={results.size}"
 
 
 def _short(results: Results) -> list[str]:
@@ -173,8 +185,8 @@ def _limits(results: Results) -> list[str]:
     if seeds and min(seeds) == max(seeds):
         few = f" Every group here has {plural(min(seeds), 'seed')}."
     lines = (
-        "Everything is small: a tower of a few million parameters, a language model that is the bottleneck, pictures "
-        "of a few objects. A verdict here is one about this size. It says nothing sure about a CLIP-L and a 7B model.",
+        f"{size_named(results.size).limits} A verdict here is one about this size. It says nothing sure about a CLIP-L "
+        "and a 7B model.",
         "The scenes are made by a program, from real pixels. Questions have a few phrasings each, and short answers.",
         "Seeds are few, and a bootstrap over few seeds does not know the variance between seeds well."
         f"{few} With one seed it does not know it at all: then the interval is about questions alone.",
@@ -189,7 +201,7 @@ def _limits(results: Results) -> list[str]:
 
 def _again(results: Results) -> list[str]:
     commands = (
-        "python -m study run --studies all --seeds 0,1,2    # what has no row yet",
+        f"python -m study run --studies all --seeds 0,1,2{_field(results)}    # what has no row yet",
         f"python -m study table --size {results.size}",
         f"python -m study page --size {results.size}",
     )

@@ -1,6 +1,8 @@
 """Resumable runs of the study: one JSON row each.
 
 settings.py     settings of a run, its name and its label
+sizes.py        the sizes: tower, language model, and the defaults that suit them
+words.py        how a language model reads questions and writes answers
 rows.py         rows on file, and which process works on which run
 tables.py       questions as arrays, and the order of training
 texts.py        what the tower is told: text features of each question, and the controls

@@ -18,7 +18,9 @@ def run_command(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 1,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which to stop; run again to go on.")] = None,
-    field: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of all runs, such as steps=400.")] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE of all runs, such as steps=400 or size=large.")
+    ] = None,
     rows: Annotated[str | None, typer.Option(help="Folder of the rows; default: study/results/rows/SIZE.")] = None,
     dry: Annotated[bool, typer.Option("--dry", help="Only list the runs that have no row.")] = False,
 ) -> None:
@@ -48,24 +50,32 @@ def run_command(
 def search_command(
     methods: Annotated[str, typer.Option(help="Methods, separated by commas; or all.")] = "all",
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
-    field: Annotated[list[str] | None, typer.Option(help="NAME=VALUE,VALUE: each value, of each field.")] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE,VALUE: each value, of each field; default: rates of the tower."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     jobs: Annotated[int, typer.Option(help="Processes side by side.")] = 1,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which to stop; run again to go on.")] = None,
     choose: Annotated[bool, typer.Option("--choose", help="Write the best rates to study/runs/rates.json.")] = False,
 ) -> None:
-    """Try settings on validation scenes; rows go to study/results/search."""
+    """Try settings on validation scenes; rows go to study/results/search (size=large: search/large)."""
     _before_torch()
     from study.runs.rows import RESULTS, Rows
     from study.runs.search import choose_rates, grid
+    from study.runs.sizes import size_named
     from study.runs.work import work
 
-    store = Rows(RESULTS / "search")
+    fields = parse_fields(field or [])
+    size = size_named(str(fields.setdefault("size", ["small"])[0]))
+    if len(fields) == 1:
+        fields["vision_lr"] = list(size.rates)
+    store = Rows(RESULTS / size.searched)
     wanted = None if methods == "all" else methods.split(",")
-    planned = grid(wanted, parse_fields(field or ["vision_lr=1e-4,3e-4,1e-3,3e-3"]), numbers(seeds))
+    planned = grid(wanted, fields, numbers(seeds))
     outcome = work(planned, store, device=device, jobs=jobs, time_limit=time_limit)
     if choose:
-        for method, rate in choose_rates(store).items():
+        for method, rate in choose_rates(store, size.name).items():
             typer.echo(f"{method}: {rate:g}")
     _end(outcome)
 

@@ -6,7 +6,7 @@ language model, L words, A words of an answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -26,14 +26,17 @@ class Miniature(nn.Module):
         llava: LLaVA, whose tower is tuned or not.
         encoder: The tower's encoder; None for a plain tower.
         tokens: Tokens per picture T, a square number.
-        bos: Id of the first word.
+        before: Ids of the words in front of the picture.
+        autocast: Whether to compute in bfloat16, with weights in float32.
     """
 
-    def __init__(self, llava: Any, encoder: Any, tokens: int, bos: int) -> None:
+    before: Tensor
+
+    def __init__(self, llava: Any, encoder: Any, tokens: int, before: Sequence[int], *, autocast: bool = False) -> None:
         super().__init__()
-        self.llava, self.tokens = llava, tokens
+        self.llava, self.tokens, self.autocast = llava, tokens, autocast
         self.__dict__["encoder"] = encoder  # not a child: the tower is
-        self.register_buffer("bos", torch.tensor([[bos]]), persistent=False)
+        self.register_buffer("before", torch.tensor([list(before)]), persistent=False)
 
     def read(self, inputs: Tensor, text: Tensor | None) -> Tensor:
         """Run the tower; return the patch tokens that LLaVA reads.
@@ -42,7 +45,8 @@ class Miniature(nn.Module):
             inputs: What the tower takes: pictures, or states where it starts in the middle (`started_at`).
             text: Text features of each picture, `(B, C)`, or states `(B, K, C)`; None if the tower reads none.
         """
-        return self.encoder(inputs, text).last_hidden_state[:, 1:]
+        with self._precision():
+            return self.encoder(inputs, text).last_hidden_state[:, 1:]
 
     def project(self, patches: Tensor, text: Tensor | None) -> Tensor:
         """Average patches over squares, and project them to the width of the language model, `(B, T, H)`.
@@ -52,7 +56,7 @@ class Miniature(nn.Module):
             text: As for `read`; of those methods that route in the projector too.
         """
         routed = text is not None and CONNECTOR in self.encoder.vit._modules
-        with self.encoder.condition(text) if routed else nullcontext():
+        with self._precision(), self.encoder.condition(text) if routed else nullcontext():
             return self.llava.model.multi_modal_projector(averaged_over_squares(patches, self.tokens))
 
     def answer_logits(self, pictures: Tensor, ids: Tensor, start: Tensor, length: int) -> Tensor:
@@ -65,15 +69,22 @@ class Miniature(nn.Module):
             length: Number of words A.
         """
         model = self.llava.model.language_model
-        words = torch.cat([self.bos.expand(len(ids), 1), ids], dim=1)
+        before = self.before.shape[1]
+        words = torch.cat([self.before.expand(len(ids), -1), ids], dim=1)
         embedded = model.get_input_embeddings()(words)
-        sequence = torch.cat([embedded[:, :1], pictures.to(embedded.dtype), embedded[:, 1:]], dim=1)
-        # padding is on the right, where the causal mask hides it
-        hidden = model(inputs_embeds=sequence, use_cache=False).last_hidden_state
-        places = start[:, None] + torch.arange(1 + self.tokens, 1 + self.tokens + length, device=start.device)
-        places = places.clamp(max=hidden.shape[1] - 1)  # beyond the end there is no label
-        answers = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.llava.lm_head(answers)
+        sequence = torch.cat([embedded[:, :before], pictures.to(embedded.dtype), embedded[:, before:]], dim=1)
+        first = before + self.tokens
+        places = start[:, None] + torch.arange(first, first + length, device=start.device)
+        with self._precision():
+            # padding is on the right, where the causal mask hides it
+            hidden = model(inputs_embeds=sequence, use_cache=False).last_hidden_state
+            places = places.clamp(max=hidden.shape[1] - 1)  # beyond the end there is no label
+            answers = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+            return self.llava.lm_head(answers)
+
+    def _precision(self) -> torch.autocast:
+        # without the cache of weights, which a recorded step would keep from before the optimizer's
+        return torch.autocast(self.before.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False)
 
 
 def averaged_over_squares(patches: Tensor, tokens: int) -> Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from covft.errors import ConfigError
 from covft.tuning import methods as known_methods
 from study.data.tasks import TASKS
 from study.runs.settings import CONTROLS, RunSettings
+from study.runs.sizes import SIZES, size_named
 
 LARGE_RANK = 64
 MAIN = ("frozen", "full", "covft")
@@ -31,11 +33,16 @@ class Planned:
         return steps * _COST.get(self.run.method, 1.0) * (0.5 + self.run.tokens / 8) * (0.5 + self.run.experts / 8)
 
 
-def method_runs() -> list[RunSettings]:
-    """Return one run for each method of covft.tune, LoRA with two ranks."""
+def method_runs(size: str = "small") -> list[RunSettings]:
+    """Return one run of a size for each method of covft.tune, LoRA with two ranks."""
+    new = _new(size)
     ranks: dict[str, list[dict]] = {"lora": [{"r": 8}, _rank(LARGE_RANK)], "dora": [{"r": 8}]}
     names = [*known_methods(), "covft"]
-    return [RunSettings(method=name, options=options) for name in names for options in ranks.get(name, [{}])]
+    return [new(method=name, options=options) for name in names for options in ranks.get(name, [{}])]
+
+
+def _new(size: str) -> Callable[..., RunSettings]:
+    return partial(RunSettings, size=size)
 
 
 def _rank(r: int) -> dict[str, float]:
@@ -43,99 +50,106 @@ def _rank(r: int) -> dict[str, float]:
     return {"r": r, "alpha": 2.0 * r}
 
 
-def _controls() -> list[RunSettings]:
-    return [RunSettings(control=control) for control in CONTROLS] + [
-        RunSettings(method="frozen"),
-        RunSettings(method="frozen", control="tower_only"),
+def _controls(size: str) -> list[RunSettings]:
+    new = _new(size)
+    return [new(control=control) for control in CONTROLS] + [
+        new(method="frozen"),
+        new(method="frozen", control="tower_only"),
     ]
 
 
-def _context() -> list[RunSettings]:
-    contexts = [RunSettings(context=context) for context in ("cve", "image", "text", "concat")]
+def _context(size: str) -> list[RunSettings]:
+    new = _new(size)
+    contexts = [new(context=context) for context in ("cve", "image", "text", "concat")]
     return [
         *contexts,
-        *(RunSettings(routing=routing) for routing in ("sparse", "random")),
-        RunSettings(control="uniform"),
+        *(new(routing=routing) for routing in ("sparse", "random")),
+        new(control="uniform"),
     ]
 
 
-def _placement() -> list[RunSettings]:
-    places = ((0, 1), (1, 2), (2, 3), (3, 4), (4,), (2, 3, 4), (0, 1, 2, 3, 4))
-    return [RunSettings(layers=layers) for layers in places]
+def _placement(size: str) -> list[RunSettings]:
+    new = _new(size)
+    return [new(layers=layers) for layers in SIZES[size].placements]
 
 
-def _diversity() -> list[RunSettings]:
+def _diversity(size: str) -> list[RunSettings]:
+    new = _new(size)
     names = tuple(TASKS)
     parts = [names[:: len(names) // count or 1][:count] for count in (2, 4, 8)]
     chosen = [part for part in parts if len(part) < len(names)] + [names]
-    return [RunSettings(method=method, tasks=part) for part in chosen for method in MAIN] + [
-        RunSettings(experts=8, tasks=part) for part in chosen
+    return [new(method=method, tasks=part) for part in chosen for method in MAIN] + [
+        new(experts=8, tasks=part) for part in chosen
     ]
 
 
-def _matched() -> list[RunSettings]:
-    """Return methods that train as much of the tower as covft (5.19 million parameters), and covft with less.
+def _matched(size: str) -> list[RunSettings]:
+    """Return methods that train as much of the tower as covft, and covft with less.
 
-    The widths are those of `covft.match(small_vit(), 5185932, [method], text_dim=384)`. No method that only trains the
-    tower's own weights can have as many: all of it has 1.03 million.
+    At the small size no method that only trains the tower's own weights can have as many: there are 1.03 million, and
+    covft trains 5.19. At the large size there are 22.1, and covft trains 20.0.
     """
-    matched = {"adaln": {"width": 1927}, "cross_attention": {"width": 1684}, "qa_vit": {"width": 3369}}
+    new = _new(size)
+    matched = {name: _rank(o["r"]) if name == "lora" else o for name, o in SIZES[size].matched.items()}
     return [
-        *(RunSettings(method=method, options=options) for method, options in matched.items()),
-        RunSettings(method="lora", options=_rank(375)),
-        RunSettings(method="full"),
-        *(RunSettings(options={"expert_rank": rank}) for rank in (4, 16)),
-        RunSettings(experts=1),
-        RunSettings(),
+        *(new(method=method, options=options) for method, options in matched.items()),
+        new(method="full"),
+        *(new(options={"expert_rank": rank}) for rank in (4, 16)),
+        new(experts=1),
+        new(),
     ]
 
 
-def _fraction() -> list[RunSettings]:
-    steps = RunSettings().steps
+def _fraction(size: str) -> list[RunSettings]:
+    new = _new(size)
+    steps = new().steps
     return [
-        RunSettings(method=method, fraction=share, steps=round(share * steps))
+        new(method=method, fraction=share, steps=round(share * steps))
         for share in (0.25, 0.5, 0.75, 1.0)
         for method in MAIN
     ]
 
 
-def _start() -> list[RunSettings]:
+def _start(size: str) -> list[RunSettings]:
+    new = _new(size)
     starts = [{}, {"expert_init": "noise"}, {"expert_init": "drop"}, {"expert_rank": 16}, {"attention_rank": 8}]
-    return [RunSettings(options=options) for options in starts]
+    return [new(options=options) for options in starts]
 
 
-def _forgetting() -> list[RunSettings]:
+def _forgetting(size: str) -> list[RunSettings]:
+    new = _new(size)
     upstream = tuple(name for name, task in TASKS.items() if task.group in ("general", "knowledge"))
     downstream = tuple(name for name, task in TASKS.items() if task.group == "vision")
     languages = ("full", "lora", "dora", "top_layer", {"method": "last_layers", "n": 2})
     fields = {"tasks": downstream, "upstream": upstream}
     runs = [
-        RunSettings(method="frozen", language=language, projector=projector, **fields)
+        new(method="frozen", language=language, projector=projector, **fields)
         for language in languages
         for projector in (True, False)
     ]
-    towers = [RunSettings(method=method, language="lora", **fields) for method in ("full", "lora", "covft")]
+    towers = [new(method=method, language="lora", **fields) for method in ("full", "lora", "covft")]
     return [*runs, *towers]
 
 
-def _tower() -> list[RunSettings]:
-    runs = [RunSettings(method=method, tower="backbone") for method in ("frozen", "full")]
-    return [*runs, RunSettings(tower="backbone", layers=(8, 9, 10))]
+def _tower(size: str) -> list[RunSettings]:
+    new = _new(size)
+    another = SIZES[size].another_tower
+    return [new(method=method, tower=another["tower"]) for method in ("frozen", "full")] + [new(**another)]
 
 
-STUDIES: dict[str, Callable[[], list[RunSettings]]] = {
+STUDIES: dict[str, Callable[[str], list[RunSettings]]] = {
     "methods": method_runs,
     "controls": _controls,
     "context": _context,
     "placement": _placement,
-    "experts": lambda: [RunSettings(experts=experts) for experts in (1, 2, 4, 8)],
+    "experts": lambda size: [_new(size)(experts=experts) for experts in (1, 2, 4, 8)],
     "diversity": _diversity,
-    "text_encoder": lambda: [RunSettings(text_encoder=name) for name in ("minilm", "bag_of_words", "random")],
+    "text_encoder": lambda size: [_new(size)(text_encoder=name) for name in ("minilm", "bag_of_words", "random")],
     "matched": _matched,
     "fraction": _fraction,
     "tower": _tower,
     "start": _start,
-    "tokens": lambda: [RunSettings(method=method, tokens=tokens) for tokens in (36, 9, 4, 1) for method in MAIN],
+    "tokens": lambda size: [_new(size)(method=method, tokens=tokens) for tokens in (36, 9, 4, 1) for method in MAIN],
     "forgetting": _forgetting,
 }
 
@@ -157,9 +171,10 @@ def plan(
     names = tuple(studies)
     if unknown := [name for name in names if name not in STUDIES]:
         raise ConfigError("There are no such studies.", expected=", ".join(STUDIES), got=", ".join(unknown))
-    default, found = RunSettings().to_dict(), {}
+    size = size_named(str(fields.get("size", "small"))).name
+    default, found = RunSettings(size=size).to_dict(), {}
     for study in names:
-        for run in STUDIES[study]():
+        for run in STUDIES[study](size):
             if methods is not None and run.method not in methods:
                 continue
             own = {name: value for name, value in run.to_dict().items() if value != default[name]}

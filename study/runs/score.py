@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from study.data.tasks import TASKS, Example
-from study.data.tokenizer import build_tokenizer
 from study.runs.model import Miniature
 from study.runs.tables import IGNORED
 from study.runs.train import Questions
@@ -147,11 +146,10 @@ def score(model: Miniature, questions: Questions) -> dict[str, Any]:
     captions: dict[str, list[str]] = {}
     if is_caption.any():
         rows = is_caption.nonzero()[0]
-        tokenizer = build_tokenizer()
-        answers = greedy_answers(model, questions, rows, int(tokenizer.eos_token_id))
+        words = questions.table.words
+        answers = greedy_answers(model, questions, rows, words.end)
         for row, answer in zip(rows, answers, strict=True):
-            words = " ".join(tokenizer.convert_ids_to_tokens(answer))
-            captions.setdefault(examples[row].task, []).append(words)
+            captions.setdefault(examples[row].task, []).append(words.text_of(answer))
     rows = (~is_caption).nonzero()[0]
     hits = by_task([examples[row] for row in rows], right_answers(model, questions, rows)) if len(rows) else {}
     return {"hits": hits, "captions": captions}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,20 +13,24 @@ from study.runs.rows import Rows
 from study.runs.score import mean_of
 from study.runs.settings import RATES, RunSettings, chosen_rates
 
+SEARCHED = "python -m study search --choose"
+
 
 def grid(methods: Iterable[str] | None, fields: Mapping[str, Sequence[Any]], seeds: Iterable[int]) -> list[Planned]:
     """Return a run for each method, seed and combination of values, on validation scenes.
 
     Args:
         methods: Their names; None for all. LoRA comes with two ranks.
-        fields: Values of fields of `RunSettings`.
+        fields: Values of fields of `RunSettings`; of the size, one.
         seeds: Seeds.
     """
-    bases = [run for run in method_runs() if methods is None or run.method in methods]
+    values_of = dict(fields)
+    size = str(values_of.pop("size", ["small"])[0])
+    bases = [run for run in method_runs(size) if methods is None or run.method in methods]
     found: dict[str, RunSettings] = {}
     for base, seed in itertools.product(bases, seeds):
-        for values in itertools.product(*fields.values()):
-            chosen = dict(zip(fields, values, strict=True))
+        for values in itertools.product(*values_of.values()):
+            chosen = dict(zip(values_of, values, strict=True))
             if base.method == "frozen":
                 chosen.pop("vision_lr", None)  # it trains nothing of the tower
             run = base.replace(**chosen, split="validation", seed=seed)
@@ -33,8 +38,13 @@ def grid(methods: Iterable[str] | None, fields: Mapping[str, Sequence[Any]], see
     return sorted((Planned(run, ("search",)) for run in found.values()), key=lambda one: -one.cost)
 
 
-def choose_rates(rows: Rows) -> dict[str, float]:
-    """Choose the rate with the best mean on validation scenes for each method, and write all to `rates.json`."""
+def choose_rates(rows: Rows, size: str) -> dict[str, float]:
+    """Choose the rate with the best mean on validation scenes for each method, and write all to `rates.json`.
+
+    Args:
+        rows: Rows of a search.
+        size: The size that they are of.
+    """
     found: dict[str, dict[float, list[float]]] = {}
     for row in rows.read():
         settings = row["settings"]
@@ -42,6 +52,8 @@ def choose_rates(rows: Rows) -> dict[str, float]:
             rates = found.setdefault(settings["method"], {})
             rates.setdefault(settings["vision_lr"], []).append(mean_of(row["scores"]))
     best = {method: max(rates, key=lambda rate: sum(rates[rate]) / len(rates[rate])) for method, rates in found.items()}
-    write_json(RATES, {"vision_lr": {**chosen_rates(), **best}})
+    known = json.loads(RATES.read_text())
+    of_size = {"about": SEARCHED, "vision_lr": {**known[size]["vision_lr"], **best}}
+    write_json(RATES, {**known, size: of_size})
     chosen_rates.cache_clear()
     return best

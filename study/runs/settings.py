@@ -13,8 +13,8 @@ from typing import Any
 
 from covft.errors import ConfigError
 from study.data.tasks import TASKS
+from study.runs.sizes import size_named
 
-SIZES = ("small",)
 CONTROLS = {
     "none": "",
     "shuffled": "texts shuffled",
@@ -28,6 +28,8 @@ CONTROLS = {
 TEXT_ENCODERS = ("minilm", "bag_of_words", "random")
 TOWERS = ("small_vit", "backbone")
 TOKENS = (36, 9, 4, 1)
+PRECISIONS = ("float32", "bfloat16")
+_OF_SIZE: Any = object()  # stands for the default of the size
 _LABELS: dict[str, Callable[[Any], str]] = {
     "control": lambda value: CONTROLS[value],
     "tokens": lambda value: f"{value} token" + ("s" if value > 1 else ""),
@@ -42,10 +44,10 @@ RATES = Path(__file__).with_name("rates.json")
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Settings of a run.
+    """Settings of a run. Some defaults depend on the size, and stand in `study.runs.sizes`.
 
     Attributes:
-        size: `small`, the only one so far: the small ViT and the small language model.
+        size: `small`, or `large`: which tower, language model and tokenizer.
         method: A method of `covft.tune`.
         options: Options of the method that are not fields of their own here.
         control: What is done to the texts, or to the routing: a name in `CONTROLS`.
@@ -70,6 +72,7 @@ class RunSettings:
         projector_lr: Peak learning rate of the projector.
         vision_lr: Peak learning rate of the tower; None takes the one that the search has found for the method.
         router_lr: Peak learning rate of routers and contexts (covft); None takes `vision_lr` / 10.
+        precision: `float32`, or `bfloat16`: autocast; the weights stay float32.
         seed: Seed of the projector, the method's weights and the order of training.
         split: Scenes that are scored: `test`, or `validation`.
         train_scenes: Training scenes.
@@ -81,27 +84,28 @@ class RunSettings:
     method: str = "covft"
     options: dict[str, Any] = field(default_factory=dict)
     control: str = "none"
-    tokens: int = 4
-    layers: tuple[int, ...] | None = (2, 3, 4)
+    tokens: int = _OF_SIZE
+    layers: tuple[int, ...] | None = _OF_SIZE
     experts: int = 4
     routing: str = "dense"
     context: str = "cve"
     text_encoder: str = "minilm"
-    tower: str = "small_vit"
+    tower: str = _OF_SIZE
     language: Any = "full"
     projector: bool = True
     tasks: tuple[str, ...] = tuple(TASKS)
     upstream: tuple[str, ...] = ()
     fraction: float = 1.0
-    steps: int = 400
-    batch: int = 128
+    steps: int = _OF_SIZE
+    batch: int = _OF_SIZE
     per_picture: int = 4
-    first_steps: int = 150
-    first_lr: float = 6e-3
-    lr: float = 7e-4
-    projector_lr: float = 3e-3
+    first_steps: int = _OF_SIZE
+    first_lr: float = _OF_SIZE
+    lr: float = _OF_SIZE
+    projector_lr: float = _OF_SIZE
     vision_lr: float | None = None
     router_lr: float | None = None
+    precision: str = "float32"
     seed: int = 0
     split: str = "test"
     train_scenes: int = 6000
@@ -109,17 +113,20 @@ class RunSettings:
     held_out_questions: int = 300
 
     def __post_init__(self) -> None:
+        for name, value in size_named(self.size).defaults.items():
+            if getattr(self, name) is _OF_SIZE:
+                object.__setattr__(self, name, value)
         for name in ("tasks", "upstream", "layers"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else tuple(value))
         if self.method == "none":
             object.__setattr__(self, "method", "frozen")
-        self._check_choice("size", SIZES)
         self._check_choice("control", tuple(CONTROLS))
         self._check_choice("text_encoder", TEXT_ENCODERS)
         self._check_choice("tower", TOWERS)
         self._check_choice("tokens", TOKENS)
         self._check_choice("split", ("test", "validation"))
+        self._check_choice("precision", PRECISIONS)
         unknown = [name for name in (*self.tasks, *self.upstream) if name not in TASKS]
         if unknown or not self.tasks:
             raise ConfigError(
@@ -150,7 +157,7 @@ class RunSettings:
     @property
     def name(self) -> str:
         """What differs from the defaults, and the seed: unique, and the name of the row's file."""
-        default = RunSettings()
+        default = RunSettings(size=self.size)
         parts = [self.method]
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
@@ -162,7 +169,7 @@ class RunSettings:
     @property
     def label(self) -> str:
         """What tables call it: all that differs from the defaults, but the seed and the split."""
-        default = RunSettings()
+        default = RunSettings(size=self.size)
         parts = [self.method]
         for item in dataclasses.fields(self):
             name, value = item.name, getattr(self, item.name)
@@ -189,7 +196,7 @@ class RunSettings:
         """Return the learning rates of the tower, and of routers and contexts."""
         vision = self.vision_lr
         if vision is None:
-            known = chosen_rates()
+            known = chosen_rates(self.size)
             vision = known.get(self.method, known["default"])
         return vision, vision / 10 if self.router_lr is None else self.router_lr
 
@@ -221,9 +228,9 @@ class RunSettings:
 
 
 @lru_cache
-def chosen_rates() -> dict[str, float]:
-    """Return the tower's learning rate for each method, as `python -m study search` has found it."""
-    return json.loads(RATES.read_text())["vision_lr"]
+def chosen_rates(size: str) -> dict[str, float]:
+    """Return the tower's learning rate for each method, as `python -m study search` has found it for a size."""
+    return json.loads(RATES.read_text())[size]["vision_lr"]
 
 
 def _shown(value: Any) -> str:

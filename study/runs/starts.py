@@ -19,7 +19,9 @@ from study.runs.settings import RunSettings
 from study.runs.tables import held_out_part, training_order, training_part
 from study.runs.train import fit
 
-_SHARED = ("size", "tower", "tokens", "seed", "split", "first_steps", "first_lr", "batch", "train_scenes")
+_SHARED = (
+    "size", "tower", "tokens", "seed", "split", "first_steps", "first_lr", "batch", "train_scenes", "precision",
+)  # fmt: skip
 _known: dict[tuple[str, str], Any] = {}
 
 

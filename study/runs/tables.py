@@ -12,8 +12,9 @@ import numpy as np
 
 from study.data.scenes import make_scenes
 from study.data.tasks import Example, make_examples
-from study.data.tokenizer import build_tokenizer, prompt
 from study.runs.settings import RunSettings
+from study.runs.sizes import words_of
+from study.runs.words import Words
 
 IGNORED = -100
 DATA_SEED = 0  # all runs have the same scenes and questions
@@ -25,10 +26,11 @@ class Table:
 
     Attributes:
         examples: The questions.
-        ids_NL: `<user> question <answer> answer <eos>`; what comes before (`<bos>` and the picture) is not in it.
+        words: How the language model reads and writes.
+        ids_NL: Question and answer in its format; what comes before (such as `<bos>`, and the picture) is not in it.
         lengths_N: Words of each.
-        start_N: Position of `<answer>`, whose output is the first word of the answer.
-        labels_NA: The answer and `<eos>`; `IGNORED` where there is none.
+        start_N: Position of the last word before the answer, whose output is the first word of the answer.
+        labels_NA: The answer and its end, such as `<eos>`; `IGNORED` where there is none.
         scene_N: Row of the picture.
         text_N: Which of `texts` the question is.
         texts: The distinct questions; one that two tasks ask comes twice.
@@ -36,6 +38,7 @@ class Table:
     """
 
     examples: list[Example]
+    words: Words
     ids_NL: np.ndarray
     lengths_N: np.ndarray
     start_N: np.ndarray
@@ -84,33 +87,31 @@ def chosen(part: Part, tasks: tuple[str, ...], fraction: float = 1.0) -> list[Ex
     return [example for example in part.examples if example.task in tasks and example.scene < count]
 
 
-def make_table(examples: list[Example], *, with_question: bool = True) -> Table:
+def make_table(examples: list[Example], words: Words | None = None, *, with_question: bool = True) -> Table:
     """Tokenise questions.
 
     Args:
         examples: The questions.
-        with_question: Whether the language model is given them; else only `<user> <answer>`.
+        words: How the language model reads and writes; by default as the small one.
+        with_question: Whether the language model is given them; else only the format around them.
     """
-    ids = build_tokenizer().get_vocab()
-    asked: dict[str, list[int]] = {}
-    answers: dict[str, list[int]] = {}
-    for example in examples:
-        if example.question not in asked:
-            words = prompt(example.question if with_question else "", 0).split()[1:]
-            asked[example.question] = [ids[word] for word in words]
-        if example.answer not in answers:
-            answers[example.answer] = [ids[word] for word in f"{example.answer} <eos>".split()]
+    words = words or words_of("small")
+    questions, said = list({e.question: None for e in examples}), list({e.answer: None for e in examples})
+    given = questions if with_question else [""] * len(questions)
+    asked = dict(zip(questions, words.asked_ids(given), strict=True))
+    answers = dict(zip(said, words.answered_ids(said), strict=True))
     texts: dict[tuple[str, str], int] = {}
     text_N = np.array([texts.setdefault((e.task, e.question), len(texts)) for e in examples])
     rows = [(asked[e.question], answers[e.answer]) for e in examples]
     lengths = np.array([len(before) + len(after) for before, after in rows])
-    ids_NL = np.full((len(rows), lengths.max()), ids["<pad>"])
+    ids_NL = np.full((len(rows), lengths.max()), words.pad)
     labels_NA = np.full((len(rows), max(len(after) for _, after in rows)), IGNORED)
     for row, (before, after) in enumerate(rows):
         ids_NL[row, : lengths[row]] = before + after
         labels_NA[row, : len(after)] = after
     return Table(
         examples=examples,
+        words=words,
         ids_NL=ids_NL,
         lengths_N=lengths,
         start_N=np.array([len(before) - 1 for before, _ in rows]),
@@ -123,9 +124,11 @@ def make_table(examples: list[Example], *, with_question: bool = True) -> Table:
 
 
 @lru_cache(maxsize=16)
-def table_of(part: Part, tasks: tuple[str, ...], fraction: float = 1.0, with_question: bool = True) -> Table:
-    """Return `make_table` of the questions that `chosen` returns."""
-    return make_table(chosen(part, tasks, fraction), with_question=with_question)
+def table_of(
+    part: Part, tasks: tuple[str, ...], fraction: float = 1.0, with_question: bool = True, size: str = "small"
+) -> Table:
+    """Return `make_table` of the questions that `chosen` returns, for the language model of a size."""
+    return make_table(chosen(part, tasks, fraction), words_of(size), with_question=with_question)
 
 
 def training_order(table: Table, steps: int, batch: int, per_picture: int, seed: int) -> np.ndarray:

@@ -78,8 +78,8 @@ def _draw_data(planned: Sequence[Planned]) -> None:
 
     for one in planned:
         told = one.run.control != "tower_only"
-        table_of(training_part(one.run), one.run.tasks, one.run.fraction, told)
-        table_of(held_out_part(one.run), one.run.scored, 1.0, told)
+        table_of(training_part(one.run), one.run.tasks, one.run.fraction, told, one.run.size)
+        table_of(held_out_part(one.run), one.run.scored, 1.0, told, one.run.size)
 
 
 def _worker(

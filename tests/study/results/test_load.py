@@ -77,6 +77,12 @@ def test_a_label_stands_for_one_set_of_settings(tmp_path):
         groups_of(read_rows(write(rows, tmp_path)))
 
 
+def test_rows_from_before_a_setting_was_there_belong_to_their_group(tmp_path):
+    rows = planted("covft", percents(40), ["methods"])
+    rows[2]["settings"]["something_new"] = "default"
+    assert len(groups_of(read_rows(write(rows, tmp_path)))) == 1
+
+
 def test_lists_of_scores_are_read_as_they_are(tmp_path):
     row = planted("frozen", percents(40), ["methods"], seeds=(0,))[0]
     row["hits"]["caption"] = [0.5, 1.5]

@@ -19,6 +19,7 @@ from study.runs.model import Miniature, averaged_over_squares, first_trained, st
 from study.runs.plan import method_runs
 from study.runs.score import by_task, greedy_answers, right_answers
 from study.runs.settings import RunSettings
+from study.runs.sizes import words_of
 from study.runs.tables import IGNORED, make_table, training_order
 from study.runs.train import Questions, as_tower_takes, step_loss
 from study.towers import small_vit
@@ -41,8 +42,8 @@ def _miniature(settings: RunSettings, pictures: torch.Tensor) -> tuple[Any, int]
     llava = build_llava(small_vit(), folder=None, seed=settings.seed)
     torch.manual_seed(settings.seed)
     encoder = tune(llava, settings, as_tower_takes(pictures))
-    bos: Any = build_tokenizer().convert_tokens_to_ids("<bos>")
-    return Miniature(llava, encoder, settings.tokens, bos), first_trained(encoder.vit)
+    before = words_of("small").before_ids
+    return Miniature(llava, encoder, settings.tokens, before), first_trained(encoder.vit)
 
 
 def _questions(model: Any, first: int, scenes: list, states: bool = False) -> Questions:

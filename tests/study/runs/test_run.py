@@ -59,12 +59,14 @@ def test_a_search_is_the_same_for_every_method_and_its_best_rates_are_kept(
     best = {name: max((i, o.run.vision_lr) for i, o in enumerate(planned) if o.run.method == name)[1]
             for name in ("covft",)}  # fmt: skip
     path = tmp_path / "rates.json"
-    path.write_text('{"vision_lr": {"default": 0.5}}')
+    path.write_text('{"small": {"vision_lr": {"default": 0.5}}, "large": {"vision_lr": {"default": 0.25}}}')
     monkeypatch.setattr("study.runs.settings.RATES", path)
     monkeypatch.setattr("study.runs.search.RATES", path)
-    chosen_now = choose_rates(rows)
+    chosen_now = choose_rates(rows, "small")
     assert chosen_now["covft"] == best["covft"]
-    assert json.loads(path.read_text())["vision_lr"] == {"default": 0.5, **chosen_now}
+    kept = json.loads(path.read_text())
+    assert kept["small"]["vision_lr"] == {"default": 0.5, **chosen_now}
+    assert kept["large"] == {"vision_lr": {"default": 0.25}}
 
 
 def test_captions_are_scored_from_what_was_found() -> None:
