@@ -36,8 +36,8 @@ p { max-width: 92ch; margin: 6px 0; } .soft { color: var(--soft); }
         padding: 18px 20px; margin: 14px 0; overflow-x: auto; }
 .card > img { width: 100%; min-width: 640px; height: auto; display: block; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; color: var(--soft); font-size: 14px; }
+th, td { padding: 7px 9px; text-align: right; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; color: var(--soft); font-size: 14px; vertical-align: bottom; } td { white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 14px;
         margin-top: 14px; }

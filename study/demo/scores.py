@@ -42,10 +42,10 @@ def score_table(groups: Mapping[str, Group], floors: Mapping[str, Mapping[str, f
     for task in [*(task for task in tasks if task not in PAIR), MEAN, *outside]:
         wanted = counted_tasks if task == MEAN else (task,)
         found = [contrasts.mean(group, wanted) for group in groups.values()]
-        best = max((each.value for each in found if each is not None), default=0.0)
-        for place, each in enumerate(found):
-            if each is not None and len(found) > 1 and each.value == best:
-                table.strong.add((len(table.rows), 1 + place))
+        values = [None if each is None else each.value for each in found]
+        if len(set(values)) > 1:
+            best = max(value for value in values if value is not None)
+            table.strong |= {(len(table.rows), 1 + place) for place, value in enumerate(values) if value == best}
         below = [_mean(floor, wanted) for floor in floors.values()]
         table.rows.append([task, *(interval(each, difference=False) for each in found), *below])
     if outside and len(counted_tasks) < len(tasks):
