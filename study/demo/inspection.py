@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from study.data.tasks import Example
+from study.data.tasks import TASKS, Example
 from study.data.tokenizer import build_tokenizer
 from study.runs.build import pictures_of
 from study.runs.model import started_at
@@ -87,7 +87,7 @@ def _routing(trained: Trained) -> dict[str, Any]:
     on = torch.tensor(rows, device=questions.ids.device)
     encoder(questions.tower_inputs(questions.scene[on]), questions.texts[questions.told[on]])
     tasks = np.array([examples[row].task for row in rows])
-    names = list(dict.fromkeys(tasks.tolist()))
+    names = [task for task in TASKS if task in tasks]
     weights = {
         str(layer): {task: np.round(found.cpu().numpy()[tasks == task].mean(0), 4).tolist() for task in names}
         for layer, found in encoder.routing_weights().items()
