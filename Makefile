@@ -1,7 +1,8 @@
 # Every target creates .venv and installs its requirements, once; make versions has environments of its own. Only Python
 # (3.10 or newer) and make are needed.
 #
-#   make demo      LLaVA in miniature from real parts, a frozen ViT against CoVFT
+#   make demo      LLaVA in miniature from real parts: four runs of the study, with intervals and a page, in minutes
+#   make study     the runs of the study that have no row yet; hours, stop and go on at will
 #   make test      the test suite; with CI=true also its longer tests
 #   make check     format, lint, types, import order
 #   make gpu       the tests and the speed of a CUDA device, under 10 minutes
@@ -19,6 +20,7 @@ PIP_ARGS    ?=
 # One worker per core of a small machine; conftest.py gives each worker one torch thread.
 PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_ARGS   ?=
+STUDY_ARGS  ?=
 # The extras that make package installs; empty: all that need no compiler.
 EXTRAS      ?=
 # The rows of tests/versions/rows.py that make versions runs; empty: all.
@@ -38,7 +40,7 @@ PY          := $(VENV)/bin/python
 PIP         := $(PY) -m pip --disable-pip-version-check install --no-input $(PIP_ARGS)
 STAMPS      := $(VENV)/.stamps
 
-.PHONY: help demo test check gpu docs package versions real clean
+.PHONY: help demo study test check gpu docs package versions real clean
 .DEFAULT_GOAL := help
 
 help:
@@ -46,6 +48,9 @@ help:
 
 demo: $(STAMPS)/demo
 	$(PY) -m study $(DEMO_ARGS)
+
+study: $(STAMPS)/demo
+	$(PY) -m study run --studies all --seeds 0,1,2 --jobs 2 $(STUDY_ARGS)
 
 test: $(STAMPS)/dev
 	$(PY) -m pytest $(if $(CI),-m "not slow and not gpu and not network") $(PYTEST_ARGS)

@@ -1,4 +1,4 @@
-"""The packaged backbone: wrapped, unchanged at the start, and trained for a few steps."""
+"""The packaged backbone: tuned, unchanged at the start, and trained for a few steps."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ from dataclasses import dataclass
 
 import torch
 
-from covft.utils.parameters import count
-from study.backbone import PATCH, packaged_backbone
-from study.batches import Questions
-from study.data.scenes import Scene, as_batch, make_scenes
-from study.data.tasks import make_examples
-from study.data.tokenizer import build_tokenizer
-from study.llava import build_llava
-from study.settings import StudySettings
-from study.towers import IMAGE_TOKENS, wrap_tower
-from study.train import Schedule, fit
-from study.trunk import run_trunk, upper_blocks
+from study.runs.build import (
+    count_trained,
+    new_llava,
+    new_miniature,
+    parameter_groups,
+    pictures_of,
+    tower_inputs,
+)
+from study.runs.methods import tune
+from study.runs.model import started_at
+from study.runs.settings import RunSettings
+from study.runs.tables import table_of, training_order, training_part
+from study.runs.texts import text_rows
+from study.runs.train import Questions, as_tower_takes, fit
 
-SIZE = PATCH * int(IMAGE_TOKENS**0.5)  # 84 pixels, which give as many image tokens as the small ViT
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # DINOv2's
+COMPARED = 8
 
 
 @dataclass
@@ -28,52 +30,47 @@ class BackboneCheck:
 
     Attributes:
         difference: Largest output difference by wrapping, relative to the largest output.
-        losses: Loss of every training step.
+        losses: Mean loss of each of up to 64 equal parts of training.
+        steps: Steps of training.
         trained: Trained parameters of the backbone.
     """
 
     difference: float
     losses: list[float]
+    steps: int
     trained: int
 
-
-def as_backbone_batch(scenes: list[Scene]) -> torch.Tensor:
-    """Return the images as the backbone takes them, shape `(B, 3, 84, 84)`."""
-    images = torch.from_numpy(as_batch(scenes))
-    larger = torch.nn.functional.interpolate(images, SIZE, mode="bilinear")
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return ((larger + 1) / 2 - mean) / std
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Mean loss of the first fifth and of the last."""
+        fifth = max(1, len(self.losses) // 5)
+        return sum(self.losses[:fifth]) / fifth, sum(self.losses[-fifth:]) / fifth
 
 
-def check_backbone(settings: StudySettings) -> BackboneCheck:
+def check_backbone(settings: RunSettings) -> BackboneCheck:
     """Wrap the packaged backbone, compare its outputs, and train it for a few steps."""
-    scenes = make_scenes("train", settings.backbone_scenes, settings.seed)
-    examples = make_examples(scenes, settings.tasks, seed=settings.seed)
-    vit = packaged_backbone(settings.cache)
-    images = as_backbone_batch(scenes)
-    first = min(settings.backbone_layers)
-    trunk = run_trunk(vit, images, (first,), batch=64)[first]
+    part = training_part(settings)
+    table = table_of(part, settings.tasks)
+    texts = text_rows(settings, table, states=False)
+    told = texts[table.text_N[:COMPARED]]
+    images = as_tower_takes(pictures_of(settings, part)[: len(told)])
 
-    asked = [examples[i].question for i in range(8)]
+    llava = new_llava(settings)
+    vit = llava.model.vision_tower
+    first = min(settings.layers or (0,))
+    states = tower_inputs(settings, part, first, "cpu")
     with torch.no_grad():
-        before = vit(images[: len(asked)]).last_hidden_state
-        encoder = wrap_tower(vit, settings.backbone_layers, settings)
-        after = encoder(images[: len(asked)], asked).last_hidden_state
+        before = vit(images).last_hidden_state
+        torch.manual_seed(settings.seed)
+        encoder = tune(llava, settings, None)
+        after = encoder.eval()(images, told).last_hidden_state
     difference = float((after - before).abs().max() / before.abs().max())
 
-    model = build_llava(vit, seed=settings.seed)
-    schedule = Schedule(
-        settings.backbone_steps,
-        settings.backbone_batch,
-        projector_lr=settings.stage1_lr,  # the projector is random, as in stage 1
-        lr=settings.backbone_lr,
-        vision_lr=settings.backbone_lr,
-        router_lr=settings.router_lr,
-        seed=settings.seed,
-    )
-    with upper_blocks(vit, first):
+    asked = Questions.of(table, states, texts)
+    order = training_order(table, settings.steps, settings.batch, settings.per_picture, settings.seed)
+    with started_at(vit, first):
         losses = fit(
-            model, Questions(examples, build_tokenizer()), trunk, schedule, settings.output,
-            "Packaged backbone: a few steps", encoder=encoder, show=settings.show,
+            new_miniature(llava, encoder, settings), asked, order, parameter_groups(llava, encoder, settings),
+            per_picture=settings.per_picture,
         )  # fmt: skip
-    return BackboneCheck(difference, losses, count(encoder.trainable_parameters()))
+    return BackboneCheck(difference, losses, settings.steps, count_trained(vit))

@@ -1,4 +1,4 @@
-"""`python -m study`: run the study, or pretrain its networks."""
+"""`python -m study`: run the demo or the study, or pretrain its networks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
 
 from study.data.commands import add_commands
 from study.results import command as results
-from study.runs.command import run_command, search_command
+from study.runs.command import before_torch, run_command, search_command
 
 app = typer.Typer(
     help="LLaVA in miniature, from real parts, in minutes on two cores.",
@@ -43,27 +43,33 @@ def main(arguments: list[str] | None = None) -> None:
 @app.callback(invoke_without_command=True)
 def study(
     context: typer.Context,
-    steps: Annotated[int | None, typer.Option(help="Steps of instruction tuning per method.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of data, weights and data order.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Steps of training of each run.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the projector, the method's weights and the data order.")] = 0,
     tasks: Annotated[str | None, typer.Option(help="Tasks, separated by commas; default: all.")] = None,
-    method: Annotated[str, typer.Option(help="frozen, covft or both.")] = "both",
-    output: Annotated[Path, typer.Option(help="Folder for the report, results.json and the encoder.")] = Path(
-        "runs/study"
-    ),
+    methods: Annotated[
+        str, typer.Option(help="METHOD or METHOD-CONTROL, separated by commas.")
+    ] = "frozen,full,covft,covft-shuffled",
+    output: Annotated[Path, typer.Option(help="Folder for the page, the rows and the encoder.")] = Path("runs/study"),
     quick: Annotated[bool, typer.Option("--quick", help="Run every part in seconds; the scores mean nothing.")] = False,
 ) -> None:
-    """Train LLaVA in miniature with a frozen ViT and with CoVFT, compare them, write a report."""
+    """Without a command: a demo, LLaVA in miniature tuned by a few methods with one seed, with intervals and a page."""
     if context.invoked_subcommand is not None:
         return
-    from study.run import run_study
-    from study.settings import StudySettings
+    before_torch()
+    from study.demo.run import run_demo
+    from study.demo.settings import DemoSettings
 
-    given: dict = {"seed": seed, "method": method, "output": output}
+    fields: dict = {"seed": seed}
     if steps is not None:
-        given["steps"] = steps
+        fields["steps"] = steps
     if tasks is not None:
-        given["tasks"] = tuple(name.strip() for name in tasks.split(",") if name.strip())
-    run_study(StudySettings.quick(**given) if quick else StudySettings(**given))
+        fields["tasks"] = _listed(tasks)
+    make = DemoSettings.quick if quick else DemoSettings
+    run_demo(make(methods=_listed(methods), output=output, fields=fields))
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 add_commands(app)

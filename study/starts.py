@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 import covft
-from study.backbone import packaged_backbone
-from study.backbone_check import as_backbone_batch
 from study.data.packages import minilm_folder
-from study.data.scenes import make_scenes
+from study.data.scenes import as_batch, make_scenes
 from study.data.tasks import make_examples
+from study.runs.build import plain_tower
 
 STARTS = [
     ("upcycled", 0.0),
@@ -26,7 +25,7 @@ STARTS = [
 ]
 LAYERS = tuple(range(5, 11))  # of twelve, as wrap() chooses
 SEEDS = (0, 1, 2)
-SCENES = 32
+SCENES, SIDE = 32, 84  # pixels
 
 
 def measure(kind: str, scale: float, seed: int) -> tuple[float, float]:
@@ -39,7 +38,8 @@ def measure(kind: str, scale: float, seed: int) -> tuple[float, float]:
     """
     scenes = make_scenes("train", SCENES, 0)
     questions = [example.question for example in make_examples(scenes, seed=0)[:SCENES]]
-    vit, images = packaged_backbone(), as_backbone_batch(scenes)
+    vit = plain_tower("backbone")
+    images = torch.nn.functional.interpolate(torch.from_numpy(as_batch(scenes)), SIDE, mode="bilinear")
     with torch.no_grad():
         before = vit(images).last_hidden_state
     torch.manual_seed(seed)

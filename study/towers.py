@@ -1,21 +1,15 @@
-"""The small ViT, and how the study wraps a tower."""
+"""The small ViT."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from study.data.packages import minilm_folder
 from study.data.scenes import SIZE
-from study.settings import StudySettings
 from study.weights import ASSETS, load_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    from covft import ContextEncoder
 
 PATCH = 10
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
@@ -42,19 +36,3 @@ def small_vit(folder: Path = ASSETS) -> CLIPVisionModel:
     model = CLIPVisionModel(small_vit_config())
     model.load_state_dict(load_weights(folder, "small_vit"))
     return model.eval()
-
-
-def wrap_tower(tower: torch.nn.Module, layers: tuple[int, ...], settings: StudySettings) -> ContextEncoder:
-    """Wrap a tower in place, with MiniLM as text encoder and seeded initial weights."""
-    import covft
-
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        return covft.wrap(
-            tower,
-            str(minilm_folder()),
-            layers=layers,
-            experts=settings.experts,
-            routing=settings.routing,
-            train_norms="adapted",
-        )

@@ -57,18 +57,12 @@ def run_trunk(
     return {state: torch.cat(parts) for state, parts in kept.items()}
 
 
-def install_recording(tower: nn.Module) -> None:
-    """Have transformers install its hooks for hidden states, which it does at the first call that asks for them."""
-    side = tower.config.image_size
-    run_trunk(tower, torch.zeros(1, 3, side, side), ())
-
-
 @contextmanager
 def upper_blocks(tower: nn.Module, first: int) -> Iterator[None]:
     """While open, start the tower at block `first`, with that block's input as `pixel_values`.
 
-    `hidden_states[-2]` stays the same. The tower's recording hooks must be installed (`install_recording`, or any
-    call with hidden states), because transformers puts them on the blocks that it finds at that time.
+    `hidden_states[-2]` stays the same. Whoever wants hidden states calls the complete tower with them once before,
+    because transformers puts its recording hooks on the blocks that it finds at that time.
     """
     blocks, config = blocks_of(tower), tower.config
     count = len(blocks)

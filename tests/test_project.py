@@ -228,7 +228,19 @@ def make_targets():
 
 
 def test_makefile_has_the_promised_targets():
-    assert {"help", "demo", "test", "gpu", "check", "docs", "package", "versions", "real", "clean"} == make_targets()
+    assert {
+        "help",
+        "demo",
+        "study",
+        "test",
+        "gpu",
+        "check",
+        "docs",
+        "package",
+        "versions",
+        "real",
+        "clean",
+    } == make_targets()
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def run_command(
     """Run what has no row yet, one JSON row per run; a stopped command goes on where it was."""
     from pathlib import Path
 
-    _before_torch()
+    before_torch()
     from study.runs.captions import complete
     from study.runs.plan import STUDIES, plan
     from study.runs.rows import RESULTS, Rows
@@ -60,7 +60,7 @@ def search_command(
     choose: Annotated[bool, typer.Option("--choose", help="Write the best rates to study/runs/rates.json.")] = False,
 ) -> None:
     """Try settings on validation scenes; rows go to study/results/search (size=large: search/large)."""
-    _before_torch()
+    before_torch()
     from study.runs.rows import RESULTS, Rows
     from study.runs.search import choose_rates, grid
     from study.runs.sizes import size_named
@@ -112,7 +112,7 @@ def numbers(text: str) -> list[int]:
         raise ConfigError("Seeds are whole numbers.", expected="0,1,2", got=text) from error
 
 
-def _before_torch() -> None:
+def before_torch() -> None:
     """Let the parent look for a GPU without starting CUDA, which would not survive a fork."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

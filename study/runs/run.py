@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,26 @@ from study.runs.tables import Part, held_out_part, training_order, training_part
 from study.runs.train import Questions, as_tower_takes, fit
 
 
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained model, before it is dropped.
+
+    Attributes:
+        settings: The run.
+        model: LLaVA in miniature.
+        questions: The scored questions, with what the tower takes from `first` on.
+        first: The block at which the tower starts (`study.runs.model.started_at`).
+    """
+
+    settings: RunSettings
+    model: Miniature
+    questions: Questions
+    first: int
+
+
+Inspect = Callable[[Trained], dict[str, Any]]
+
+
 def run(
     settings: RunSettings,
     studies: Iterable[str] = (),
@@ -40,6 +60,7 @@ def run(
     device: str = "cpu",
     deadline: float | None = None,
     report: Callable[[int], None] | None = None,
+    inspect: Inspect | None = None,
 ) -> dict[str, Any]:
     """Train and score one model; return its row.
 
@@ -49,6 +70,7 @@ def run(
         device: `cpu` or `cuda`.
         deadline: Time (`time.monotonic`) at which to stop.
         report: Called with the number of finished steps, now and then.
+        inspect: Looks at the trained model; what it returns joins the row as `inspection`.
 
     Raises:
         OutOfTime: If the deadline is reached.
@@ -83,6 +105,10 @@ def run(
         with timed(seconds, "score"):
             found = score(model, scored)
             floors = _floors(model, settings, scored, held_out, first, device) if settings.method == "frozen" else {}
+    seen = {}
+    if inspect is not None:
+        with timed(seconds, "inspect"):
+            seen["inspection"] = inspect(Trained(settings, model, scored, first))
     row = {
         "name": settings.name,
         "label": settings.label,
@@ -98,6 +124,7 @@ def run(
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "versions": _versions(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **seen,
     }
     return with_captions(row)
 

@@ -11,10 +11,13 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from study.runs.plan import Planned
 from study.runs.rows import Rows
+
+if TYPE_CHECKING:
+    from study.runs.run import Inspect
 
 _SHOWN_TRACES = 3
 
@@ -42,6 +45,7 @@ def work(
     jobs: int = 1,
     time_limit: float | None = None,
     show: bool = True,
+    inspect: Inspect | None = None,
 ) -> Outcome:
     """Run what has no row yet.
 
@@ -52,6 +56,7 @@ def work(
         jobs: Processes.
         time_limit: Seconds after which all stop; runs that are not finished then leave nothing.
         show: Whether to show progress.
+        inspect: Looks at each trained model, in the process that trained it (`study.runs.run.run`).
     """
     deadline = None if time_limit is None else time.monotonic() + time_limit
     missing = {run.name for run in rows.missing(one.run for one in planned)}
@@ -63,7 +68,7 @@ def work(
     context = multiprocessing.get_context("fork")
     events: Any = context.Queue()
     processes = [
-        context.Process(target=_worker, args=(to_do, rows, device, jobs, deadline, events), daemon=True)
+        context.Process(target=_worker, args=(to_do, rows, device, jobs, deadline, events, inspect), daemon=True)
         for _ in range(min(jobs, len(to_do)))
     ]
     for process in processes:
@@ -83,7 +88,13 @@ def _draw_data(planned: Sequence[Planned]) -> None:
 
 
 def _worker(
-    planned: Sequence[Planned], rows: Rows, device: str, jobs: int, deadline: float | None, events: Any
+    planned: Sequence[Planned],
+    rows: Rows,
+    device: str,
+    jobs: int,
+    deadline: float | None,
+    events: Any,
+    inspect: Inspect | None,
 ) -> None:
     """Claim and run what is left, until nothing is or time is up."""
     import torch
@@ -107,7 +118,7 @@ def _worker(
             began = time.monotonic()
             try:
                 row = run(
-                    one.run, one.studies, device=device, deadline=deadline,
+                    one.run, one.studies, device=device, deadline=deadline, inspect=inspect,
                     report=lambda step, name=name: events.put(("step", name, step)),
                 )  # fmt: skip
             except OutOfTime:

@@ -18,7 +18,7 @@ def test_help_lists_the_options() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"})
     assert shown.exit_code == 0
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown.output)
-    for option in ("--steps", "--seed", "--tasks", "--method", "--output", "--quick", "pretrain", "prepare"):
+    for option in ("--steps", "--seed", "--tasks", "--methods", "--output", "--quick", "pretrain", "prepare"):
         assert option in plain
 
 
@@ -31,6 +31,17 @@ def test_an_unknown_task_is_refused_before_anything_is_written(
     shown = capsys.readouterr().err
     assert "juggling" in shown
     assert "grounding" in shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("methods", ["juggling", "covft-juggling", "frozen-uniform", "", "full,full"])
+def test_methods_that_cannot_be_run_are_refused_before_anything_is_written(
+    methods: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--methods", methods, "--output", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    assert "Expected:" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -9,24 +9,37 @@ import pytest
 import torch
 
 import covft
+from covft.data import IGNORE_INDEX
 from covft.integrations import CoVFTCallback, MLLMTrainer, MLLMTrainingArguments, get_encoder, train_only
-from study.batches import Collator, Questions
 from study.data.scenes import as_batch, make_scenes
-from study.data.tasks import make_examples
-from study.data.tokenizer import build_tokenizer
+from study.data.tasks import Example, make_examples
+from study.data.tokenizer import build_tokenizer, prompt
 from study.llava import build_llava
-from study.towers import small_vit
+from study.towers import IMAGE_TOKENS, small_vit
 
 
 class Batches:
-    """The study's collator, with the questions as `context_text`, which an attached model reads."""
+    """Examples as batches of LLaVA, padded on the left, with the questions as `context_text` for an attached model."""
 
-    def __init__(self, inputs: torch.Tensor, pad_token_id: int) -> None:
-        self.collator = Collator(inputs, pad_token_id)
+    def __init__(self, pictures: torch.Tensor, tokenizer: Any) -> None:
+        self.pictures, self.tokenizer, self.ids = pictures, tokenizer, tokenizer.get_vocab()
 
-    def __call__(self, rows: list[dict]) -> dict[str, Any]:
-        batch = self.collator(rows)
-        return {**batch, "context_text": batch.pop("questions")}
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
+        answers = [[self.ids[word] for word in f"{e.answer} <eos>".split()] for e in examples]
+        asked = [[self.ids[word] for word in prompt(e.question, IMAGE_TOKENS).split()] for e in examples]
+        longest = max(len(before) + len(after) for before, after in zip(asked, answers, strict=True))
+        ids = torch.full((len(examples), longest), self.tokenizer.pad_token_id)
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        for row, (before, after) in enumerate(zip(asked, answers, strict=True)):
+            ids[row, longest - len(before) - len(after) :] = torch.tensor(before + after)
+            labels[row, longest - len(after) :] = torch.tensor(after)
+        return {
+            "input_ids": ids,
+            "attention_mask": (ids != self.tokenizer.pad_token_id).long(),
+            "labels": labels,
+            "pixel_values": self.pictures[[e.scene for e in examples]],
+            "context_text": [e.question for e in examples],
+        }
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +57,8 @@ def test_both_trainers_have_the_same_falling_losses(tmp_path: Path) -> None:
     from transformers import Trainer
 
     scenes, tokenizer = make_scenes("train", 24), build_tokenizer()
-    questions = Questions(make_examples(scenes), tokenizer)
-    collate = Batches(torch.from_numpy(as_batch(scenes)), tokenizer.pad_token_id)
+    questions: Any = make_examples(scenes)
+    collate = Batches(torch.from_numpy(as_batch(scenes)), tokenizer)
     curves = []
     for kind, trainer_class in (("ours", MLLMTrainer), ("plain", Trainer)):
         model = build_llava(small_vit(), folder=None)

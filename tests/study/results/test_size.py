@@ -1,5 +1,7 @@
 """The table of sizes that were tried: full tuning at its best rate against a frozen tower, on validation scenes."""
 
+import pytest
+
 from study.results.load import read_rows
 from study.results.size import size_rows, size_table
 from study.runs.settings import RunSettings
@@ -35,6 +37,7 @@ def test_test_scenes_do_not_count(tmp_path):
     assert size_table(rows(tmp_path, split="test")).rows == []
 
 
+@pytest.mark.long
 def test_the_search_on_file_tried_several_sizes():
     table = size_table(size_rows())
     assert len(table.rows) >= 8
