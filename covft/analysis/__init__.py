@@ -1,0 +1,1 @@
+"""What a context-aware tower does: records it, counts it, draws it."""

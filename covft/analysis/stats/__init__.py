@@ -1,0 +1,1 @@
+"""Numbers of what was recorded; nothing is drawn here."""
