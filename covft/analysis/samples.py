@@ -125,7 +125,8 @@ def _batches(entries: Iterator[Any], size: int) -> Iterator[Batch]:
 
 def _entries(data: Iterable[Any]) -> Iterator[Any]:
     if not isinstance(data, ConversationDataset):
-        yield from data
+        for entry in data:  # noqa: UP028 - `yield from` would close a generator of the caller with this one
+            yield entry
         return
     for number in range(len(data)):
         sample = data[number]
@@ -134,7 +135,11 @@ def _entries(data: Iterable[Any]) -> Iterator[Any]:
 
 
 def _is_sample(entry: Mapping[str, Any]) -> bool:
-    return "context_text" in entry and _OF_DATA.issuperset(entry)
+    """Whether a dict holds the images of each text; in other batches only the model knows whose an image is."""
+    if "context_text" not in entry or not _OF_DATA.issuperset(entry):
+        return False
+    rows = getattr(entry.get("input_ids"), "ndim", 1) == 2
+    return "context_index" in entry or not rows
 
 
 def _same_shape(one: Sample, other: Sample) -> bool:
@@ -208,6 +213,12 @@ def _of_collator(entry: Mapping[str, Any]) -> Iterator[Sample]:
         return
     index = entry.get("context_index")
     index = torch.arange(len(texts)) if index is None else torch.as_tensor(index)
+    if len(index) != len(images):
+        raise ShapeError(
+            "A batch of the data has one text per image, or an index.",
+            expected=f"context_index of shape ({len(images)},)",
+            got=f"{len(texts)} texts" if "context_index" not in entry else f"shape {tuple(index.shape)}",
+        )
     flags = entry.get("image_flags")
     real = torch.ones_like(index, dtype=torch.bool) if flags is None else torch.as_tensor(flags).bool()
     for row, (text, kind) in enumerate(zip(texts, kinds, strict=True)):

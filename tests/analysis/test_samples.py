@@ -63,6 +63,9 @@ def test_arguments_of_the_model_are_left_as_they_are():
     assert batch.images is None
     assert batch.text is None
     assert dict(batch.inputs) == given
+    texts = {**given, "pixel_values": IMAGES[:2], "context_text": ["a", "b"]}
+    del texts["image_grid_thw"]  # rows of tokens: which row an image is of, only the placeholders tell
+    assert next(batches([texts])).images is None
 
 
 @pytest.mark.parametrize(
@@ -73,6 +76,7 @@ def test_arguments_of_the_model_are_left_as_they_are():
         ((IMAGES, TEXTS, KINDS[:2]), ShapeError),
         (("image.png", "a"), ShapeError),
         ({"pixel_values": IMAGES}, ConfigError),
+        ({"pixel_values": IMAGES, "context_text": TEXTS[:2]}, ShapeError),
     ],
 )
 def test_what_cannot_be_read_is_refused(entry, error):
