@@ -102,8 +102,9 @@ def record(
     nothing is paid for it. Under DDP, each process records its own data.
 
     Memory: at most $4 N L (W + E) + 3 N s^2$ bytes for N samples, L layers, contexts of width W, E experts and
-    thumbnails of side s, while it is gathered at most one layer more. For 5,000 samples of a ViT-L (12 layers, W = 768,
-    E = 4) that is 220 MB, of which thumbnails are 35 MB; of one layer alone, 50 MB.
+    thumbnails of side s, and the texts; while it is put together, one layer or the thumbnails once more. For 5,000
+    samples of a ViT-L (12 layers, W = 768, E = 4) that is 220 MB, of which thumbnails are 35 MB; of one layer alone,
+    50 MB.
 
     Args:
         model: A ViT of `covft.wrap`, a model of `covft.attach`, or either in a module of yours, in DDP or compiled.

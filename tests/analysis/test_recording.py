@@ -132,16 +132,20 @@ def test_a_model_reads_its_own_batch(name):
     assert named.texts == ("a", "c")
 
 
+@pytest.mark.parametrize("inside", [nn.Sequential, nn.DataParallel])
+def test_a_tower_is_found_inside_another_module(inside):
+    encoder, data = toy(), list(samples(2))
+    assert np.array_equal(record(inside(encoder), data).weights[1], record(encoder, data).weights[1])
+
+
 @pytest.mark.long
 def test_a_compiled_tower_is_recorded_eagerly():
     encoder, data = toy(), list(samples(4))
     expected = record(encoder, data)
     compiled = torch.compile(encoder, backend="eager")
     compiled(torch.randn(4, 3, 16, 16), torch.randn(4, 16))
-    holder = nn.Sequential(encoder)
-    for model in (compiled, holder):
-        found = record(model, data)
-        assert all(np.array_equal(found.contexts[layer], expected.contexts[layer]) for layer in expected.layers)
+    found = record(compiled, data)
+    assert all(np.array_equal(found.contexts[layer], expected.contexts[layer]) for layer in expected.layers)
     encoder.compile(backend="eager")
     encoder(torch.randn(4, 3, 16, 16), torch.randn(4, 16))
     assert np.array_equal(record(encoder, data).weights[1], expected.weights[1])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 
 from covft.analysis.samples import batches
-from covft.data import Collator
+from covft.data import Collator, ConversationDataset, ImageText, Place, Row
 from covft.errors import ConfigError, ShapeError
+from covft.testing import tiny_llava
+from tests.helpers.data import to_tensor
 
 IMAGES = torch.arange(5 * 3 * 4 * 4, dtype=torch.float32).view(5, 3, 4, 4)
 TEXTS, KINDS = ["a", "b", "c", "d", "e"], ["x", "y", "x", "y", "x"]
@@ -43,6 +46,35 @@ def test_tiles_are_counted_with_their_sample():
     assert batch.index.tolist() == [0, 0, 0, 1, 1]
     assert batch.texts == ("a", "b")
     assert batch.kinds == (None, None)
+
+
+class Source:
+    """Rows of a mixture: two data sets, one row without an image."""
+
+    rows = (("left", "a.png", "box"), ("nothing", None, "chat"), ("right", "b.png", "caption"))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        question, image, name = self.rows[index]
+        content = f"<image>\n{question}" if image else question
+        messages = ({"role": "user", "content": content}, {"role": "assistant", "content": "Yes."})
+        return Row(messages, (image,) if image else (), dataset=name)
+
+    def place(self, index):
+        return Place("rows", index)
+
+    def image(self, index, name):
+        return Image.new("RGB", (8, 8), (name[0] == "a" and "white") or "black")
+
+
+def test_a_data_set_of_conversations_has_the_names_of_its_mixture_as_kinds():
+    data = ConversationDataset(Source(), tiny_llava(depth=1).tokenizer, to_tensor(4), image_text=ImageText("<image>"))
+    batch = next(batches(data))
+    assert (batch.texts, batch.kinds) == (("left", "right"), ("box", "caption"))
+    assert batch.images.shape == (2, 3, 4, 4)
+    assert batch.samples[1].source["row"] == 2
 
 
 def test_images_of_another_size_start_another_batch():
