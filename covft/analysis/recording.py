@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from covft.analysis.running import Subject, at_rest, subject_of
-from covft.analysis.samples import Batch, batches
+from covft.analysis.samples import Batch, Data, batches
 from covft.analysis.stored import read_arrays, write_arrays
 from covft.encoder import ContextEncoder
 from covft.errors import ConfigError, LayerIndexError
@@ -88,7 +87,7 @@ class Recording:
 @check_kinds
 def record(
     model: nn.Module,
-    data: Iterable[Any],
+    data: Data,
     *,
     samples: int = 5000,
     batch_size: int = 16,

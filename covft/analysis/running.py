@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from covft.errors import ShapeError, UnsupportedViTError
 from covft.integrations.mllm.attachment import Attachment, attachment_of
 from covft.surgery.adapted import AdaptedViT
 from covft.surgery.slot import AdaptedFFN
+from covft.utils.torch_internals import eagerly, uncompiled
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,7 @@ def at_rest(subject: Subject) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.random.fork_rng(devices=[]))
-            if "torch._dynamo" in sys.modules:  # a compiled forward does not run hooks that came later
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(eagerly())
             subject.model.eval()
             yield
     finally:
@@ -153,9 +152,9 @@ def _moved(value: Any, like: Tensor) -> Any:
 
 def _without_wrappers(model: nn.Module) -> nn.Module:
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
-            model = compiled
-        else:
+        inner = uncompiled(model)
+        if isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = inner.module
+        if inner is model:
             return model
+        model = inner

@@ -17,11 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from covft.data import ConversationDataset
 from covft.data.checks import short
 from covft.errors import ConfigError, ShapeError
 from covft.utils.arguments import check_kinds, check_sizes
+
+Data = Iterable[Any] | Dataset
+"""What is read: an iterable, or a data set by index."""
 
 # What `ConversationDataset` and `Collator` give; any other key is an argument that only the model understands.
 _OF_DATA = {
@@ -82,14 +86,15 @@ class Batch:
 
 
 @check_kinds
-def batches(data: Iterable[Any], size: int = 16) -> Iterator[Batch]:
+def batches(data: Data, size: int = 16) -> Iterator[Batch]:
     """Read data in batches, in order and once; samples without images are left out.
 
     Batches of the data are cut into samples and put together again. Images of another shape start another batch.
     Arguments that only the model understands stay one batch each.
 
     Args:
-        data: Samples or batches, as in the overview of `covft.analysis.samples`, or a `ConversationDataset`.
+        data: Samples or batches, as in the overview of `covft.analysis.samples`, or a data set of such, such as a
+            `ConversationDataset`.
         size: Samples per batch.
 
     Raises:
@@ -123,7 +128,9 @@ def _batches(entries: Iterator[Any], size: int) -> Iterator[Batch]:
         yield _together(waiting)
 
 
-def _entries(data: Iterable[Any]) -> Iterator[Any]:
+def _entries(data: Data) -> Iterator[Any]:
+    if isinstance(data, Dataset) and not hasattr(data, "__iter__") and not isinstance(data, ConversationDataset):
+        data = (data[number] for number in range(len(data)))  # type: ignore[arg-type]
     if not isinstance(data, ConversationDataset):
         for entry in data:  # noqa: UP028 - `yield from` would close a generator of the caller with this one
             yield entry

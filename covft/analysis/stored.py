@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from covft.errors import CheckpointError
 from covft.utils.files import write_tensors
 
+_ABOUT = "covft"
 Arrays = np.ndarray | Mapping[int, np.ndarray] | None
 
 
@@ -29,12 +30,17 @@ def write_arrays(path: Path, about: Mapping[str, Any], **arrays: Arrays) -> None
         CheckpointError: If it cannot be written.
     """
     tensors: dict[str, torch.Tensor] = {}
+    stored: set[int] = set()
     for name, value in arrays.items():
         by_name = {f"{name}.{layer}": array for layer, array in value.items()} if isinstance(value, Mapping) else {}
         if isinstance(value, np.ndarray):
             by_name = {name: value}
-        tensors |= {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in by_name.items()}
-    write_tensors(path, tensors, {name: json.dumps(value) for name, value in about.items()})
+        for key, array in by_name.items():
+            tensor = torch.from_numpy(np.ascontiguousarray(array))
+            place = tensor.untyped_storage().data_ptr()
+            tensors[key] = tensor.clone() if place in stored else tensor  # the format refuses shared memory
+            stored.add(place)
+    write_tensors(path, tensors, {_ABOUT: json.dumps(about)})
 
 
 def read_arrays(path: Path, *layered: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -59,7 +65,7 @@ def read_arrays(path: Path, *layered: str) -> tuple[dict[str, Any], dict[str, An
                     arrays[name][int(layer)] = file.get_tensor(key)
                 else:
                     arrays[name] = file.get_tensor(key)
-            about = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            about = json.loads((file.metadata() or {})[_ABOUT])
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read.", got=str(error)) from error
     return {name: dict(sorted(v.items())) if isinstance(v, dict) else v for name, v in arrays.items()}, about

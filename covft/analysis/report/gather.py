@@ -43,7 +43,7 @@ class Facts:
         recording: Of `record`; None without one.
         attention: Of `attention_maps`; None without them.
         questions: Of `compare_questions`; None without them.
-        diagnosis: Of `covft.diagnose`, as JSON; None without one.
+        diagnosis: A diagnosis, as JSON; None without one.
     """
 
     folder: Path

@@ -6,7 +6,7 @@ Shapes: E experts, D embed_dim.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from covft.analysis.running import Subject, at_rest, subject_of
-from covft.analysis.samples import batches
+from covft.analysis.samples import Data, batches
 from covft.errors import ConfigError
 from covft.integrations.training.monitor import expert_distance
 from covft.nn.router import Routing
@@ -43,9 +43,7 @@ class Divergence:
 
 
 @check_kinds
-def divergence(
-    model: nn.Module, data: Iterable[Any], *, samples: int = 64, batch_size: int = 16
-) -> dict[int, Divergence]:
+def divergence(model: nn.Module, data: Data, *, samples: int = 64, batch_size: int = 16) -> dict[int, Divergence]:
     """Run samples through a tower, and let every expert see every token.
 
     The tower runs as for `record`; the experts cost as much again as a dense mixture. Memory: the outputs of all
