@@ -76,6 +76,7 @@ def test_similarity_without_pairs():
     assert (found.within, found.between, found.by_label) == (None, None, {})
 
 
+@pytest.mark.long
 def test_memory_of_distances_does_not_grow_with_the_square():
     """4,000 samples have 128 MB of distances; 64 MB of them are held at once, and sums of unit vectors instead."""
     vectors = np.random.default_rng(0).normal(size=(4000, 8))

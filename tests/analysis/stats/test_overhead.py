@@ -37,6 +37,7 @@ def test_costs_of_a_block_are_those_of_the_formulas():
     assert "not counted" in written
 
 
+@pytest.mark.long
 def test_a_width_leaves_out_the_text_encoder():
     rows = overhead(ToyViT(), "lora", r=2, text_encoder=8, images=torch.randn(1, 3, 16, 16), repeats=1)
     assert [row.name for row in rows] == ["tower", "tower with lora"]
