@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from covft import adapters as adapters
+    from covft import analysis as analysis
     from covft import checkpoints as checkpoints
     from covft import data as data
     from covft import errors as errors
@@ -64,6 +65,7 @@ _HOMES = {
 }
 _SUBMODULES = (
     "adapters",
+    "analysis",
     "checkpoints",
     "data",
     "errors",
@@ -82,6 +84,7 @@ __all__ = [
     "ViTSpec",
     "__version__",
     "adapters",
+    "analysis",
     "attach",
     "budget",
     "checkpoints",

@@ -274,6 +274,23 @@ def precompute(
         typer.echo(f"{len(found) - len(texts)} rows have none or cannot be read", err=True)
 
 
+# -------------------------------------------------------------------------------------------- report
+
+
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(help="An encoder, the output of a trainer, or a folder with recordings.")],
+    output: Annotated[str | None, typer.Option(help="The file to write; by default covft_report.html in it.")] = None,
+) -> None:
+    """Write one HTML page about a folder: settings, curves, contexts, routing, attention, questions compared."""
+    from covft.analysis.report import write_report
+
+    typer.echo(str(write_report(folder, output)))
+
+
+# ------------------------------------------------------------------------------------------- version
+
+
 @app.command()
 def version() -> None:
     """Tell the versions of covft, Python, torch and the optional libraries."""

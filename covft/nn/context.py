@@ -171,6 +171,22 @@ class SingleQueryAttention(nn.Module):
             The context vectors, shape `(B, C)`.
         """
         heads, like = self.num_heads, tokens_BND
+        mean_BHD = self.weights(tokens_BND, text_BC, mask_BN) @ tokens_BND
+        value_HAD = in_type_of(self.v_proj_image_weight, like).unflatten(0, (heads, -1))
+        image_BHA = (mean_BHD.transpose(0, 1) @ value_HAD.mT).transpose(0, 1)
+        of_text_BC = self.v_proj_text(in_type_of(text_BC, self.v_proj_text.weight))
+        value_BC = image_BHA.flatten(1) + in_type_of(of_text_BC, like)
+        return self.out_proj(in_type_of(value_BC, self.out_proj.weight))
+
+    def weights(self, tokens_BND: Tensor, text_BC: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+        """Return how much each head looks at each token, shape `(B, H, N)`; rows sum to 1.
+
+        Args:
+            tokens_BND: As for calling it.
+            text_BC: As for calling it.
+            mask_BN: As for calling it.
+        """
+        heads, like = self.num_heads, tokens_BND
         query_BC = in_type_of(self.q_proj(in_type_of(text_BC, self.q_proj.weight)), like)
         query_BHA = query_BC.unflatten(-1, (heads, -1))
         query_BHA = query_BHA * query_BHA.shape[-1] ** -0.5
@@ -179,13 +195,7 @@ class SingleQueryAttention(nn.Module):
         scores_BHN = folded_BHD @ tokens_BND.mT
         if mask_BN is not None:
             scores_BHN = scores_BHN.masked_fill(~mask_BN[:, None], -torch.inf)
-        attention_BHN = wide_softmax(scores_BHN).to(tokens_BND.dtype)
-        mean_BHD = attention_BHN @ tokens_BND
-        value_HAD = in_type_of(self.v_proj_image_weight, like).unflatten(0, (heads, -1))
-        image_BHA = (mean_BHD.transpose(0, 1) @ value_HAD.mT).transpose(0, 1)
-        of_text_BC = self.v_proj_text(in_type_of(text_BC, self.v_proj_text.weight))
-        value_BC = image_BHA.flatten(1) + in_type_of(of_text_BC, like)
-        return self.out_proj(in_type_of(value_BC, self.out_proj.weight))
+        return wide_softmax(scores_BHN).to(tokens_BND.dtype)
 
     @torch.no_grad()
     def load_multihead_attention(self, state: dict[str, Tensor]) -> None:

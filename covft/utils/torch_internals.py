@@ -13,12 +13,14 @@ Each is checked at its first use, and all of them before the first ViT is wrappe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -256,3 +258,16 @@ def _unsupported(problem: str, found: str) -> UnsupportedVersionError:
         got=f"torch {torch.__version__}: {found}",
         fix='pip install "torch>=2.8"',
     )
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module inside what `torch.compile(module)` returned; any other module itself."""
+    inner = module._modules.get(COMPILED)
+    return module if inner is None else inner
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """Return a context in which compiled modules run as they were written, with the hooks that they have now."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and its import takes long
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")

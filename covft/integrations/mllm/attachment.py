@@ -198,6 +198,36 @@ class Attachment:
         asked = sorted(set(row_of_tile))
         return self.encoder.condition(self._read(given, asked), [asked.index(row) for row in row_of_tile])
 
+    def rows_of_tower(self, given: Mapping[str, Any]) -> tuple[Tensor, dict[int, Any]]:
+        """Return the row of `input_ids` that each row of the tower's batch belongs to, and the text of these rows.
+
+        Args:
+            given: Arguments of a call, by name; `context_text` and `context_index`, if they are given, among them.
+
+        Returns:
+            Rows, shape `(T,)`, and texts by row. Texts that are given per image are those of its row's first image.
+
+        Raises:
+            MissingContextError: If the text cannot be read.
+            ShapeError: If the rows are not known.
+        """
+        texts, index = given.get("context_text"), given.get("context_index")
+        placement = None if index is not None else self._placement(given)
+        if placement is None:
+            rows = as_index(index, rows_of(given) or 0).cpu()
+        else:
+            alone = rows_of(given) in (1, None)
+            rows = placement.spread([0] * len(placement.tiles) if alone else placement.require_rows())
+        asked = rows.unique().tolist()
+        if isinstance(texts, str) or (texts is None and not self.encoder.conditioning.needs_text):
+            return rows, dict.fromkeys(asked, texts)
+        if texts is None:
+            return rows, dict(zip(asked, self._read(given, asked), strict=True))
+        texts = as_texts(texts)
+        of_tile = rows if placement is None else assign(len(texts), placement, rows_of(given))
+        of_tile = range(len(rows)) if of_tile is None else of_tile.tolist()
+        return rows, {row: texts[of_tile[int((rows == row).nonzero()[0])]] for row in asked}
+
     def _read(self, given: Mapping[str, Any], rows: Iterable[int]) -> list[str | None]:
         """Read the instructions of some rows from the prompt."""
         input_ids = given.get("input_ids")
