@@ -116,7 +116,7 @@ def dominance(gradients: Gradients, layer: int | None = None, *, resamples: int 
     along = np.sqrt(max(values[-1], 0.0)) * vectors_of[:, -1]
     cosines = np.divide(along, norms, out=np.zeros_like(along), where=norms > 0)
     cosines = cosines if cosines.sum() >= 0 else -cosines
-    mean = bootstrap({0: {"cosine": cosines}}, resamples=resamples, seed=seed)
+    mean = bootstrap({0: {"cosine": cosines.tolist()}}, resamples=resamples, seed=seed)
     return Dominance(
         cosines=cosines,
         mean=mean,
@@ -222,7 +222,7 @@ def _pair_p_values(
     found = []
     for a, b in pairs:
         samples = np.flatnonzero(of_kind_KN[a] + of_kind_KN[b])
-        own, members = gram[np.ix_(samples, samples)], of_kind_KN[np.ix_([a, b], samples)]
+        own, members = gram[samples][:, samples], of_kind_KN[[a, b]][:, samples]
         order = np.stack([draws.permutation(len(samples)) for _ in range(permutations)])
         permuted = np.concatenate(
             [separations(mean_cosines(own, members[:, part].transpose(1, 0, 2))) for part in _parts(order)]
