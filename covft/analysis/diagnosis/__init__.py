@@ -9,9 +9,9 @@ result.py     Diagnosis: numbers, words, a page
 diagnose.py   diagnose(), which puts them together
 """
 
-from covft.analysis.diagnosis.run import diagnose
 from covft.analysis.diagnosis.probe import Change, Probe
 from covft.analysis.diagnosis.result import Diagnosis
+from covft.analysis.diagnosis.run import diagnose
 from covft.analysis.diagnosis.verdict import Evidence, PairEvidence, Verdict, decide
 
 __all__ = ["Change", "Diagnosis", "Evidence", "PairEvidence", "Probe", "Verdict", "decide", "diagnose"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from covft.analysis.diagnosis.entries import endless, split
 from covft.analysis.diagnosis.losses import Loss
-from covft.analysis.stats.gradients import checked_loss, trainable
+from covft.analysis.stats.gradients import checked_loss, gradients_or_none, trainable
 from covft.metrics import bootstrap
 
 RATES = (1e-5, 1e-4, 1e-3)
@@ -175,8 +175,7 @@ class _Run:
         for step in range(self.steps):
             chosen = [self.samples[order[(step * self.batch + i) % len(order)]] for i in range(self.batch)]
             with torch.enable_grad():
-                value = checked_loss(self.loss(chosen))
-                found = torch.autograd.grad(value, self.parameters, allow_unused=True)
+                found = gradients_or_none(self.loss(chosen), self.parameters)
             for master, gradient in zip(masters, found, strict=True):
                 master.grad = None if gradient is None else gradient.float()
             optimizer.step()

@@ -85,6 +85,7 @@ def diagnose(
         ConfigError: If a setting cannot be used, entries cannot be read, or there are fewer than two kinds of eight
             samples.
         ShapeError: If there is not one kind per entry, or a loss is not one finite number.
+        MissingGradientError: If a loss does not depend on the tower's weights.
         UnsupportedViTError: If weights are sharded or quantised.
         UnknownViTError: If no adapter knows the tower.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from covft.adapters.spec import ViTSpec
 from covft.analysis.stats.sketch import WIDTH, GradientSketch
-from covft.errors import ConfigError, LayerIndexError, ShapeError, UnsupportedViTError
+from covft.errors import ConfigError, LayerIndexError, MissingGradientError, ShapeError, UnsupportedViTError
 from covft.utils.arguments import check_kinds
 from covft.utils.sharding import is_sharded
 
@@ -160,14 +160,14 @@ def gradients_of(
 
     Raises:
         ShapeError: If there are not as many kinds as samples, or a loss is not one finite number.
+        MissingGradientError: If a loss does not depend on the weights.
     """
     sketch = GradientSketch(width, seed)
     named = {name: parameter for of_block in weights.values() for name, parameter in of_block.items()}
     rows: list[np.ndarray] = []
     with trainable(named.values(), model), torch.enable_grad():
         for sample in samples:
-            value = checked_loss(loss(sample))
-            found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+            found = gradients_or_none(loss(sample), list(named.values()))
             by_name = {name: gradient for name, gradient in zip(named, found, strict=True) if gradient is not None}
             row = [
                 sketch({name: by_name[name] for name in of_block if name in by_name}) for of_block in weights.values()
@@ -178,6 +178,25 @@ def gradients_of(
     counts = tuple(sum(parameter.numel() for parameter in of_block.values()) for of_block in weights.values())
     vectors = np.stack(rows) if rows else np.zeros((0, len(weights), width), np.float32)
     return Gradients(tuple(weights), vectors, tuple(map(str, kinds)), counts)
+
+
+def gradients_or_none(loss: Any, parameters: Sequence[nn.Parameter]) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a loss, without setting `.grad`; None of parameters that it does not depend on.
+
+    Raises:
+        ShapeError: If the loss is not one finite number.
+        MissingGradientError: If it depends on none of them.
+    """
+    value = checked_loss(loss)
+    found = torch.autograd.grad(value, parameters, allow_unused=True) if value.requires_grad else ()
+    if all(gradient is None for gradient in found):
+        raise MissingGradientError(
+            "The loss does not depend on the weights of the tower.",
+            expected="a loss with gradients, of a model that reads its tower",
+            got="none" if value.requires_grad else "a loss without gradients",
+            fix="compute the loss without torch.no_grad() and detach()",
+        )
+    return found
 
 
 def checked_loss(value: Any) -> Tensor:

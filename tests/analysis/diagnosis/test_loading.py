@@ -28,10 +28,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, *more, model="model"):
-    data = str(folder / "train.json")
+def run(folder, *more, model="model", template="vicuna_v1"):
+    given = ["--data", str(folder / "train.json"), "--template", template, "--steps", "1", "--batch", "2"]
     with pytest.raises(SystemExit) as ended:
-        main(["diagnose", str(folder / model), "--data", data, "--steps", "1", "--batch", "2", "--rate", "1e-4", *more])
+        main(["diagnose", str(folder / model), *given, "--rate", "1e-4", *more])
     return ended.value.code or 0
 
 
@@ -67,5 +67,5 @@ def test_an_attached_model_and_a_mixture_that_names_its_kinds(folder, tmp_path, 
 def test_what_cannot_be_loaded_is_told(folder, capsys):
     assert run(folder, model="nothing") == 2
     assert "CheckpointError" in capsys.readouterr().err
-    assert run(folder, "--template", "nonsense") == 2
-    assert "vicuna_v1" in capsys.readouterr().err
+    assert run(folder, template="nonsense") == 2
+    assert "There is no chat template 'nonsense'" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import torch
 import covft
 from covft.analysis.stats.gradients import block_weights, gradients_of
 from covft.analysis.stats.sketch import GradientSketch
-from covft.errors import ConfigError, ShapeError, UnsupportedViTError
+from covft.errors import ConfigError, MissingGradientError, ShapeError, UnsupportedViTError
 from covft.testing import ToyViT
 from tests.helpers.snapshots import assert_unchanged, snapshot
 
@@ -100,6 +100,10 @@ def test_what_has_no_gradient_is_refused(vit):
         gradients_of(vit, vit, [torch.rand(1, 3, 16, 16)], ["a"], chosen)
     with pytest.raises(ShapeError, match="loss cannot be used"):
         gradients_of(vit, lambda images: loss(vit)(images) * float("nan"), [torch.rand(1, 3, 16, 16)], ["a"], chosen)
+    with pytest.raises(MissingGradientError, match="does not depend"):
+        gradients_of(vit, lambda images: loss(vit)(images).detach(), [torch.rand(1, 3, 16, 16)], ["a"], chosen)
+    with pytest.raises(MissingGradientError, match="does not depend"):
+        gradients_of(vit, lambda scale: scale.sum(), [torch.ones(1, requires_grad=True)], ["a"], chosen)
     with pytest.raises(ShapeError, match="Every sample has a kind"):
         gradients_of(vit, loss(vit), [torch.rand(1, 3, 16, 16)], ["a", "b"], chosen)
     with pytest.raises(UnsupportedViTError, match="has no values"):
