@@ -7,14 +7,21 @@ import pytest
 import covft
 from covft.cli import main
 from covft.testing import HashTextEncoder
+from tests.helpers.mllm_configs import PATCH, SIZE
 from tests.tiny.folders import build, picture
+
+
+def llava():
+    model, processor = build("llava")
+    model.config.image_seq_length = (SIZE // PATCH) ** 2  # what its tower gives; the class's default is 576
+    return model, processor
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A small LLaVA, and two kinds of questions about pictures."""
     folder = tmp_path_factory.mktemp("llava")
-    model, processor = build("llava")
+    model, processor = llava()
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     records = []
@@ -47,7 +54,7 @@ def test_the_page_and_the_numbers(folder, tmp_path, capsys):
 
 @pytest.mark.long
 def test_an_attached_model_and_a_mixture_that_names_its_kinds(folder, tmp_path, capsys):
-    model, processor = build("llava")
+    model, processor = llava()
     covft.attach(model, HashTextEncoder(8), tokenizer=processor, layers=[1], experts=2)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
