@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from covft import tuning as tuning
     from covft.adapters.registry import describe as describe
     from covft.adapters.spec import ViTSpec as ViTSpec
+    from covft.analysis.diagnosis.run import diagnose as diagnose
     from covft.compression import compress as compress
     from covft.compression import skip_experts as skip_experts
     from covft.config import CoVFTConfig as CoVFTConfig
@@ -51,6 +52,7 @@ _HOMES = {
     "compress": "covft.compression",
     "describe": "covft.adapters.registry",
     "detach": "covft.integrations.mllm.attach",
+    "diagnose": "covft.analysis.diagnosis.run",
     "get_encoder": "covft.integrations.mllm.attach",
     "load": "covft.tuning.api",
     "load_model": "covft.integrations.building.saved",
@@ -92,6 +94,7 @@ __all__ = [
     "data",
     "describe",
     "detach",
+    "diagnose",
     "errors",
     "get_encoder",
     "integrations",

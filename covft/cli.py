@@ -1,4 +1,4 @@
-"""The `covft` command: describe a ViT, encode instructions, tell versions."""
+"""The `covft` command: describe a ViT, diagnose a multimodal LLM, encode instructions, tell versions."""
 
 from __future__ import annotations
 
@@ -248,6 +248,53 @@ def _print_coverage(console: Console, coverage: Any, *, as_json: bool) -> None:
     # As wide as it needs, whatever the terminal, like the table of one model.
     table.width = Console(width=1000).measure(table).maximum
     console.print(table, soft_wrap=True, highlight=False)
+
+
+# ------------------------------------------------------------------------------------------ diagnose
+
+
+@app.command()
+def diagnose(
+    model: Annotated[str, typer.Argument(help="Folder or id of a LLaVA or InternVL of transformers.")],
+    data: Annotated[str, typer.Option(help="LLaVA's JSON or JSONL, or InternVL's meta file.")],
+    images: Annotated[str | None, typer.Option(help="Root folder of LLaVA's images; default: the file's.")] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Id or folder; finds kinds of instruction, default: by their words.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples, at most.")] = 240,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each probe training.")] = 10,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 8,
+    rate: Annotated[float | None, typer.Option(help="Learning rate of the probe; default: chosen.")] = None,
+    weights: Annotated[str, typer.Option(help="Weights of the blocks: ffn or all.")] = "ffn",
+    template: Annotated[str | None, typer.Option(help="Chat template, by name; default: the model's own.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Longest sequence, in tokens.")] = 2048,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of all that is drawn.")] = 0,
+    output: Annotated[str | None, typer.Option(help="Write all numbers to this JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say whether a tower should be frozen, tuned, or tuned with context, by a measurement before any training."""
+    from covft.analysis.diagnosis import diagnose as run
+    from covft.analysis.diagnosis.loading import load_data, load_mllm
+
+    loaded, processor = load_mllm(model, text_encoder, device)
+    rows = load_data(data, images, loaded, processor, template, max_length)
+    found = run(
+        loaded,
+        rows,
+        text_encoder=text_encoder,
+        samples=samples,
+        steps=steps,
+        batch=batch,
+        rate=rate,
+        weights=weights,
+        seed=seed,
+    )
+    if output is not None:
+        found.save(output)
+    typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
+    if rows.broken:
+        typer.echo(f"{len(rows.broken)} rows could not be read, the first: {rows.broken[0]}", err=True)
 
 
 # ------------------------------------------------------------------------------------------ the others

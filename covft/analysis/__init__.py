@@ -2,8 +2,10 @@
 
     recording.py   record(): contexts and routing of samples, in bounded memory
     samples.py     which data can be read: any iterable of images, texts and kinds, or a data set of covft.data
-    stats/         numbers: contexts, routing, attention, divergence of experts, overhead
+    stats/         numbers: contexts, routing, attention, experts, overhead; distances and gradient conflict
     plots/         figures of the numbers, with matplotlib
+    audit.py       does a tower inside a multimodal LLM use its text?
+    diagnosis/     covft.diagnose(): freeze, tune, LoRA or context? before any training
     report/        one HTML page of a folder
 
 Needs `pip install "covft[analysis]"` for clusters, components, figures and reports. Nothing is recorded unless it is

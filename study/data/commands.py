@@ -1,4 +1,4 @@
-"""The commands of `python -m study` that make what the runs need: the prepared file and the pretrained networks."""
+"""The commands of `python -m study` around the runs: the prepared file, the pretrained networks, a diagnosis."""
 
 from __future__ import annotations
 
@@ -41,7 +41,31 @@ def pretrain_command(
         typer.echo(f"{name}: {card['parameters']:,} parameters, {card['scores']}")
 
 
+def diagnose_command(
+    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = "grounding,caption",
+    samples: Annotated[int, typer.Option(help="Questions of each diagnosis, each about another picture.")] = 240,
+    scenes: Annotated[int, typer.Option(help="Scenes that they are drawn from.")] = 1000,
+    steps: Annotated[int, typer.Option(help="Steps of each probe training.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the projector, the questions and the diagnosis.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    output: Annotated[Path | None, typer.Option(help="Folder for the numbers, a JSON file each.")] = None,
+) -> None:
+    """Diagnose the miniature before its runs: tasks against each other, and two halves of each task."""
+    from study.diagnosis import diagnose_tasks
+    from study.runs.settings import RunSettings
+
+    settings = RunSettings(tasks=tuple(tasks.split(",")), train_scenes=scenes, seed=seed)
+    found = diagnose_tasks(settings, samples, device, steps=steps, seed=seed)
+    for name, diagnosis in found.items():
+        typer.echo(f"{name}\n{'=' * len(name)}\n{diagnosis}\n")
+        if output is not None:
+            diagnosis.save(output / f"{name.replace(' ', '-')}.json")
+    for name, diagnosis in found.items():
+        typer.echo(f"{name}: {diagnosis.verdict.choice}, p = {diagnosis.conflict.p_value:.3g}")
+
+
 def add_commands(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command("prepare")(prepare_command)
     app.command("pretrain")(pretrain_command)
+    app.command("diagnose")(diagnose_command)

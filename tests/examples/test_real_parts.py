@@ -118,3 +118,28 @@ def test_losses_fall_and_a_question_is_answered(parts, data, tmp_path, monkeypat
     )
     print(losses, record, answer)
     assert 0 < len(answer.split()) < 6, "short, as the answers of the data"
+
+
+def test_it_is_diagnosed_before_any_training(parts, data, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    from covft.cli import main
+    from covft.integrations import CHAT_TEMPLATES, build_llava, llava_processor, load_image_processor
+
+    tokenizer = AutoTokenizer.from_pretrained(parts / "smollm2")
+    tokenizer.chat_template = CHAT_TEMPLATES["chatml"]
+    model = build_llava(parts / "dinov2", parts / "smollm2", tokenizer, image_size=SIZE)
+    model.save_pretrained(tmp_path / "llava")
+    llava_processor(model, tokenizer, load_image_processor(parts / "dinov2", SIZE)).save_pretrained(tmp_path / "llava")
+    files = ["--data", str(data / "train.json"), "--images", str(data / "images"), "--output", str(tmp_path / "a.json")]
+    with pytest.raises(SystemExit) as ended:
+        main(["diagnose", str(tmp_path / "llava"), *files, "--steps", "2", "--samples", "60"])
+    shown = capsys.readouterr()
+    print(shown.out)
+    assert not ended.value.code, shown.err
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert sum(found["kinds"].values()) <= 60
+    assert len(found["kinds"]) > 1
+    assert len(found["conflict"]["layers"]) == model.config.vision_config.num_hidden_layers
+    assert 0 < found["conflict"]["p_values"][-1] <= 1
+    assert found["verdict"]["choice"] in ("freeze", "tune", "lora", "context")

@@ -10,7 +10,7 @@ from covft.errors import CoVFTError
 from tests.helpers.calls import EVERYTHING, VALUES, Call, World
 from tests.helpers.snapshots import assert_unchanged, snapshot
 
-SECONDS = ("attach", "match", "ConversationDataset", "compress")  # what is built anew for each wrong value
+SECONDS = ("attach", "match", "ConversationDataset", "compress", "diagnose")  # what is built anew for each wrong value
 CALLS = [pytest.param(call, marks=pytest.mark.long if str(call) in SECONDS else ()) for call in EVERYTHING]
 
 
