@@ -257,10 +257,12 @@ def test_help_names_every_command(run):
     assert code == 0
     assert {command.name or command.callback.__name__ for command in app.registered_commands} == {
         "describe",
+        "diagnose",
         "precompute",
+        "report",
         "version",
     }
-    for name in ("describe", "precompute", "version"):
+    for name in ("describe", "diagnose", "precompute", "report", "version"):
         assert name in out
 
 

@@ -279,7 +279,7 @@ def test_every_setting_that_the_text_names_exists():
         covft.data.DatasetsRows,
         covft.load_model,
     )
-    faces += (covft.data.PadToSquare, covft.data.NoTiling)
+    faces += (covft.data.PadToSquare, covft.data.NoTiling, covft.analysis.record, covft.diagnose)
     faces += (covft.tune, covft.tuning.Change, covft.match, *covft.tuning.methods().values())
     known |= {name for face in faces for name in inspect.signature(face).parameters}
     known |= {
