@@ -83,6 +83,7 @@ def test_describe_as_json(run, clip_l):
     assert facts["net_flops"] > 12 * 3 * 2 * 577 * 2 * 1024 * 4096
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -72,6 +72,7 @@ def test_recompute__within_activation_checkpointing(kind):
     assert all(torch.allclose(found[name], gradient, rtol=1e-10, atol=1e-12) for name, gradient in expected.items())
 
 
+@pytest.mark.long
 def test_recompute__every_tower_of_the_table_but_those_with_another_ffn_is_fused():
     plans = {}
     for tower in TOWERS:

@@ -91,12 +91,14 @@ def printed(expected, *values):
 
 # Pages about a library that takes long, and warns of its own code; skipped where it is not installed.
 LONG = {"lightning.md": "lightning"}
+SECONDS = ("guides/tune.md", "guides/trainer.md", "guides/analysis.md")  # whose code takes some
 
 
 def pages_with_code():
     for page in PAGES:
         if python_blocks(page):
             marks = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")] if page.name in LONG else []
+            marks += [pytest.mark.long] * name_of(page).endswith(SECONDS)
             yield pytest.param(page, marks=marks, id=name_of(page))
 
 

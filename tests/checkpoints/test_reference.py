@@ -182,6 +182,7 @@ LAYOUTS = ["file.safetensors", "file.bin", "file.pt", "nested.pt", "folder.safet
 LAYOUTS += ["shards.safetensors", "shards.bin", "index.safetensors"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_released_checkpoints_are_read_from_every_usual_kind_of_file(layout, tmp_path):
     base, state = clip_vit().double().eval(), released_state()

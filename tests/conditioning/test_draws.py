@@ -37,6 +37,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert torch.allclose(found[name], gradient, rtol=1e-10, atol=1e-10), name
 
 
+@pytest.mark.sampled(2)
 @both_modes
 @pytest.mark.parametrize("way", ["encoder", "nested", "blocks", "condition"])
 def test_gradients__of_random_routing_equal_those_without_checkpoints(way, preserve):

@@ -42,6 +42,7 @@ def run(folder, *more, model="model", template="vicuna_v1"):
     return ended.value.code or 0
 
 
+@pytest.mark.long
 def test_the_page_and_the_numbers(folder, tmp_path, capsys):
     assert run(folder, "--output", str(tmp_path / "found.json")) == 0
     shown = capsys.readouterr().out

@@ -24,6 +24,7 @@ def drawn(figure):
     return axes
 
 
+@pytest.mark.long
 def test_conflict_is_drawn_with_its_numbers(gradients):
     found = conflict(gradients, resamples=20, permutations=19)
     axes = drawn(plot_layers(found))

@@ -12,6 +12,7 @@ from covft.nn.cost import count_flops, count_parameters
 from covft.testing import ToyViT
 
 
+@pytest.mark.long
 def test_costs_of_a_block_are_those_of_the_formulas():
     vit, asked = ToyViT(), []
 

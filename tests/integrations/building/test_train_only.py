@@ -8,6 +8,7 @@ from tests.helpers.building import TOWERS, prompt
 from tests.helpers.releases import skip_before
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layer", [-2, 2, -1])
 @pytest.mark.parametrize("vision", TOWERS)
 def test_what_no_loss_depends_on_is_frozen(parts, tokenizer, vision, layer):

@@ -23,6 +23,7 @@ from tests.helpers.towers import perturb
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
+@pytest.mark.sampled(2)
 @every_mllm
 def test_attach__changes_no_logit_at_the_start(mllm):
     model = mllm.build()
@@ -36,6 +37,7 @@ def test_attach__changes_no_logit_at_the_start(mllm):
     assert (other - before).abs().max() > 1e-3 * before.abs().max()
 
 
+@pytest.mark.sampled(2)
 @every_mllm
 def test_attach__leaves_out_what_the_model_does_not_read_and_nothing_else(mllm):
     model = mllm.build()
@@ -63,6 +65,7 @@ def test_attach__leaves_out_what_the_model_does_not_read_and_nothing_else(mllm):
     torch.testing.assert_close(short, logits)
 
 
+@pytest.mark.sampled(2)
 @every_mllm
 def test_detach__gives_back_everything(mllm):
     model = mllm.build()

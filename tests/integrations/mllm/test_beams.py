@@ -72,6 +72,7 @@ def test_beams__of_each_row_are_those_of_the_row_alone(name):
         assert not torch.allclose(swapped[own], expected_scores, rtol=1e-6, atol=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("given", ["as an argument", "as a condition"])
 @every_layout
 def test_texts_of_images__go_with_every_repetition_of_their_image(name, given):

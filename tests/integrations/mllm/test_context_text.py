@@ -17,6 +17,7 @@ from tests.helpers.watching import watch
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
+@pytest.mark.sampled(2)
 @every_mllm
 def test_context_text__per_row_and_per_image(mllm):
     model, batch = attached(mllm.name)

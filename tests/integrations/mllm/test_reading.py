@@ -20,6 +20,7 @@ from tests.helpers.watching import watch
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
+@pytest.mark.sampled(2)
 @every_mllm
 def test_forward__every_image_has_the_question_of_its_row(mllm):
     model, batch = attached(mllm.name)

@@ -56,6 +56,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("projector", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("language", CHOICES)
 @pytest.mark.parametrize("method", ["covft", "lora", "frozen"])
