@@ -270,7 +270,12 @@ def diagnose(
     max_length: Annotated[int | None, typer.Option(min=1, help="Longest sequence, in tokens.")] = 2048,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of all that is drawn.")] = 0,
-    output: Annotated[str | None, typer.Option(help="Write all numbers to this JSON file.")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="Write all numbers to this JSON file; covft report reads covft_diagnosis.json in its folder."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say whether a tower should be frozen, tuned, or tuned with context, by a measurement before any training."""
