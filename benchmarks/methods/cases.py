@@ -55,6 +55,7 @@ def cases(size: Size) -> tuple[Case, ...]:
         Case("dora", {"r": 8}),
         Case("vpt", {"prompts": 10}),
         Case("vpt", {"prompts": 10, "deep": False}),
+        Case("svpt", {"prompts": 10}),
         Case("qa_vit"),
         Case("adaln"),
         Case("cross_attention"),

@@ -39,7 +39,8 @@ class Bench:
     @contextmanager
     def tuned(self, case: Case) -> Iterator[Any]:
         """Tune the tower, and restore it."""
-        tuned = covft.tune(self.vit, case.method, text_encoder=self.size.text_dim, **case.options)
+        given = {"images": self.images} if case.method == "svpt" else {}  # which its prompts start from
+        tuned = covft.tune(self.vit, case.method, text_encoder=self.size.text_dim, **given, **case.options)
         try:
             yield tuned
         finally:

@@ -133,7 +133,7 @@ def _disturbance(records: list[Record]) -> float:
 def _elsewhere(record: Record) -> str:
     """Say what the methods cost that have no line of their own."""
     return (
-        "[`svpt`](svpt.md) costs what `vpt` does, and its start runs the tower once over the images that it is given. "
+        "The start of [`svpt`](svpt.md), which runs the tower once over given images, is not in its times. "
         f"[`q_moe`](q_moe.md) is in the connector of a multimodal LLM: in that of LLaVA-1.5-7B it trains "
         f"{record['parameters']:,} parameters, and `covft.budget` counts {record['flops'] / 1e9:.0f} GFLOPs per image "
         f"more in a forward, {record['flops_step'] / 1e9:.0f} more in a step, and {record['bytes'] / 1e6:.0f} MB kept, "
