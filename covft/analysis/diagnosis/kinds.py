@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from covft.analysis.diagnosis.entries import Entry
+from covft.analysis.stats.arrays import unit_rows
+from covft.analysis.stats.contexts import Clusters, cluster
 from covft.errors import ConfigError
 from covft.text.resolve import as_text_encoder
 from covft.utils.extras import import_library
@@ -39,8 +41,7 @@ def find_kinds(entries: Sequence[Entry], text_encoder: Any, seed: int) -> tuple[
             got=f"{sum(text is None for text in texts)} of {len(texts)} without",
             fix="covft.diagnose(model, data, kinds=[...])",
         )
-    cluster = import_library("sklearn.cluster", "analysis", needed_by="Finding kinds of instruction")
-    metrics = import_library("sklearn.metrics", "analysis", needed_by="Finding kinds of instruction")
+    import_library("sklearn", "analysis", needed_by="Finding kinds of instruction")
     features = _features(texts, text_encoder)
     different = len(np.unique(features.round(6), axis=0))
     if different < 3:
@@ -50,13 +51,8 @@ def find_kinds(entries: Sequence[Entry], text_encoder: Any, seed: int) -> tuple[
             got=different,
             fix="covft.diagnose(model, data, kinds=[...])",
         )
-    best: tuple[float, Any] = (-2.0, None)
-    for count in range(2, min(MOST_KINDS, different - 1) + 1):
-        found = cluster.KMeans(count, n_init=4, random_state=seed).fit(features)
-        score = float(metrics.silhouette_score(features, found.labels_))
-        best = max(best, (score, found), key=lambda pair: pair[0])
-    score, found = best
-    return _named(found.labels_, found.cluster_centers_, features, texts), score
+    found = cluster(features, range(2, min(MOST_KINDS, different - 1) + 1), nearest=1, seed=seed)
+    return _named(found, texts), found.silhouette
 
 
 def _features(texts: Sequence[Any], text_encoder: Any) -> np.ndarray:
@@ -71,20 +67,17 @@ def _features(texts: Sequence[Any], text_encoder: Any) -> np.ndarray:
     else:
         text = import_library("sklearn.feature_extraction.text", "analysis", needed_by="Finding kinds of instruction")
         found = text.TfidfVectorizer(token_pattern=r"(?u)\b\w+\b|\?").fit_transform(texts).toarray()
-    norms = np.linalg.norm(found, axis=1, keepdims=True)
-    return found / np.where(norms > 0, norms, 1)
+    return unit_rows(found)
 
 
-def _named(labels: np.ndarray, centres: np.ndarray, features: np.ndarray, texts: Sequence[Any]) -> list[str]:
+def _named(found: Clusters, texts: Sequence[Any]) -> list[str]:
     """Name each cluster by its number, by size, and the text nearest to its centre."""
-    order = np.argsort(-np.bincount(labels, minlength=len(centres)), kind="stable")
+    order = np.argsort(-np.array(found.sizes), kind="stable")
     names = {}
     for number, label in enumerate(order):
-        own = np.flatnonzero(labels == label)
-        nearest = own[np.linalg.norm(features[own] - centres[label], axis=1).argmin()]
-        example = texts[int(nearest)]
+        example = texts[found.nearest[label][0]]
         names[label] = f"{number + 1}" if torch.is_tensor(example) else f"{number + 1}: {_cut(example)}"
-    return [names[label] for label in labels]
+    return [names[label] for label in found.labels]
 
 
 def _cut(text: str) -> str:
