@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from types import MappingProxyType
 
 from covft.errors import ConfigError
@@ -68,8 +69,8 @@ def averages(
             "A group without benchmarks has no mean.", expected="benchmarks in each group", got=dict(groups)
         )
     scaled = on_one_scale(scores, names, divisors)
-    means = {group: _mean([scaled[name] for name in members]) for group, members in groups.items()}
-    return Averages(means, _mean([scaled[name] for name in names]))
+    means = {group: fmean(scaled[name] for name in members) for group, members in groups.items()}
+    return Averages(means, fmean(scaled[name] for name in names))
 
 
 def on_one_scale(scores: Mapping[str, float], names: Sequence[str], divisors: Mapping[str, float]) -> dict[str, float]:
@@ -91,10 +92,6 @@ def on_one_scale(scores: Mapping[str, float], names: Sequence[str], divisors: Ma
     if not all(divisors.values()):
         raise ConfigError("Scores cannot be divided by 0.", expected="divisors other than 0", got=dict(divisors))
     return {name: scores[name] / divisors.get(name, 1.0) for name in names}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(sum(values) / len(values))
 
 
 def _listed(names: Iterable[object]) -> str:

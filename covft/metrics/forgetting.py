@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
 from covft.errors import ConfigError
 from covft.metrics.averages import PAPER_DIVISORS, on_one_scale
@@ -168,4 +169,4 @@ def overall(downstream: Mapping[str, float], upstream: Mapping[str, float]) -> f
 def _mean(scores: Mapping[str, float]) -> float:
     if not scores:
         raise ConfigError("No scores have no mean.", expected="at least one set", got="none")
-    return float(sum(scores.values()) / len(scores))
+    return fmean(scores.values())

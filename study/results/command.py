@@ -83,7 +83,8 @@ def _page_of(size: str) -> Path:
 
 
 def _results(size: str, folder: Path | None, split: str) -> Results:
-    from study.results.load import ROWS, read_rows
+    from study.results.load import read_rows
     from study.results.studies import Results
+    from study.runs.rows import ROWS
 
     return Results.of(size, read_rows(folder or ROWS / size), split)

@@ -15,7 +15,6 @@ import numpy as np
 
 from covft.errors import CoVFTError
 
-ROWS = Path(__file__).parent / "rows"
 _SHARED = ("size", "held_out_questions")  # settings that decide which questions are held out
 
 

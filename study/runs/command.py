@@ -30,13 +30,13 @@ def run_command(
     before_torch()
     from study.runs.captions import complete
     from study.runs.plan import STUDIES, plan
-    from study.runs.rows import RESULTS, Rows
+    from study.runs.rows import ROWS, Rows
     from study.runs.work import work
 
     fields = {name: values[0] for name, values in parse_fields(field or []).items()}
     names = tuple(STUDIES) if studies == "all" else tuple(studies.split(","))
     planned = plan(names, numbers(seeds), None if methods is None else methods.split(","), **fields)
-    folder = Path(rows) if rows is not None else RESULTS / "rows" / str(fields.get("size", "small"))
+    folder = Path(rows) if rows is not None else ROWS / str(fields.get("size", "small"))
     store = Rows(folder)
     if dry:
         for run in store.missing(one.run for one in planned):

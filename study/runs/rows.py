@@ -15,6 +15,7 @@ from covft.utils.files import write_json
 from study.runs.settings import RunSettings
 
 RESULTS = Path(__file__).parents[1] / "results"
+ROWS = RESULTS / "rows"
 
 
 class Rows:
