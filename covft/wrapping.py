@@ -32,11 +32,13 @@ from covft.surgery.checks import (
 from covft.surgery.ffns import build_slots, expected_tensors, install_slots, restore_ffns
 from covft.surgery.frozen import FrozenWatch
 from covft.surgery.precision import remove_wide_norms
-from covft.surgery.skipping import last_read, run_all_blocks, skip_blocks
+from covft.surgery.skipping import check_read, last_of, last_read, run_all_blocks, skip_blocks
 from covft.text import TextEncoder, as_text_encoder
 from covft.utils.arguments import check_kinds
 from covft.utils.sharding import in_engine, is_partitioned, unpartitioned
 from covft.utils.torch_internals import is_hooked_by, remove_hooks
+
+ALONE: Any = object()  # stands for a ViT that no model reads
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,12 @@ class WrapPlan:
 
 
 def plan_wrap(
-    vit: nn.Module, text_encoder: Any, config: CoVFTConfig | None, adapter: Adapter | None, settings: Settings
+    vit: nn.Module,
+    text_encoder: Any,
+    config: CoVFTConfig | None,
+    adapter: Adapter | None,
+    settings: Settings,
+    read: Any = ALONE,
 ) -> WrapPlan:
     """Check everything that `wrap` needs; nothing of the ViT is changed.
 
@@ -140,6 +147,7 @@ def plan_wrap(
         config: Settings to start from.
         adapter: How the ViT is built.
         settings: Fields that override `config`.
+        read: The hidden state that a model reads of the ViT, or several, None being the last; `ALONE` for a ViT alone.
 
     Raises:
         CoVFTError: As `wrap` does.
@@ -147,7 +155,10 @@ def plan_wrap(
     check_vit(vit)
     chosen = (config or CoVFTConfig()).replace(**settings)
     spec = describe(vit, adapter)
-    layers = resolve_layers(chosen.layers, spec, last_read(spec, chosen.feature_layer))
+    if read is not ALONE:
+        check_read(spec, chosen.feature_layer, read)
+    last = last_read(spec, chosen.feature_layer) if read is ALONE else last_of(spec, read)
+    layers = resolve_layers(chosen.layers, spec, last)
     check_weights(vit, spec, layers)
     check_text_weights(text_encoder)
     with unpartitioned():

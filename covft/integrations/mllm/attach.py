@@ -69,8 +69,9 @@ def attach(
             or a repository of the Hugging Face Hub.
         config: Settings to start from.
         adapter: How the tower is built, if no registered adapter knows it.
-        **settings: Fields of `CoVFTConfig`, as for `covft.wrap`. A `feature_layer` that would skip what the model reads
-            (`model.config.vision_feature_layer`) is refused.
+        **settings: Fields of `CoVFTConfig`, as for `covft.wrap`. What the model reads
+            (`model.config.vision_feature_layer`) limits them: `layers` after it, which nothing would train, and a
+            `feature_layer` that would skip it are refused.
 
     Returns:
         The model itself.
@@ -169,7 +170,7 @@ def plan_tower(
         chosen = api.as_method(method, dict(settings))
         return api.plan_tune(tower, chosen, text_encoder, adapter, read, connector=connector)
     if pretrained is None:
-        plan = plan_wrap(tower, text_encoder, config, adapter, settings)  # type: ignore[arg-type]
+        plan = plan_wrap(tower, text_encoder, config, adapter, settings, read)  # type: ignore[arg-type]
     elif settings or config is not None or method != api.COVFT:
         other = "config" if config is not None else f"method={method!r}"
         raise ConfigError(
@@ -181,7 +182,7 @@ def plan_tower(
         return api.plan_load(saved, tower, text_encoder, adapter, read, connector)
     else:
         plan = plan_load(pretrained, tower, text_encoder, adapter)
-    check_read(plan.spec, plan.config.feature_layer, read)
+        check_read(plan.spec, plan.config.feature_layer, read)
     return plan
 
 

@@ -43,6 +43,23 @@ def test_refused__and_nothing_is_changed():
         attach(model, TEXTS, tokenizer=mllm.tokenizer)
 
 
+@pytest.mark.parametrize("name", ["llava", "llava_next"])
+def test_refused__blocks_after_what_the_model_reads(name):
+    mllm = BY_NAME[name]
+    model = mllm.build()
+    depth = len(model.model.vision_tower.encoder.layers)
+    assert model.config.vision_feature_layer == -2
+    for layers in ([depth - 1], range(depth), [-1]):
+        with pytest.raises(covft.errors.LayerIndexError, match="after the hidden state that is read") as error:
+            attach(model, TEXTS, tokenizer=mllm.tokenizer, layers=layers)
+        assert f"up to {depth - 2}" in str(error.value)
+    model.config.vision_feature_layer = -3
+    assert max(get_encoder(attach(model, TEXTS, tokenizer=mllm.tokenizer)).layers) <= depth - 3
+    detach(model)
+    model.config.vision_feature_layer = -1
+    assert get_encoder(attach(model, TEXTS, tokenizer=mllm.tokenizer, layers=[depth - 1])).layers == (depth - 1,)
+
+
 def test_refused__models_without_a_tower_that_can_be_served():
     from transformers import LlamaConfig, LlamaForCausalLM
 
