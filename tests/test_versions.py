@@ -1,5 +1,6 @@
 """Guards `make versions`: floors, rows, results, the page and the workflow. tests/versions runs it."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -66,6 +67,19 @@ def test_what_has_no_release_for_a_python_is_not_asked_for_there():
 
 
 # -------------------------------------------------------------------------------------------- rows
+
+
+def test_modules_that_run_without_the_extra_train_import_none_of_its_libraries():
+    """A row without them runs these; `pytest.importorskip` skips a test, or a module, that needs one."""
+    libraries = {"accelerate", "peft", "trl", "datasets"}
+    found = []
+    for folder in {path for row in ROWS.values() if "train" not in row.features for path in row.tests()}:
+        for file in (ROOT / folder).rglob("*.py") if (ROOT / folder).is_dir() else [ROOT / folder]:
+            for node in ast.parse(file.read_text(encoding="utf-8")).body:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                found += [f"{file.name}: {name}" for name in names if name.split(".")[0] in libraries]
+    assert found == []
 
 
 def test_every_floor_of_what_users_install_is_installed_by_a_row():

@@ -16,6 +16,7 @@ from covft.nn.null_text import NullText
 from covft.testing import HashTextEncoder
 from tests.helpers.checkpointing import WAYS, one_forward, plain
 from tests.helpers.conditioning import Case
+from tests.helpers.releases import trained
 from tests.helpers.snapshots import assert_unchanged, snapshot
 from tests.helpers.towers import BY_NAME, TEXT_DIM, features, perturb
 
@@ -165,6 +166,7 @@ def test_budget__counts_the_vector():
     assert with_null.parameters == plain_one.parameters + 16
 
 
+@trained
 @torch.no_grad()
 def test_attach__rows_without_an_instruction():
     tiny = covft.testing.tiny_llava()

@@ -3,7 +3,6 @@
 import copy
 import re
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -88,6 +87,7 @@ def test_start_training_saving_and_undoing(name, tmp_path):
 
 
 def test_is_lora_of_peft():
+    peft = pytest.importorskip("peft")
     tower, vit, encoder = wrapped("hf-clip")
     twin = copy.deepcopy(encoder)
     disturb(encoder)
@@ -148,6 +148,7 @@ def test_half_precision_trains_in_float32():
 
 
 def test_what_cannot_be_updated_is_refused_and_nothing_changes():
+    peft = pytest.importorskip("peft")
     vit = BY_NAME["open_clip-native"].build()
     before = snapshot(vit)
     with pytest.raises(UnsupportedViTError, match="attention_rank"):
@@ -172,6 +173,7 @@ def test_another_rank_is_refused_when_loading(tmp_path):
 
 
 def test_peft_is_kept_off():
+    peft = pytest.importorskip("peft")
     _, vit, encoder = wrapped("hf-clip")
     config = peft.LoraConfig(target_modules="all-linear", exclude_modules=covft.lora_exclude(encoder))
     peft.inject_adapter_in_model(config, vit)

@@ -16,6 +16,7 @@ from covft.errors import ConfigError, UnsupportedViTError
 from covft.surgery.dial import Beside
 from tests.helpers.checkpointing import by_library, one_forward, plain
 from tests.helpers.conditioning import Case
+from tests.helpers.releases import trained
 from tests.helpers.towers import BY_NAME, TEXT_DIM, TOWERS, features, perturb
 
 
@@ -235,6 +236,7 @@ def test_strength__needs_originals():
         encoder.strength = 0.5
 
 
+@trained
 @torch.no_grad()
 def test_strength__of_the_tower_of_an_attached_model():
     tiny = covft.testing.tiny_llava()
