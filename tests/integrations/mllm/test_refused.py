@@ -47,7 +47,7 @@ def test_refused__and_nothing_is_changed():
 def test_refused__blocks_after_what_the_model_reads(name):
     mllm = BY_NAME[name]
     model = mllm.build()
-    depth = len(model.model.vision_tower.encoder.layers)
+    depth = model.config.vision_config.num_hidden_layers
     assert model.config.vision_feature_layer == -2
     for layers in ([depth - 1], range(depth), [-1]):
         with pytest.raises(covft.errors.LayerIndexError, match="after the hidden state that is read") as error:

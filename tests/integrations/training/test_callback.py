@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import covft
 from covft.data import Collator
 from covft.errors import ConfigError, MissingGradientError, ReentrantCheckpointError
 from covft.integrations import (
@@ -83,7 +84,10 @@ def test_trainer__reporters_see_the_figures(rows, tmp_path):
 
 
 def test_callback__a_parameter_without_gradient_is_an_error(rows, tmp_path):
-    model = build(layers=[0, 3])  # LLaVA reads hidden_states[-2]: block 3 is never used
+    model = build(attached=False)
+    model.config.vision_feature_layer = -1
+    covft.attach(model, TEXTS, tokenizer=BY_NAME["llava"].tokenizer, layers=[0, 3])
+    model.config.vision_feature_layer = -2  # from now on, block 3 is not read
     with pytest.raises(MissingGradientError, match="got no gradient in the first step") as caught:
         MLLMTrainer(model, arguments(tmp_path), train_dataset=rows).train()
     assert f"{tower_name(model)}.encoder.layers.3." in str(caught.value)

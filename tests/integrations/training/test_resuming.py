@@ -56,7 +56,7 @@ def refused(kind, model, rows, checkpoint, output):
     [
         ("experts", 3, 2),
         ("train_norms", "all", "none"),
-        ("layers", (1, 2), (1, 3)),
+        ("layers", (1, 2), (0, 2)),
         ("routing", "dense", "sparse"),
         ("context", "cve", "concat"),
         ("expert_rank", None, 2),
