@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from covft.config import CoVFTConfig as CoVFTConfig
     from covft.encoder import ContextEncoder as ContextEncoder
     from covft.integrations.building.saved import load_model as load_model
+    from covft.integrations.chat.chat import Chat as Chat
     from covft.integrations.mllm.attach import attach as attach
     from covft.integrations.mllm.attach import detach as detach
     from covft.integrations.mllm.attach import get_encoder as get_encoder
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives; it is imported when it is first asked for (PEP 562).
 _HOMES = {
+    "Chat": "covft.integrations.chat.chat",
     "CoVFTCallback": "covft.integrations.training.callback",
     "CoVFTConfig": "covft.config",
     "ContextEncoder": "covft.encoder",
@@ -80,6 +82,7 @@ _SUBMODULES = (
 )
 
 __all__ = [
+    "Chat",
     "CoVFTCallback",
     "CoVFTConfig",
     "ContextEncoder",

@@ -18,6 +18,7 @@ from torch import nn as torch_nn
 import covft
 from covft import adapters, checkpoints, data, integrations, metrics, nn, testing, text
 from covft.adapters.sources import load_vit
+from tests.tiny import processors
 
 VALUES: dict[str, Any] = {
     "none": None,
@@ -236,6 +237,7 @@ public(
 call("diagnose", lambda w: diagnosed, lambda w: {"model": w.vit, "data": w.entries}, text_encoder=ANY)
 public(covft, "detach", lambda w: {"model": w.attached.model})
 public(covft, "get_encoder", lambda w: {"model": w.attached.model})
+public(covft, "Chat", lambda w: {"model": w.attached.model, "processor": processors.llava()})
 public(covft, "load_model", lambda w: {"folder_or_repo_id": w.folder / "nothing"})
 public(covft, "lora_exclude", lambda w: {"model": w.attached.model})
 public(covft, "CoVFTConfig")
