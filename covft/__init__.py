@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from covft.integrations.tuning.tune import merge as merge
     from covft.integrations.tuning.tune import tune as tune
     from covft.integrations.tuning.tune import untune as untune
+    from covft.surgery.trunk import Trunk as Trunk
+    from covft.surgery.trunk import TrunkCache as TrunkCache
     from covft.tuning.api import load as load
     from covft.tuning.matching import match as match
     from covft.wrapping import unwrap as unwrap
@@ -48,6 +50,8 @@ _HOMES = {
     "CoVFTCallback": "covft.integrations.training.callback",
     "CoVFTConfig": "covft.config",
     "ContextEncoder": "covft.encoder",
+    "Trunk": "covft.surgery.trunk",
+    "TrunkCache": "covft.surgery.trunk",
     "ViTSpec": "covft.adapters.spec",
     "attach": "covft.integrations.mllm.attach",
     "budget": "covft.integrations.tuning.budget",
@@ -86,6 +90,8 @@ __all__ = [
     "CoVFTCallback",
     "CoVFTConfig",
     "ContextEncoder",
+    "Trunk",
+    "TrunkCache",
     "ViTSpec",
     "__version__",
     "adapters",
