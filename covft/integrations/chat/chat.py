@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,8 +14,9 @@ from covft.integrations.chat.memory import Memory
 from covft.integrations.chat.policies import POLICIES
 from covft.integrations.chat.prompts import Prompts, Turn, as_images
 from covft.integrations.mllm.attach import get_encoder
-from covft.integrations.mllm.attachment import attachment_of, image_id, without_peft
+from covft.integrations.mllm.attachment import attachment_of, image_id, read_layers, without_peft
 from covft.integrations.mllm.families import base_of
+from covft.surgery.trunk import TrunkCache
 from covft.utils.arguments import check_kinds
 
 
@@ -71,6 +74,7 @@ class Chat:
         self._options = {"max_new_tokens": max_new_tokens, **generation}
         target = without_peft(model)
         self._memory = Memory(base_of(target), image_id(target))
+        self._trunks = TrunkCache(keep="last" if isinstance(read_layers(target), int | None) else "all")
         self.reset()
 
     @property
@@ -108,6 +112,7 @@ class Chat:
         self._turns: list[Turn] = []
         self._routing: dict[int, Tensor] = {}
         self._memory.forget()
+        self._trunks.clear()
 
     def routing(self) -> dict[int, Tensor]:
         """Return the routing weights by which the tower encoded its last pictures, by layer, shape `(B, E)`.
@@ -127,13 +132,22 @@ class Chat:
         else:
             given = {**self._new_part(inputs, turns[-1]), **resumed}
         self._memory.forget()
-        output = self.model.generate(**given, return_dict_in_generate=True, **self._options)  # type: ignore[operator]
+        generate: Any = self.model.generate
+        with self._cached_trunk():
+            output = generate(**given, return_dict_in_generate=True, **self._options)
         if len(output["sequences"]) == 1 and self._options.get("num_beams", 1) == 1 and not self._policy.rewrites:
             self._memory.note(output)
         if any(turn.images for turn in turns):
             weights = getattr(self._encoder, "routing_weights", dict)()
             self._routing = {layer: weights_BE.clone() for layer, weights_BE in weights.items()}
         return self._prompts.decode(output["sequences"][0, ids.shape[1] :])
+
+    def _cached_trunk(self) -> AbstractContextManager[Any]:
+        """Keep what the tower computes of a picture whatever is asked, unless the caller does so."""
+        encoder = self._encoder
+        if not getattr(encoder, "has_trunk", False) or encoder.caches_trunk:
+            return contextlib.nullcontext()
+        return encoder.cached_trunk(self._trunks)
 
     def _texts(self, turns: list[Turn]) -> dict[str, Any]:
         """Return the text of each picture: the question that it was shown with."""

@@ -50,7 +50,7 @@ class Prompts:
                 got=type(processor).__name__,
                 fix="covft.Chat(model, AutoProcessor.from_pretrained(folder))",
             )
-        self._by_parts = bool(getattr(processor, "chat_template", None))
+        self._by_parts = _takes_parts(processor)
         if not self._by_parts and not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError(
                 "The processor has no chat template.",
@@ -91,6 +91,18 @@ class Prompts:
 
     def _said(self, answer: str) -> Any:
         return [{"type": "text", "text": answer}] if self._by_parts else answer
+
+
+def _takes_parts(processor: Any) -> bool:
+    """Return whether the processor's chat template takes contents as lists of parts, and not only as strings."""
+    if not getattr(processor, "chat_template", None):
+        return False
+    parts = [{"type": "image"}, {"type": "text", "text": "a question"}]
+    try:
+        written = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    except Exception:  # templates raise what they like, and Jinja its own errors
+        return False
+    return "a question" in written and "'type'" not in written
 
 
 def as_images(image: Any) -> tuple[Any, ...]:

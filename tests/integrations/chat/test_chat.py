@@ -122,6 +122,19 @@ def test_reencode_is_a_fresh_conversation_bit_for_bit(family):
     assert answer == processor.tokenizer.decode(output[0, length:], skip_special_tokens=True).strip()
 
 
+def test_the_trunk_runs_once_for_a_picture():
+    chat, model, _, _ = chatting("llava", "reencode", layers=[2])
+    rows = [0, 0]
+    vit = get_encoder(model).vit
+    for place, layer in enumerate((0, 2)):
+        slot = vit.get_submodule(get_encoder(model).spec.blocks[layer].mlp_path)
+        slot.register_forward_hook(lambda module, args, output, place=place: rows.__setitem__(place, rows[place] + 1))
+    chat.ask(FIRST, picture())
+    chat.ask(SECOND)
+    chat.ask(THIRD)
+    assert rows == [1, 3]
+
+
 def runs_of(module):
     """The number of tokens in each run of a module."""
     lengths = []
