@@ -7,7 +7,7 @@ import torch
 
 import covft
 from covft.errors import ConfigError, UnsupportedViTError
-from covft.integrations import attach, get_encoder
+from covft.integrations import attach, get_encoder, vit_tower
 from covft.testing import HashTextEncoder, ToyViT
 from tests.helpers.mllms import BY_NAME as MLLMS
 from tests.helpers.mllms import Row
@@ -95,6 +95,20 @@ def test_a_tower_that_reads_the_trunk_is_found_out():
     with encoder.cached_trunk() as cache:
         for _ in range(2):
             assert torch.equal(encoder(images, text, **inputs).last_hidden_state, expected)
+    assert (cache.keep, len(cache)) == ("all", 2)
+
+
+@pytest.mark.long
+@torch.no_grad()
+def test_a_tower_that_returns_tokens_of_all_blocks():
+    tower = Tower("timm", lambda: vit_tower("timm:test_vit?num_classes=0", pretrained=False))
+    encoder, images, text = wrapped(tower, [-2]), torch.rand(2, 3, 160, 160, dtype=torch.float64), texts(2)
+    expected = encoder(images, text, output_hidden_states=True).hidden_states
+    with encoder.cached_trunk() as cache:
+        for _ in range(2):
+            found = encoder(images, text, output_hidden_states=True).hidden_states
+            assert found[0] is expected[0] is None  # the tower does not know its embeddings
+            assert all(torch.equal(one, other) for one, other in zip(found[1:], expected[1:], strict=True))
     assert (cache.keep, len(cache)) == ("all", 2)
 
 

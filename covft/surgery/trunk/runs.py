@@ -27,7 +27,7 @@ from covft.utils.torch_internals import eagerly
 _RUN: ContextVar[Any] = ContextVar("covft_trunk_run", default=None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Trunk:
     """What a tower computes of images before its first adapted block, for any number of texts.
 
@@ -51,6 +51,9 @@ class Trunk:
     def __len__(self) -> int:
         """Number of images."""
         return self.states.count
+
+    def __repr__(self) -> str:
+        return f"Trunk(images={len(self)}, nbytes={self.nbytes})"
 
     @property
     def nbytes(self) -> int:

@@ -45,7 +45,7 @@ class NotKept(Tensor):
         return f"NotKept(shape={tuple(self.shape)})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class States:
     """Outputs of the blocks of a trunk, in the order in which they ran.
 

@@ -15,7 +15,9 @@ from tests.tiny.folders import build
 
 FIRST, SECOND, THIRD = "what is left of the cup?", "how many people?", "and the dog?"
 FAMILIES = ("llava", "qwen2_5_vl", "internvl")
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=pytest.mark.long if family == "internvl" else ()) for family in FAMILIES]
+)
 
 
 class Seen:
