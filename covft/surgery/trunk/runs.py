@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from covft.conditioning import TowerCall
 from covft.errors import ConfigError, ShapeError, UnsupportedViTError
+from covft.nn.functional import autocasts
 from covft.surgery.overrides import Override
 from covft.surgery.slot import AdaptedFFN
 from covft.surgery.split import SecondHalf
@@ -258,7 +259,7 @@ def weights(wrapped: WrappedViT) -> tuple[Any, ...]:
             local = getattr(tensor, "_local_tensor", tensor)
             found.append((local.data_ptr(), -1 if tensor.is_inference() else tensor._version))
     kind = next(vit.parameters()).device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    autocast = torch.get_autocast_dtype(kind) if autocasts(kind) else None
     return (getattr(wrapped, "strength", 1.0), autocast, *found)
 
 
