@@ -24,7 +24,8 @@ class Entry:
         task: Name of the task, or of the data set.
         metric: Name of the metric of lmms-eval, or of the column of VLMEvalKit's score file.
         scale: What the engine's number is multiplied with: 100 where it is a share.
-        note: What differs from the paper in prompt, split and scoring.
+        note: How the engine asks and scores, and what differs from LLaVA-1.5; the paper, which builds on it, does not
+            print its prompts.
         source: Value of `source` in the logged samples of lmms-eval, where the task has several benchmarks.
         best: Highest score, after scaling; that of captions has no bound.
     """
@@ -45,7 +46,7 @@ _CAPTION = "CIDEr x 100; COCO's captions of 2017, validation"
 
 _PAPER: dict[str, dict[str, Entry]] = {
     "lmms-eval": {
-        "MME": Entry("mme", "mme_perception_score", note=f"{_SHORT}, as LLaVA", best=2000.0),
+        "MME": Entry("mme", "mme_perception_score", note=_SHORT, best=2000.0),
         "MMBench-en": Entry(
             "mmbench_en_dev_static", "gpt_eval_score", note=f"dev; {_LETTER}; letters found by rules, no judge"
         ),
@@ -55,9 +56,9 @@ _PAPER: dict[str, dict[str, Entry]] = {
             note="dev; the sentence that asks for the letter is not LLaVA's; answers without a clear letter go to a "
             "judge (OPENAI_API_KEY), and without a key they are guessed at random",
         ),
-        "GQA": Entry("gqa", "exact_match", 100.0, f"test-dev balanced; {_SHORT}, as LLaVA"),
-        "ScienceQA": Entry("scienceqa_img", "exact_match", 100.0, f"test with images; {_LETTER}, as LLaVA"),
-        "AI2D": Entry("ai2d", "exact_match", 100.0, f"test; {_LETTER}; the paper does not give its prompt"),
+        "GQA": Entry("gqa", "exact_match", 100.0, f"test-dev balanced; {_SHORT}"),
+        "ScienceQA": Entry("scienceqa_img", "exact_match", 100.0, f"test with images; {_LETTER}"),
+        "AI2D": Entry("ai2d", "exact_match", 100.0, f"test; {_LETTER}"),
         "TextVQA": Entry("textvqa_val", "exact_match", 100.0, f"validation; {_OCR}; ocr: true in its YAML has them"),
         "MMVP": Entry("mmvp", "mmvp_pair_accuracy", 100.0, f"pairs; {_LETTER}; the answers of two pairs are corrected"),
         "RealWorldQA": Entry("realworldqa", "exact_match", 100.0, "the question alone, with the data's own sentence"),
@@ -73,7 +74,7 @@ _PAPER: dict[str, dict[str, Entry]] = {
         ),
         "MMBench-en": Entry("MMBench_DEV_EN", "Overall", 100.0, f"dev; {_SELECT}"),
         "MMBench-cn": Entry("MMBench_DEV_CN", "Overall", 100.0, f"dev; {_SELECT}, in English"),
-        "GQA": Entry("GQA_TestDev_Balanced", "Overall", note=f"{_SHORT}, as LLaVA"),
+        "GQA": Entry("GQA_TestDev_Balanced", "Overall", note=_SHORT),
         "ScienceQA": Entry("ScienceQA_TEST", "Overall", 100.0, f"test with images; {_SELECT}"),
         "AI2D": Entry("AI2D_TEST", "Overall", 100.0, f"test; {_SELECT}"),
         "TextVQA": Entry("TextVQA_VAL", "Overall", note=f"validation; {_OCR}"),

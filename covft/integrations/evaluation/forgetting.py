@@ -34,7 +34,7 @@ class ForgettingTable:
         entries, counted = entries_of(self.engine), [*self.report.upstream, *self.report.downstream]
         notes = [f"left out  {name}: {reason}" for name, reason in self.missing.items()]
         notes += [f"partial   {name}: {asked} of {there} questions" for name, (asked, there) in self.partial.items()]
-        notes += [f"differs   {name}: {entries[name].note}" for name in counted if entries[name].note]
+        notes += [f"asked     {name}: {entries[name].note}" for name in counted if entries[name].note]
         sets = len(UPSTREAM) + len(DOWNSTREAM)
         counts = f"{len(counted)} of {sets} sets; E, F and O are comparable only over the same sets"
         return "\n".join([str(self.report), "", f"engine    {self.engine}; {counts}", *notes])

@@ -59,7 +59,7 @@ def test_the_table_of_a_model(tmp_path):
         ["mean", "of", "twelve", "56.83", "61.08"]
     ]
     assert "partial   GQA: 8 of 100 questions" in lines
-    assert sum(line.startswith("differs ") for line in lines) == 12
+    assert sum(line.startswith("asked ") for line in lines) == 12
 
 
 def test_a_missing_task_leaves_means_out_instead_of_counting_as_0(tmp_path):
