@@ -69,7 +69,8 @@ def read_scores(folder: str | Path, names: Iterable[str] = PAPER, *, engine: str
     """
     place = Path(folder)
     found = {
-        "lmms-eval": _files(place, (_RESULTS,)),
+        # Some tasks write results of their own, submissions/mmbench_en_dev_static_results.json, without a date.
+        "lmms-eval": [path for path in _files(place, (_RESULTS,)) if path.name[0].isdigit()],
         "vlmevalkit": [path for path in _files(place, _SCORES) if _data_set(path)],
     }
     engine = _engine(place, found, engine)

@@ -1,7 +1,8 @@
 """Tables of files that the real engines wrote: their own scoring, on local rows, of answers by a rule.
 
 `recorded/` was written by VLMEvalKit e8e78f0 with `--judge exact_matching`, for a model that gives the wrong
-answer to the rows 1, 5, 9, ... of each data set, counted from 0, and the right one to all others.
+answer to the rows 1, 5, 9, ... of each data set, counted from 0, and the right one to all others; and by lmms-eval
+0.7.3, with its own tasks over local rows. Of lmms-eval's files, only the keys that matter here are kept.
 """
 
 import json
@@ -30,6 +31,27 @@ VLMEVALKIT = {
     "CV-Bench-Omni3D": 100 * 3 / 4,
     "OCRVQA": 100 * 3 / 4,
 }
+
+LMMS_EVAL = {
+    "MME": 5 * (50 + 0) + 5 * (100 + 100),
+    "MMBench-en": 100 / 3,  # three questions with two orders of options
+    "GQA": 100 * 4 / 5,
+    "ScienceQA": 100 * 4 / 5,
+    "AI2D": 100 * 3 / 4,
+    "TextVQA": 100 * 3 / 4,
+    "MMVP": 100 * 2 / 4,
+    "RealWorldQA": 100 * 3 / 4,
+    "CV-Bench-COCO": 100 * 4 / 5,
+    "CV-Bench-ADE": 100 * 2 / 3,
+    "CV-Bench-Omni3D": 100 * 3 / 4,
+}
+
+
+def test_lmms_eval():
+    found = read_scores(RECORDED / "lmms-eval")
+    assert found.values == pytest.approx(LMMS_EVAL)
+    assert found.missing == {"MMBench-cn": "mmbench_cn_dev was not run"}, "it needs a judge"
+    assert found.partial == {}
 
 
 def test_vlmevalkit():
