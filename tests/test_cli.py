@@ -259,11 +259,13 @@ def test_help_names_every_command(run):
     assert {command.name or command.callback.__name__ for command in app.registered_commands} == {
         "describe",
         "diagnose",
+        "forgetting",
+        "paper-table",
         "precompute",
         "report",
         "version",
     }
-    for name in ("describe", "diagnose", "precompute", "report", "version"):
+    for name in ("describe", "diagnose", "forgetting", "paper-table", "precompute", "report", "version"):
         assert name in out
 
 

@@ -18,12 +18,10 @@ from torch.utils.data import Dataset
 from covft.analysis.diagnosis.entries import Entry, read_entries
 from covft.analysis.diagnosis.losses import batches_of, inputs_of
 from covft.errors import ConfigError, ShapeError, UnsupportedViTError
+from covft.integrations.evaluation.told import GENERIC
 from covft.integrations.mllm.attachment import attachment_of, without_peft
 from covft.metrics import Difference, Estimate, bootstrap, holm, paired_bootstrap
 from covft.utils.arguments import check_kinds, check_sizes, short
-
-GENERIC = "Describe the image."
-TEXTS = ("right", "swapped", "generic", "blank")
 
 
 @dataclass(frozen=True, eq=False)
