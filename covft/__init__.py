@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from covft.config import CoVFTConfig as CoVFTConfig
     from covft.encoder import ContextEncoder as ContextEncoder
     from covft.integrations.building.saved import load_model as load_model
+    from covft.integrations.chat.chat import Chat as Chat
     from covft.integrations.mllm.attach import attach as attach
     from covft.integrations.mllm.attach import detach as detach
     from covft.integrations.mllm.attach import get_encoder as get_encoder
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from covft.integrations.tuning.tune import merge as merge
     from covft.integrations.tuning.tune import tune as tune
     from covft.integrations.tuning.tune import untune as untune
+    from covft.surgery.trunk import Trunk as Trunk
+    from covft.surgery.trunk import TrunkCache as TrunkCache
     from covft.tuning.api import load as load
     from covft.tuning.matching import match as match
     from covft.wrapping import unwrap as unwrap
@@ -43,9 +46,12 @@ __version__ = "0.1.0"
 
 # Where each public name lives; it is imported when it is first asked for (PEP 562).
 _HOMES = {
+    "Chat": "covft.integrations.chat.chat",
     "CoVFTCallback": "covft.integrations.training.callback",
     "CoVFTConfig": "covft.config",
     "ContextEncoder": "covft.encoder",
+    "Trunk": "covft.surgery.trunk",
+    "TrunkCache": "covft.surgery.trunk",
     "ViTSpec": "covft.adapters.spec",
     "attach": "covft.integrations.mllm.attach",
     "budget": "covft.integrations.tuning.budget",
@@ -80,9 +86,12 @@ _SUBMODULES = (
 )
 
 __all__ = [
+    "Chat",
     "CoVFTCallback",
     "CoVFTConfig",
     "ContextEncoder",
+    "Trunk",
+    "TrunkCache",
     "ViTSpec",
     "__version__",
     "adapters",

@@ -52,6 +52,7 @@ NOT_CALLED = {
         "Row",
         "Routing",
         "TinyMLLM",
+        "Trunk",
     ),
     *("Experts", "QuickGELU", "Recipe", "ViTTower", "given_options", "list_adapters", "whole_weights"),
     *("Averages", "Difference", "Estimate", "ForgettingReport"),
