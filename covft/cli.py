@@ -1,4 +1,4 @@
-"""The `covft` command: describe a ViT, diagnose a multimodal LLM, encode instructions, tell versions."""
+"""The `covft` command: describe a ViT, diagnose and ask a multimodal LLM, encode instructions, tell versions."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ except ModuleNotFoundError as error:
         f"The covft command needs {error.name}, which is not installed.", fix='pip install "covft[cli]"'
     ) from error
 
+from covft.commands.chat import chat
+
 app = typer.Typer(
     help="Context-aware visual fine-tuning of vision transformers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(chat)
 
 # What numbers may depend on, by the names under which they are installed.
 _LIBRARIES = (
