@@ -61,26 +61,27 @@ def claim_of(folder, number, machine=None, **changes):
 
 @pytest.mark.long
 def test_a_killed_process_loses_and_repeats_nothing(tmp_path):
-    dies = start(tmp_path, "hang")
-    assert [dies.stdout.readline() for _ in range(3)][-1] == "hangs\n"
-    survivor = start(tmp_path, "work")
-    assert survivor.stdout.readline() == "3\n", "both are at work"
-    dies.send_signal(signal.SIGKILL)
-    assert survivor.wait(timeout=60) == 0
-    dies.wait()
+    with start(tmp_path, "hang") as dies:
+        assert [dies.stdout.readline() for _ in range(3)][-1] == "hangs\n"
+        with start(tmp_path, "work") as survivor:
+            assert survivor.stdout.readline() == "3\n", "both are at work"
+            dies.send_signal(signal.SIGKILL)
+            survivor.stdout.read()
+    assert (dies.returncode, survivor.returncode) == (-signal.SIGKILL, 0)
     assert rows_in(tmp_path) == list(range(11))
     assert sorted(path.name for path in tmp_path.iterdir())[:2] == ["claims", "shard-00000.txt"], "nothing else is left"
     assert not list((tmp_path / "claims").iterdir())
 
 
 def test_after_all_were_killed_the_next_start_does_what_is_left(tmp_path):
-    dies = start(tmp_path, "hang")
-    assert [dies.stdout.readline() for _ in range(3)][-1] == "hangs\n"
-    dies.kill()
-    dies.wait()
+    with start(tmp_path, "hang") as dies:
+        assert [dies.stdout.readline() for _ in range(3)][-1] == "hangs\n"
+        dies.kill()
     assert rows_in(tmp_path) == [0, 1, 2, 3], "a half-written shard does not count"
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*.txt")}
-    assert start(tmp_path, "work").wait(timeout=60) == 0
+    with start(tmp_path, "work") as again:
+        again.stdout.read()
+    assert again.returncode == 0
     assert rows_in(tmp_path) == list(range(11))
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in before} == before, "finished shards are not redone"
 
