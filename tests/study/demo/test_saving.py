@@ -59,6 +59,17 @@ def test_a_fresh_process_gives_the_answers_of_the_page(tmp_path: Path) -> None:
     found = [" ".join(words) for words in json.loads(done.stdout)]
     assert found == row["inspection"]["answers"]
     assert len(set(found)) > 1
+    # and so does covft chat
+    (picture, question, words), answer = next(pair for pair in zip(asked, found, strict=True) if pair[1])
+    command = [sys.executable, "-m", "covft", "chat", MODEL, "--image", picture, "--max-new-tokens", str(words)]
+    lines = f"{question}\n/weights\n"
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path, input=lines
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = [word for word in answer.split() if not word.startswith("<")]
+    assert " ".join(said) in done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines() if line.count("0.") == 4] == ["2", "3", "4"]
 
 
 def test_the_template_writes_what_the_model_was_trained_on() -> None:
