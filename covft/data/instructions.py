@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from covft.data.broken import DataError
 from covft.data.conversation import instruction_text
 from covft.data.files import check_path, open_regular
+from covft.data.images import ImageStore
 from covft.data.internvl import InternVLRows
 from covft.data.llava import LlavaRows
 from covft.data.questions import QuestionRows
@@ -18,7 +18,7 @@ from covft.utils.arguments import check_kinds
 
 
 @check_kinds
-def open_rows(path: str | Path, images: Any = None) -> RowSource:
+def open_rows(path: str | Path, images: str | Path | ImageStore | None = None) -> RowSource:
     """Open LLaVA's JSON or JSONL, InternVL's meta file, or rows of `image` and `question`.
 
     Args:
