@@ -1,4 +1,4 @@
-"""The `covft` command: describe a ViT, diagnose a multimodal LLM, encode instructions, tell versions."""
+"""The `covft` command: describe a ViT, diagnose and ask a multimodal LLM, encode instructions, tell versions."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from covft.commands import results
+from covft.commands.chat import chat
 
 app = typer.Typer(
     help="Context-aware visual fine-tuning of vision transformers.",
@@ -35,6 +36,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(chat)
 
 # What numbers may depend on, by the names under which they are installed.
 _LIBRARIES = (

@@ -1,1 +1,1 @@
-"""Commands of `covft` with modules of their own; `covft.cli` registers them."""
+"""Commands of `covft` that are more than a few lines; `covft/cli.py` registers them."""

@@ -327,6 +327,7 @@ public(integrations, "MLLMTrainer", lambda w: {"model": w.attached.model}, data_
 public(integrations, "add_options", lambda w: {"parser": argparse.ArgumentParser()})
 
 public(data, "LlavaRows", lambda w: {"annotation": w.rows, "images": w.folder})
+public(data, "QuestionRows", lambda w: {"annotation": w.rows, "images": w.folder})
 public(data, "InternVLRows", lambda w: {"meta": w.meta})
 public(data, "JsonRecords", lambda w: {"path": w.rows})
 public(data, "DatasetsRows", lambda w: {"dataset": None})

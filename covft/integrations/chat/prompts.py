@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from covft.data.chat_template import reads_image_parts
 from covft.data.decoding import ImageDecoder
 from covft.data.files import check_not_url, read_regular
 from covft.errors import ConfigError
@@ -50,8 +51,9 @@ class Prompts:
                 got=type(processor).__name__,
                 fix="covft.Chat(model, AutoProcessor.from_pretrained(folder))",
             )
-        self._by_parts = _takes_parts(processor)
-        if not self._by_parts and not getattr(self.tokenizer, "chat_template", None):
+        self._by_parts = reads_image_parts(processor)
+        self._template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+        if not self._template:
             raise ConfigError(
                 "The processor has no chat template.",
                 expected="processor.chat_template, or that of its tokenizer",
@@ -74,7 +76,9 @@ class Prompts:
         if self._by_parts:
             made = self.processor.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
             return dict(made)
-        prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = self.tokenizer.apply_chat_template(
+            messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
+        )
         images = [image for turn in turns for image in turn.images]
         made = self.processor(images=images or None, text=prompt, add_special_tokens=False, return_tensors="pt")
         return dict(made)
@@ -91,18 +95,6 @@ class Prompts:
 
     def _said(self, answer: str) -> Any:
         return [{"type": "text", "text": answer}] if self._by_parts else answer
-
-
-def _takes_parts(processor: Any) -> bool:
-    """Return whether the processor's chat template takes contents as lists of parts, and not only as strings."""
-    if not getattr(processor, "chat_template", None):
-        return False
-    parts = [{"type": "image"}, {"type": "text", "text": "a question"}]
-    try:
-        written = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
-    except Exception:  # templates raise what they like, and Jinja its own errors
-        return False
-    return "a question" in written and "'type'" not in written
 
 
 def as_images(image: Any) -> tuple[Any, ...]:
