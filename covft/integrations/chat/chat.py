@@ -128,7 +128,7 @@ class Chat:
         if self._policy.rewrites:
             given = inputs  # the text is read from the prompt
         elif resumed is None:
-            given = {**inputs, **self._texts(turns)}
+            given = {**inputs, **self._texts(inputs, turns)}
         else:
             given = {**self._new_part(inputs, turns[-1]), **resumed}
         self._memory.forget()
@@ -149,18 +149,22 @@ class Chat:
             return contextlib.nullcontext()
         return encoder.cached_trunk(self._trunks)
 
-    def _texts(self, turns: list[Turn]) -> dict[str, Any]:
+    def _texts(self, inputs: dict[str, Any], turns: list[Turn]) -> dict[str, Any]:
         """Return the text of each picture: the question that it was shown with."""
         shown = [turn for turn in turns if turn.images]
         if len(shown) < 2:
             return {"context_text": shown[0].question} if shown else {}
+        rows = [len(turn.images) for turn in shown]
+        if self._rows(inputs) != sum(rows):  # a picture is several tiles
+            rows = [self._rows(self._prompts.inputs([turn])) for turn in shown]
+        index = torch.arange(len(shown)).repeat_interleave(torch.tensor(rows))
+        return {"context_text": [turn.question for turn in shown], "context_index": index}
+
+    def _rows(self, inputs: dict[str, Any]) -> int:
+        """Count the rows of the tower's batch."""
         attachment = attachment_of(self.model)
         assert attachment is not None
-        index: list[int] = []
-        for number, turn in enumerate(shown):
-            alone = {**self._prompts.inputs([turn]), "context_text": turn.question}
-            index += [number] * len(attachment.rows_of_tower(alone)[0])  # a picture may be several tiles
-        return {"context_text": [turn.question for turn in shown], "context_index": torch.tensor(index)}
+        return len(attachment.rows_of_tower({**inputs, "context_text": ""})[0])
 
     def _new_part(self, inputs: dict[str, Any], turn: Turn) -> dict[str, Any]:
         """Return the token ids of the complete prompt, and the pictures of the last turn alone."""

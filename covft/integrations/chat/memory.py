@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 # Models of transformers, by `model_type`, whose later tokens look at all earlier ones in order, so that a cache can be
 # continued with pictures. For others, and for pictures of packed towers, the conversation is computed anew.
-_CONTINUED = frozenset(("internvl", "llava", "llava_next", "llava_onevision", "pixtral"))
-# Those whose cache can be continued with text alone: positions of new pictures depend on all earlier ones.
-_CONTINUED_WITH_TEXT = _CONTINUED | {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
+_CONTINUED = frozenset(("internvl", "llava", "llava_next"))
+# Those whose cache can be continued with text alone: positions of a new picture, or how it is cut into tiles, depend on
+# the earlier ones.
+_CONTINUED_WITH_TEXT = _CONTINUED | {"llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
 
 
 class Memory:

@@ -61,9 +61,10 @@ def logits(model, processor, history, question, images, texts):
         messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
     )
     inputs = {name: v.double() if v.is_floating_point() else v for name, v in inputs.items()}
-    if len(texts) > 1:  # InternVL cuts the picture into tiles
-        towers = inputs.get("image_grid_thw", inputs["pixel_values"])
-        inputs["context_index"] = torch.arange(len(texts)).repeat_interleave(len(towers) // len(texts))
+    tiled = {"internvl": 0, "idefics3": 1}  # those that cut a picture into images, by the axis of these
+    if len(texts) > 1 and model.config.model_type in tiled:
+        tiles = inputs["pixel_values"].shape[tiled[model.config.model_type]] // len(texts)
+        inputs["context_index"] = torch.arange(len(texts)).repeat_interleave(tiles)
     with torch.no_grad():
         return model(**inputs, context_text=texts).logits[0, -1]
 
@@ -72,7 +73,13 @@ def agree(one, other):
     return torch.allclose(one.double(), other, rtol=1e-5, atol=1e-6)  # generate gives its scores in float32
 
 
-@every_family
+OTHERS = ("llava_next", "llava_onevision", "qwen2_vl", "qwen3_vl", "idefics3")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=() if f in ("llava", "qwen2_5_vl") else pytest.mark.long) for f in (*FAMILIES, *OTHERS)],
+)
 @pytest.mark.parametrize("policy", ["reencode", "keep", "append"])
 def test_a_later_answer_comes_from_the_right_features(family, policy):
     chat, model, processor, seen = chatting(family, policy)
