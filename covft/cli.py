@@ -27,6 +27,8 @@ except ModuleNotFoundError as error:
         f"The covft command needs {error.name}, which is not installed.", fix='pip install "covft[cli]"'
     ) from error
 
+from covft.commands.evaluate import evaluate
+
 app = typer.Typer(
     help="Context-aware visual fine-tuning of vision transformers.",
     no_args_is_help=True,
@@ -338,6 +340,11 @@ def report(
     from covft.analysis.report import write_report
 
     typer.echo(str(write_report(folder, output)))
+
+
+# ------------------------------------------------------------------------------------------ evaluate
+
+app.command()(evaluate)
 
 
 # ------------------------------------------------------------------------------------------- version

@@ -1,0 +1,1 @@
+"""Commands of `covft` with modules of their own; `covft.cli` registers them."""
