@@ -61,8 +61,11 @@ def command(
     ours = [f"{name}={_plain(name, value)}" for name, value in given.items() if value is not None]
     start = [sys.executable, "-m"]
     if processes > 1:
-        start += ["accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
-        start += [*(() if cuda else ("--cpu",)), "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+        # Its --cpu would start a single process.
+        on_cpu = [] if cuda else ["env", "ACCELERATE_USE_CPU=true"]
+        start = [*on_cpu, *start, "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        start += ["--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no"]
+        start += ["--dynamo_backend", "no", "-m"]
     return [
         *start,
         "lmms_eval",
