@@ -201,7 +201,7 @@ def _scores(content: Mapping[str, Any], task: str, part: str = "results") -> lis
     found = []
     for key, value in values.items():
         name, comma, filtered = key.partition(",")
-        if not comma or name.endswith("_stderr") or not _is_number(value):
+        if not comma or "_stderr" in name or not _is_number(value):
             continue
         error = values.get(f"{name}_stderr,{filtered}")
         metric = name if filtered == "none" else f"{name} ({filtered})"

@@ -91,8 +91,8 @@ def test_results__of_a_real_run():
     [path] = result_files(RECORDED)
     found = read_results(path, ["tiny"])
     answers = [json.loads(line) for line in found.samples["tiny"].read_text(encoding="utf-8").splitlines()]
-    assert [(score.task, score.metric, score.samples) for score in found.scores] == [("tiny", "right", 9)]
-    assert found.scores[0].value == sum(row["right"] for row in answers) / 9
+    assert [(score.task, score.metric, score.samples) for score in found.scores] == [("tiny", "even", 9)]
+    assert found.scores[0].value == sum(row["even"] for row in answers) / 9
 
 
 def test_results__a_task_without_a_number_is_an_error(tmp_path):
@@ -101,7 +101,7 @@ def test_results__a_task_without_a_number_is_an_error(tmp_path):
         read_results(path, ["tiny", "gqa"])
     content = json.loads(path.read_text(encoding="utf-8"))
     for value in (float("nan"), "N/A", True, None):
-        content["results"]["tiny"]["right,none"] = value
+        content["results"]["tiny"]["even,none"] = value
         (tmp_path / "x_results.json").write_text(json.dumps(content))
         with pytest.raises(EvaluationError, match="no numbers for tiny"):
             read_results(tmp_path / "x_results.json", ["tiny"])

@@ -57,4 +57,4 @@ def _answers(folder: Path) -> list[str]:
     """Return the answers of a run in the order of the questions."""
     [file] = folder.rglob("*_samples_tiny.jsonl")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [row["filtered_resps"][0] for row in sorted(rows, key=lambda row: row["doc_id"])]
+    return [row["filtered_resps"] for row in sorted(rows, key=lambda row: row["doc_id"])]

@@ -32,7 +32,7 @@ generation_kwargs:
   temperature: 0
   do_sample: false
 metric_list:
-  - metric: right
+  - metric: even
     aggregation: mean
     higher_is_better: true
 metadata:
@@ -51,7 +51,8 @@ def text(doc, lmms_eval_specific_kwargs=None):
 
 
 def results(doc, answers):
-    return {"right": float(answers[0].strip() == doc["answer"])}
+    # A random model is never right; this is a score that its answers decide.
+    return {"even": float(sum(map(ord, answers[0])) % 2 == 0)}
 """
 
 
