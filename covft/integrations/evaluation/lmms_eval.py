@@ -100,6 +100,8 @@ class AttachedModel:
         # Each process has a complete model, so the class need not prepare it for several, which it does on GPUs only.
         with loaded_already(model), one_process():
             super().__init__(**options)
+        if hasattr(self, "processor"):
+            self.processor = _WithoutEmptyMedia(self.processor)  # type: ignore[has-type]
         self.accelerator, self._text = accelerator, text
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         if self.attached is not model:
@@ -132,6 +134,24 @@ class AttachedModel:
             traceback.print_exception(cause)
             shown = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
             raise SystemExit(f"covft: a row failed after {len(answered)} answers. {shown}") from cause
+
+
+class _WithoutEmptyMedia:
+    """A processor that is not told of media which a prompt does not have.
+
+    `chat/huggingface` passes empty lists, also by names that processors of transformers 5 refuse.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Process without empty lists."""
+        given = {name: value for name, value in kwargs.items() if not isinstance(value, list) or value}
+        return self._processor(*args, **given)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
 
 
 class _RowError(BaseException):
