@@ -1,0 +1,25 @@
+"""Patches that hold while lmms-eval builds a model; the others are tested with their codebases."""
+
+import accelerate
+import transformers
+
+from covft.integrations.codebases.patches import loaded_already, one_process
+from covft.testing import tiny_llava
+
+
+def test_loaded_already__every_way_to_load_gives_the_model():
+    model = tiny_llava(depth=2).model
+    before = vars(transformers.PreTrainedModel)["from_pretrained"]
+    with loaded_already(model):
+        for kind in (transformers.LlavaForConditionalGeneration, transformers.AutoModelForImageTextToText):
+            assert kind.from_pretrained("no/such", dtype="bfloat16", device_map="cuda:3") is model
+        assert transformers.AutoModel.from_pretrained("no/such") is model
+    assert vars(transformers.PreTrainedModel)["from_pretrained"] is before
+    assert "from_pretrained" in vars(transformers.AutoModel.__mro__[1])
+
+
+def test_one_process__is_what_accelerate_says():
+    before = vars(accelerate.Accelerator)["num_processes"]
+    with one_process():
+        assert accelerate.Accelerator.num_processes.fget(object()) == 1
+    assert vars(accelerate.Accelerator)["num_processes"] is before
