@@ -249,12 +249,13 @@ def loaded_already(model: nn.Module) -> Iterator[None]:
     """
     import transformers
 
-    auto: Any = next(cls for cls in reversed(transformers.AutoModel.__mro__) if "from_pretrained" in vars(cls))
-    with contextlib.ExitStack() as stack:
-        for cls in (transformers.PreTrainedModel, auto):
-            stack.callback(setattr, cls, "from_pretrained", vars(cls)["from_pretrained"])
-            cls.from_pretrained = classmethod(lambda cls, *args, **kwargs: model)  # type: ignore[assignment]
+    cls: Any = transformers.PreTrainedModel  # auto classes call it
+    original = vars(cls)["from_pretrained"]
+    cls.from_pretrained = classmethod(lambda cls, *args, **kwargs: model)
+    try:
         yield
+    finally:
+        cls.from_pretrained = original
 
 
 @contextlib.contextmanager

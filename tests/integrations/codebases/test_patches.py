@@ -7,15 +7,14 @@ from covft.integrations.codebases.patches import loaded_already, one_process
 from covft.testing import tiny_llava
 
 
-def test_loaded_already__every_way_to_load_gives_the_model():
+def test_loaded_already__every_way_to_load_gives_the_model(tmp_path):
     model = tiny_llava(depth=2).model
+    model.config.save_pretrained(tmp_path)  # no weights
     before = vars(transformers.PreTrainedModel)["from_pretrained"]
     with loaded_already(model):
-        for kind in (transformers.LlavaForConditionalGeneration, transformers.AutoModelForImageTextToText):
-            assert kind.from_pretrained("no/such", dtype="bfloat16", device_map="cuda:3") is model
-        assert transformers.AutoModel.from_pretrained("no/such") is model
+        for name in ("LlavaForConditionalGeneration", "AutoModelForImageTextToText", "AutoModel"):
+            assert getattr(transformers, name).from_pretrained(tmp_path, dtype="bfloat16") is model
     assert vars(transformers.PreTrainedModel)["from_pretrained"] is before
-    assert "from_pretrained" in vars(transformers.AutoModel.__mro__[1])
 
 
 def test_one_process__is_what_accelerate_says():
