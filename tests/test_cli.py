@@ -259,11 +259,12 @@ def test_help_names_every_command(run):
     assert {command.name or command.callback.__name__ for command in app.registered_commands} == {
         "describe",
         "diagnose",
+        "evaluate",
         "precompute",
         "report",
         "version",
     }
-    for name in ("describe", "diagnose", "precompute", "report", "version"):
+    for name in ("describe", "diagnose", "evaluate", "precompute", "report", "version"):
         assert name in out
 
 

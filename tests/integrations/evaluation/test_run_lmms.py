@@ -10,7 +10,7 @@ from covft.errors import ConfigError, EvaluationError
 from covft.integrations.evaluation import run_lmms
 from covft.integrations.evaluation.run_lmms import command, read_results, result_files
 
-RECORDED = Path(__file__).with_name("recorded")
+RECORDED = Path(__file__).with_name("recorded") / "lmms-tiny"
 
 
 @pytest.fixture
