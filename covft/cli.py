@@ -29,6 +29,7 @@ except ModuleNotFoundError as error:
 
 from covft.commands import results
 from covft.commands.chat import chat
+from covft.commands.evaluate import evaluate
 
 app = typer.Typer(
     help="Context-aware visual fine-tuning of vision transformers.",
@@ -348,6 +349,9 @@ def report(
 
 app.command("paper-table")(results.paper_table)
 app.command()(results.forgetting)
+# ------------------------------------------------------------------------------------------ evaluate
+
+app.command()(evaluate)
 
 
 # ------------------------------------------------------------------------------------------- version
