@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from covft.adapters.spec import ViTSpec
-from covft.analysis.stats.sketch import WIDTH, GradientSketch
 from covft.errors import ConfigError, LayerIndexError, MissingGradientError, ShapeError, UnsupportedViTError
 from covft.utils.arguments import check_kinds
 from covft.utils.sharding import is_sharded
+from covft.utils.sketch import WIDTH, GradientSketch
 
 WEIGHTS = ("ffn", "all")
 

@@ -6,9 +6,9 @@ import torch
 
 import covft
 from covft.analysis.stats.gradients import block_weights, gradients_of
-from covft.analysis.stats.sketch import GradientSketch
 from covft.errors import ConfigError, MissingGradientError, ShapeError, UnsupportedViTError
 from covft.testing import ToyViT
+from covft.utils.sketch import GradientSketch
 from tests.helpers.snapshots import assert_unchanged, snapshot
 
 
