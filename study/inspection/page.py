@@ -60,8 +60,9 @@ def _planted(known: Mapping[str, dict[str, Any]], folder: Path) -> list[str]:
     draw.write(folder, "conflict", lambda: draw.draw_conflict(known))
     return [
         "## A planted conflict, and none",
-        "Grounding asks where a thing is, captioning what is there: the conflict of the paper's Fig. 1b.  `covft.diagnose` is given questions of both, each about another picture, and two random halves "
-        "of the questions of either. It measures the model that all runs start from, before any training of tower "
+        "Grounding asks where a thing is, captioning what is there: the conflict of the paper's Fig. 1b. "
+        "`covft.diagnose` is given questions of both, each about another picture, and two random halves of the "
+        "questions of either. It measures the model that all runs start from, before any training of tower "
         "and language model.",
         table.markdown(),
         f"![Separation of gradients by block: {', '.join(PLANTED)}](conflict.svg){{ .scrolls }}",
@@ -257,8 +258,8 @@ def _table(header: list[str], row: list[str]) -> str:
 
 _INTRODUCTION = (
     "What [`covft.diagnose`](../guides/diagnose.md) says of the study's tasks before any training, whether the runs "
-    "bear it out, and what [`covft.analysis`](../guides/analysis.md) shows of the trained tower, with the paper's figures "
-    "beside. Made by `python -m study inside`, from files of the repository alone."
+    "bear it out, and what [`covft.analysis`](../guides/analysis.md) shows of the trained tower, with the paper's "
+    "figures beside. Made by `python -m study inside`, from files of the repository alone."
 )
 _AGAIN = f"""```bash
 {_DIAGNOSE}
