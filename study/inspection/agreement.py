@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,9 @@ def predictions(diagnosis: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-def agreements(predicted: dict[str, dict[str, float]], gains: dict[str, float], seed: int = 0) -> dict[str, Agreement]:
+def agreements(
+    predicted: Mapping[str, Mapping[Any, float]], gains: Mapping[Any, float], seed: int = 0
+) -> dict[str, Agreement]:
     """Correlate each predictor with the gains over the tasks that have both.
 
     Args:

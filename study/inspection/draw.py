@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 GROUP_COLOURS = dict(
     zip(dict.fromkeys(task.group for task in TASKS.values()), ("#3f8fd0", "#e0703a", "#3f9f6f", "#a878c8"), strict=True)
 )
+CLUSTER_COLOURS = ("#3f8fd0", "#e0703a", "#3f9f6f", "#a878c8", "#b8902a", "#4aa3a3", "#cf6a8e", "#8a94a6")
 PAPER = {"full": (0.076, 0.112), "covft": (0.189, 0.051)}  # mean and deviation of its Fig. 5
 WEIGHTS = {"tower": "all trained weights of the tower", "ffns": "FFNs of the adapted blocks alone"}
 
@@ -32,7 +33,7 @@ def draw_contexts(found: Mapping[str, Any]) -> Figure:
         left.plot(*points[own].T, ".", color=colour, ms=3, alpha=0.7, label=group)
     for cluster in range(labels.max() + 1):
         own = labels == cluster
-        right.plot(*points[own].T, ".", color=marks.colour("", cluster), ms=3, alpha=0.7, label=f"cluster {cluster}")
+        right.plot(*points[own].T, ".", color=CLUSTER_COLOURS[cluster], ms=3, alpha=0.7, label=f"cluster {cluster}")
     for axes, title in ((left, "group of the task"), (right, f"k-means, silhouette {contexts['silhouette']:.2f}")):
         axes.set_title(title)
         axes.set_xlabel(f"component 1, {contexts['explained'][0]:.0%}")

@@ -15,6 +15,7 @@ from study.results.studies import Results
 NAME = "inside.md"
 RESULTS = Path(__file__).parents[1] / "results" / "inspection"
 METHODS = ("covft", "full")
+ATTENTION, QUESTIONS = "attention.png", "questions.png"
 PLANTED = ("grounding and caption", "halves of grounding", "halves of caption")
 _DIAGNOSE = "python -m study diagnose --output study/results/diagnosis"
 _DIAGNOSE_ALL = "python -m study diagnose --tasks all --no-halves --samples 560 --output study/results/diagnosis"
@@ -36,6 +37,8 @@ def write_page(results: Results, folder: Path, inspected: Path = RESULTS, diagno
     found = {method: one for method in METHODS if (one := _read(inspected, method))}
     if "covft" in found:
         parts += _tower(found["covft"], folder)
+    if (folder / ATTENTION).is_file() and (folder / QUESTIONS).is_file():
+        parts += _maps()
     if len(found) == len(METHODS):
         parts += _updates(found, folder)
     parts += ["## Run it again", _AGAIN]
@@ -167,6 +170,37 @@ def _tower(found: dict[str, Any], folder: Path) -> list[str]:
     ]
 
 
+def _maps() -> list[str]:
+    return [
+        "### Where the context looks",
+        f"![Attention of the context over pictures, for two questions about each]({ATTENTION}){{ .scrolls }}",
+        f"![What moves in the features of a picture between its two questions]({QUESTIONS}){{ .scrolls }}",
+        _table(
+            ["what it shows", "what it does not"],
+            [
+                "The attention weights of the context's query over 6 x 6 patches, the mean over heads, for the "
+                "grounding and the captioning question of a picture; below, where the features of one picture differ "
+                "between the two.",
+                "Which patches the answer depends on. Blocks before the first adapted one cannot move.",
+            ],
+        ),
+    ]
+
+
+def draw_maps(inspected: Path, folder: Path) -> None:
+    """Draw the maps that `python -m study inspect` saved beside the encoder.
+
+    Args:
+        inspected: Folder of the encoder.
+        folder: Where to.
+    """
+    from covft.analysis import plots
+    from covft.analysis.stats.attention import AttentionMaps, QuestionMaps
+
+    plots.plot_attention(AttentionMaps.load(inspected)).savefig(folder / ATTENTION, dpi=80)
+    plots.plot_questions(QuestionMaps.load(inspected)).savefig(folder / QUESTIONS, dpi=80)
+
+
 def _beside(trained: dict[str, Any], before: dict[str, Any]) -> Table:
     """Tabulate the paper's figures beside those here."""
     table = Table("", ["figure", "paper", "trained", "before training"])
@@ -266,5 +300,5 @@ _AGAIN = f"""```bash
 {_DIAGNOSE_ALL}
 python -m study inspect   # trains covft and full tuning: half an hour on a core; the encoder is in runs/inspected
 covft report runs/inspected
-python -m study inside    # this page
+python -m study inside --folder runs/inspected  # this page
 ```"""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from covft.analysis import Recording, write_report
-from study.inspection.page import write_page
+from study.inspection.page import draw_maps, write_page
 from study.inspection.trained import inspect_runs
 from study.results.studies import Results
 from study.runs.settings import RunSettings
@@ -44,8 +44,11 @@ def test_a_run_is_inspected_and_shown(tmp_path):
     assert inspect_runs(settings, tmp_path / "encoder", tmp_path / "results") == files
     assert [file.stat().st_mtime_ns for file in files] == stamps, "what is there stays"
 
+    (tmp_path / "page").mkdir()
+    draw_maps(tmp_path / "encoder", tmp_path / "page")
     text = write_page(Results.of("small", []), tmp_path / "page", tmp_path / "results").read_text()
     assert "## The tower of a trained covft" in text
     assert "0.76" in text
+    assert "(attention.png)" in text
     assert "0.189 ± 0.051" in text
     assert (tmp_path / "page" / "updates.svg").is_file()
