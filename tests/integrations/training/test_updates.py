@@ -97,14 +97,14 @@ def test_sharded_gradients_and_wrong_numbers_are_refused():
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
 def test_engines_that_shard_are_refused_before_the_model_is_attached(engine, rows, tmp_path, monkeypatch):
-    from accelerate.state import AcceleratorState
+    from accelerate.state import PartialState
     from accelerate.utils import DistributedType
     from transformers import Trainer, TrainerControl, TrainerState
 
     model = build(attached=False)
     args = arguments(tmp_path)
     Trainer(model, args, collator(rows), train_dataset=rows)  # sets accelerate up
-    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType[engine])
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType[engine])
     callback = CoVFTCallback(covft.testing.HashTextEncoder(16), conflict_every=5)
     with pytest.raises(ConfigError, match=f"(?s)whole gradients.*{engine}"):
         callback.on_init_end(args, TrainerState(), TrainerControl(), model=model)
