@@ -33,7 +33,8 @@ def diagnosis(found: Mapping[str, Any]) -> str:
             f"<p>1 is the same direction, 0 none in common. All kinds: p = {_number(conflict['p_values'][-1])}.</p>",
             _table(["kinds", "alignment", "interval", "p"], list(_pairs(conflict))),
             "<h3>Gradients by block</h3>",
-            "<p>Separation is the mean cosine of two samples of one kind, less that of two kinds: the stronger the colour, the more.</p>",
+            "<p>Separation is the mean cosine of two samples of one kind, less that of two kinds. A stronger colour is "
+            "more.</p>",
             _table(["block", "separation", "p (Holm)"], list(_blocks(conflict)), _shares(conflict)),
             "<h3>Short training: change of the held-out loss</h3>",
             f"<p>{probe['steps']} steps of {probe['batch']} samples; below 0 is better.</p>",
