@@ -84,7 +84,7 @@ def draw_updates(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     figure, panels = marks.panels(7.2, 2.8, len(WEIGHTS), sharey=True)
     bins = np.linspace(-1, 1, 41)
     for axes, (name, title) in zip(panels, WEIGHTS.items(), strict=True):
-        for method in ("full", "covft"):
+        for method in found:
             cosines = np.array(found[method]["updates"][name])
             label = f"{method}: {cosines.mean():.3f} ± {cosines.std(ddof=1):.3f}"
             axes.hist(cosines, bins, alpha=0.6, color=marks.COLOURS[method], label=label)

@@ -14,8 +14,9 @@ from study.results.studies import Results
 
 NAME = "inside.md"
 RESULTS = Path(__file__).parents[1] / "results" / "inspection"
-METHODS = ("covft", "full")
+METHODS = ("full", "covft")
 ATTENTION, QUESTIONS = "attention.png", "questions.png"
+PAPER_R, RESAMPLES = 0.76, 2000
 PLANTED = ("grounding and caption", "halves of grounding", "halves of caption")
 _DIAGNOSE = "python -m study diagnose --output study/results/diagnosis"
 _DIAGNOSE_ALL = "python -m study diagnose --tasks all --no-halves --samples 560 --output study/results/diagnosis"
@@ -39,7 +40,7 @@ def write_page(results: Results, folder: Path, inspected: Path = RESULTS, diagno
         parts += _tower(found["covft"], folder)
     if (folder / ATTENTION).is_file() and (folder / QUESTIONS).is_file():
         parts += _maps()
-    if len(found) == len(METHODS):
+    if found:
         parts += _updates(found, folder)
     parts += ["## Run it again", _AGAIN]
     write_text(folder / NAME, "\n\n".join(parts) + "\n")
@@ -132,6 +133,7 @@ def _tower(found: dict[str, Any], folder: Path) -> list[str]:
         f"One run, seed {settings['seed']}, {settings['steps']} steps, as in [the study](index.md); what follows is "
         f"about {trained['samples']} held-out questions, up to 60 of each task.",
         _beside(trained, before).markdown(),
+        _told(trained, before),
         "### Contexts",
         "![Contexts along two principal components, by group of tasks and by cluster](contexts.svg){ .scrolls }",
         _nearest(trained).markdown(),
@@ -161,8 +163,8 @@ def _tower(found: dict[str, Any], folder: Path) -> list[str]:
         _table(
             ["what it shows", "what it does not"],
             [
-                "Questions with similar contexts are routed alike; r is over pairs of questions, its interval by a "
-                "bootstrap over questions.",
+                "Whether questions with similar contexts are routed alike; r is over pairs of questions, its interval "
+                "by a bootstrap over questions.",
                 "Anything learned, by itself: routing is computed from the context, so r has to be compared with that "
                 "before training.",
             ],
@@ -219,6 +221,27 @@ def _beside(trained: dict[str, Any], before: dict[str, Any]) -> Table:
     return table
 
 
+def _told(trained: dict[str, Any], before: dict[str, Any]) -> str:
+    """Say in words what stands beside the paper's figures."""
+    now, then = trained["routing"]["r"], before["routing"]["r"]
+    parts = []
+    if now is not None and then is not None:
+        paper = "within" if now["low"] <= PAPER_R <= now["high"] else "below" if now["high"] < PAPER_R else "above"
+        learned = "no different from" if now["low"] <= then["high"] and then["low"] <= now["high"] else "unlike"
+        place = "the interval has the paper's r" if paper == "within" else f"r is {paper} the paper's"
+        parts.append(f"**Here {place}**, and {learned} that before training, by its interval.")
+    if _follows_questions(trained):
+        already = ", and did so before training" if _follows_questions(before) else ""
+        parts.append(f"Clusters of contexts follow the questions and not the pictures{already}.")
+    return " ".join(parts)
+
+
+def _follows_questions(found: dict[str, Any]) -> bool:
+    """Return whether questions are more alike within clusters than between, and pictures are not."""
+    texts, pictures = (found["similarity"][name] for name in ("texts", "pictures"))
+    return texts[0] > texts[1] and pictures[0] <= pictures[1]
+
+
 def _r(found: dict[str, Any]) -> str:
     r = found["routing"]["r"]
     return "all are routed alike" if r is None else f"{r['r']:.2f} [{r['low']:.2f},\u00a0{r['high']:.2f}]"
@@ -257,19 +280,20 @@ def _updates(found: Mapping[str, dict[str, Any]], folder: Path) -> list[str]:
     draw.write(folder, "updates", lambda: draw.draw_updates(found))
     table = Table("", ["gradients of", "method", "paper, mean ± deviation", "here", "updates"], text=frozenset({0, 1}))
     for weights, told in draw.WEIGHTS.items():
-        for method in ("full", "covft"):
+        for method in found:
             cosines = np.array(found[method]["updates"][weights])
             mean, deviation = draw.PAPER[method]
             here = f"{cosines.mean():.3f} ± {cosines.std(ddof=1):.3f}"
             table.rows.append([told, method, f"{mean:.3f} ± {deviation:.3f}", here, str(len(cosines))])
-    count = len(found["full"]["updates"]["tower"])
-    return [
+    count = len(next(iter(found.values()))["updates"]["tower"])
+    parts = [
         "## Do updates agree?",
-        "The cosine of each update's gradient with the dominant direction of all of them, while full tuning and covft "
-        f"train on all tasks (Fig. 5 of the paper). Every other step is taken. Of {count} gradients without a common "
-        f"direction, cosines have a root mean square of {count**-0.5:.3f}.",
+        "The cosine of each update's gradient, before clipping, with the dominant direction of all of them, in the "
+        f"training of {' and of '.join(found)} on all tasks (Fig. 5 of the paper). Every other step is taken. Of "
+        f"{count} gradients without a common direction, cosines have a root mean square of {count**-0.5:.3f}.",
         table.markdown(),
-        "![Cosines of gradients with their dominant direction, full tuning and covft](updates.svg){ .scrolls }",
+        _told_of_updates(found),
+        f"![Cosines of gradients with their dominant direction: {', '.join(found)}](updates.svg){{ .scrolls }}",
         _table(
             ["what it shows", "what it does not"],
             [
@@ -280,6 +304,27 @@ def _updates(found: Mapping[str, dict[str, Any]], folder: Path) -> list[str]:
             ],
         ),
     ]
+    return [part for part in parts if part]
+
+
+def _told_of_updates(found: Mapping[str, dict[str, Any]]) -> str:
+    """Say whether covft's updates agree more than those of full tuning, as the paper has it."""
+    import numpy as np
+
+    if not {"full", "covft"} <= set(found):
+        return ""
+    full, covft = (found[method]["updates"]["tower"] for method in ("full", "covft"))
+    apart = float(np.mean(covft) - np.mean(full))
+    draws = np.random.default_rng(0)
+    drawn = [
+        np.mean(draws.choice(covft, len(covft))) - np.mean(draws.choice(full, len(full))) for _ in range(RESAMPLES)
+    ]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    verdict = "agree more" if low > 0 else "agree less" if high < 0 else "are not shown to agree more or less"
+    return (
+        f"**Covft's updates {verdict}** than those of full tuning here: {_signed(apart, 3)} [{_signed(low, 3)},\u00a0"
+        f"{_signed(high, 3)}], a bootstrap over the updates of one run each. The paper has +0.113."
+    )
 
 
 def _signed(value: float, digits: int = 2) -> str:
