@@ -54,10 +54,12 @@ class Agreement:
     Attributes:
         rho: Spearman's rank correlation.
         p: Two-sided p-value by permutation of the tasks, adjusted for all predictors.
+        tasks: Number of tasks that have both.
     """
 
     rho: float
     p: float
+    tasks: int
 
 
 def path_of(name: str, folder: Path = FOLDER) -> Path:
@@ -123,7 +125,7 @@ def agreements(
         if len(tasks) >= FEWEST:
             found[name] = _correlated([values[task] for task in tasks], [gains[task] for task in tasks], seed)
     adjusted = holm([one.p for one in found.values()])
-    return {name: Agreement(one.rho, p) for (name, one), p in zip(found.items(), adjusted, strict=True)}
+    return {name: Agreement(one.rho, p, one.tasks) for (name, one), p in zip(found.items(), adjusted, strict=True)}
 
 
 def _correlated(x: Sequence[float], y: Sequence[float], seed: int) -> Agreement:
@@ -132,7 +134,7 @@ def _correlated(x: Sequence[float], y: Sequence[float], seed: int) -> Agreement:
     draws = np.random.default_rng(seed)
     permuted = np.array([ranks_x @ draws.permutation(ranks_y) for _ in range(PERMUTATIONS)])
     beyond = np.count_nonzero(np.abs(permuted) >= abs(rho) - 1e-12)
-    return Agreement(rho, float((1 + beyond) / (1 + PERMUTATIONS)))
+    return Agreement(rho, float((1 + beyond) / (1 + PERMUTATIONS)), len(x))
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -169,12 +171,16 @@ def agreement_table(results: Results, diagnosis: dict[str, Any]) -> Table:
     """Tabulate the rank correlation of each predictor with the gain of covft over full tuning."""
     gains = {task: gain.value for task, gain in gains_of(results).items()}
     found = agreements(predictions(diagnosis), gains)
-    table = Table("Agreement", ["predictor", "expected", "Spearman's ρ", "p (Holm)"], text=frozenset({0, 1}))
+    table = Table("Agreement", ["predictor", "expected", "Spearman's ρ", "p (Holm)", "tasks"], text=frozenset({0, 1}))
     for one in PREDICTORS:
         if one.name in found:
-            rho, p = found[one.name].rho, found[one.name].p
-            table.rows.append([one.name, "above 0" if one.sign > 0 else "below 0", _number(rho), p_value(p)])
-    table.notes.append(f"Over {len(gains)} tasks, p by {PERMUTATIONS:,} permutations of the tasks.")
+            own = found[one.name]
+            expected = "above 0" if one.sign > 0 else "below 0"
+            table.rows.append([one.name, expected, _number(own.rho), p_value(own.p), str(own.tasks)])
+    table.notes.append(
+        f"p is of {PERMUTATIONS:,} permutations of the tasks. Tasks whose gradients have no direction in common with "
+        "each other have no alignment."
+    )
     return table
 
 
@@ -197,6 +203,30 @@ def verdict_table(results: Results, diagnosis: dict[str, Any]) -> Table:
         table.rows.append([verdict, group.label, mean, NOTHING if apart is None else interval(apart)])
     table.notes.append(f"The diagnosis of {ALL} says: {diagnosis['verdict']['words']}")
     return table
+
+
+def borne_out(results: Results, diagnosis: dict[str, Any]) -> str:
+    """Say whether the runs bear out the verdict for all tasks together.
+
+    Args:
+        results: The rows.
+        diagnosis: Of all tasks.
+    """
+    choice = diagnosis["verdict"]["choice"]
+    ours = results.main(METHODS[choice])
+    others = [group for method in METHODS.values() if (group := results.main(method)) not in (None, ours)]
+    if ours is None or not others:
+        return "The methods were not run."
+    found = [contrasts.difference(ours, group, TWELVE) for group in others if group is not None]
+    signs = [one.sign for one in found if one is not None]
+    said = f"**The verdict for all tasks together, {choice!r}, is"
+    if signs and min(signs) > 0:
+        said = f"{said} borne out**: {ours.label} beats each of the other three."
+    elif signs and min(signs) < 0:
+        said = f"{said} not borne out**: another method beats {ours.label}."
+    else:
+        said = f"{said} neither borne out nor refuted**: not every interval is clear of 0."
+    return f"{said} It is one verdict about one set of tasks, so it may be right by luck."
 
 
 def tables(results: Results, folder: Path = FOLDER) -> list[Table]:

@@ -95,6 +95,7 @@ def _agreement(results: Results, diagnosis: dict[str, Any], folder: Path) -> lis
         "All tasks are diagnosed together before any training, and the [runs](index.md) say what covft gained over "
         "full tuning afterwards. If conflict is what covft resolves, tasks in conflict should gain most.",
         verdict.markdown(),
+        agreement.borne_out(results, diagnosis),
         agreed.markdown(),
         _foretold(results, diagnosis),
         "![Gain of covft over full tuning, by rank, over each predictor](agreement.svg){ .scrolls }",

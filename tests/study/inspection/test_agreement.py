@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from covft.errors import CheckpointError
-from study.inspection.agreement import ALL, agreements, gains_of, path_of, predictions, read_diagnosis, tables
+from study.inspection.agreement import (
+    ALL,
+    agreements,
+    borne_out,
+    gains_of,
+    path_of,
+    predictions,
+    read_diagnosis,
+    tables,
+)
 from study.results.load import read_rows
 from study.results.studies import Results
 from tests.helpers.study_rows import TWELVE, percents, planted, write
@@ -95,5 +104,9 @@ def test_tables_say_which_method_was_indicated(world):
     assert (len(verdict.rows) - 1, 0) in verdict.strong
     assert [row[0] for row in agreed.rows] == ["alignment", "separation", "harm"]
     assert [row[0] for row in tasks.rows] == [f"`{task}`" for task in reversed(TWELVE)]
+    found = read_diagnosis(ALL, world[1])
+    assert "is borne out" in borne_out(world[0], found)
+    found["verdict"]["choice"] = "freeze"
+    assert "not borne out" in borne_out(world[0], found)
     with pytest.raises(CheckpointError, match=r"(?s)cannot be read.*python -m study diagnose"):
         tables(world[0], world[1] / "rows")
