@@ -38,12 +38,14 @@ def inspect_command(
 
 
 def inside_command(
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the page and its figures; default: docs/study.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for page and figures; default: docs/study.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder of the encoder: draws its attention, too.")] = None,
 ) -> None:
     """Write the page about the diagnosis and the trained tower, from files alone."""
-    from study.inspection.page import write_page
+    from study.inspection.page import draw_maps, write_page
     from study.results.command import DOCS, results_of
 
-    typer.echo(write_page(results_of("small", None, "test"), output or DOCS / "study"))
+    output = output or DOCS / "study"
+    if folder is not None:
+        draw_maps(folder, output)
+    typer.echo(write_page(results_of("small", None, "test"), output))
