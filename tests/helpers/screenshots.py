@@ -10,7 +10,6 @@ from tests.helpers.chromium import browser
 
 SHOTS = {  # name: width, height, scheme, section
     "diagnosis-light": (1000, 760, "light", "diagnosis"),
-    "diagnosis-dark": (1000, 760, "dark", "diagnosis"),
     "contexts-dark": (1000, 760, "dark", "contexts"),
     "diagnosis-phone": (390, 760, "light", "diagnosis"),
     "attention-phone": (390, 760, "dark", "attention"),
