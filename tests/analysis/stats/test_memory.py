@@ -20,6 +20,7 @@ def peak(function, count):
     contexts = draws.normal(size=(count, WIDTH)).astype(np.float32)
     weights = {layer: draws.dirichlet(np.ones(4), size=count) for layer in range(2)}
     kinds = [f"kind {number % 5}" for number in range(count)]
+    function(contexts[:50], {layer: rows[:50] for layer, rows in weights.items()}, kinds[:50])  # imports its libraries
     tracemalloc.start()
     function(contexts, weights, kinds)
     found = tracemalloc.get_traced_memory()[1]
