@@ -290,8 +290,9 @@ def _updates(found: Mapping[str, dict[str, Any]], folder: Path) -> list[str]:
     parts = [
         "## Do updates agree?",
         "The cosine of each update's gradient, before clipping, with the dominant direction of all of them, in the "
-        f"training of {' and of '.join(found)} on all tasks (Fig. 5 of the paper). Every other step is taken. Of "
-        f"{count} gradients without a common direction, cosines have a root mean square of {count**-0.5:.3f}.",
+        f"training of {' and of '.join(_NAMES[method] for method in found)} on all tasks (Fig. 5 of the paper). "
+        f"Every other step is taken. Of {count} gradients without a common direction, cosines have a root mean square "
+        f"of {count**-0.5:.3f}.",
         table.markdown(),
         _told_of_updates(found),
         f"![Cosines of gradients with their dominant direction: {', '.join(found)}](updates.svg){{ .scrolls }}",
@@ -336,6 +337,7 @@ def _table(header: list[str], row: list[str]) -> str:
     return Table("", header, [row], text=frozenset(range(len(header)))).markdown()
 
 
+_NAMES = {"full": "full tuning", "covft": "covft"}
 _INTRODUCTION = (
     "What [`covft.diagnose`](../guides/diagnose.md) says of the study's tasks before any training, whether the runs "
     "bear it out, and what [`covft.analysis`](../guides/analysis.md) shows of the trained tower, with the paper's "
