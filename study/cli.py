@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from study.data.commands import add_commands
+from study.inspection import command as inspection
 from study.results import command as results
 from study.runs.command import before_torch, run_command, search_command
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 results.register(app)
+inspection.register(app)
 
 
 def main(arguments: list[str] | None = None) -> None:

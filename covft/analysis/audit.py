@@ -98,7 +98,7 @@ def audit(
     attachment = attachment_of(without_peft(model))
     if attachment is None or attachment.encoder.text_dim is None:
         raise UnsupportedViTError(
-            "There is no conditioning to audit.",
+            "The tower of this model reads no text, so its use of text cannot be audited.",
             expected="an attached model whose tower reads text",
             got=type(model).__name__,
             fix="covft.attach(model, text_encoder, tokenizer=tokenizer)",

@@ -204,7 +204,7 @@ def _samples(entry: Any) -> Iterator[Sample]:
     texts = _listed(text)
     if len(images) != len(texts):
         raise ShapeError(
-            "A batch of the data has one text per sample.",
+            "The texts of a batch are not as many as its samples.",
             expected=f"{len(images)} texts, as there are images",
             got=f"{len(texts)}",
             fix="(list of tiles per sample, texts), where a sample has several images",
@@ -222,7 +222,7 @@ def _of_collator(entry: Mapping[str, Any]) -> Iterator[Sample]:
     index = torch.arange(len(texts)) if index is None else torch.as_tensor(index)
     if len(index) != len(images):
         raise ShapeError(
-            "A batch of the data has one text per image, or an index.",
+            "A batch has neither one text per image nor an index.",
             expected=f"context_index of shape ({len(images)},)",
             got=f"{len(texts)} texts" if "context_index" not in entry else f"shape {tuple(index.shape)}",
         )
@@ -251,7 +251,9 @@ def _kinds(kind: Any, rows: int) -> tuple[str | None, ...]:
         return (kind,) * rows
     kinds = kind.tolist() if isinstance(kind, Tensor) else list(kind)
     if len(kinds) != rows:
-        raise ShapeError("A batch of the data has one kind per sample.", expected=f"{rows} kinds", got=len(kinds))
+        raise ShapeError(
+            "The kinds of a batch are not as many as its samples.", expected=f"{rows} kinds", got=len(kinds)
+        )
     return tuple(None if one is None else str(one) for one in kinds)
 
 
