@@ -93,7 +93,8 @@ class Experts(nn.ModuleList):
             weights_BE = weights_BE * chosen_BE
             weights_BE = weights_BE / weights_BE.sum(dim=-1, keepdim=True)
         # Where rows cannot be chosen by value, all experts run: the unchosen have weights of zero.
-        if chosen_BE is None or (not torch.compiler.is_compiling() and is_transformed()):
+        by_value = not torch.compiler.is_exporting() and (torch.compiler.is_compiling() or not is_transformed())
+        if chosen_BE is None or not by_value:
             return self._mix(x, weights_BE, list(self), *args, **kwargs)
         mixed: Any = None
         for index, expert in enumerate(self):

@@ -155,6 +155,8 @@ class AdaptedFFN(ContextualMoE):
         refuse_runtime_names(self)
 
     def _remember(self, routing: Routing, context_BW: Tensor | None) -> None:
+        if torch.compiler.is_exporting():
+            return  # a graph keeps nothing
         if not torch.compiler.is_compiling() and in_backward():
             return  # a recomputation during backward is not a new decision
         logits_BE = routing.logits_BE
