@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from covft.encoder import ContextEncoder
 from covft.errors import ConfigError, UnsupportedViTError
+from covft.nn.experts import Experts
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 
@@ -27,8 +28,8 @@ class Exported:
     Attributes:
         program: The program of `torch.export`: `program.module()(images, text_features)`.
         path: Where it was written; None if it was not.
-        error: Largest absolute difference between its features and the encoder's, on a batch of another size with other
-            texts. Of an ONNX file as onnxruntime runs it; None where that is not installed.
+        error: Largest difference between its features and the encoder's, relative to the largest feature, on a batch of
+            another size with other texts. Of an ONNX file as onnxruntime runs it; None where that is not installed.
     """
 
     program: torch.export.ExportedProgram
@@ -143,18 +144,25 @@ def _per_image(encoder: ContextEncoder, text: Any, images: int) -> Tensor:
 
 @contextlib.contextmanager
 def _at_rest(encoder: ContextEncoder) -> Iterator[None]:
-    """Run in eval mode, without gradients; then everything is as it was, the last routing too."""
+    """Run as a graph does, in eval mode and without gradients; then everything is as it was."""
     modes = {module: module.training for module in encoder.modules()}
-    records = {slot: slot.record for slot in encoder.slots().values()}
+    slots = list(encoder.slots().values())
+    experts = [slot.experts for slot in slots if isinstance(slot.experts, Experts)]
     try:
         encoder.eval()
+        for slot in slots:
+            slot.keeps_record = False
+        for mixture in experts:
+            mixture.run_all = True
         with torch.no_grad():
             yield
     finally:
         for module, training in modes.items():
             module.training = training
-        for slot, record in records.items():
-            slot.record = record
+        for slot in slots:
+            del slot.keeps_record
+        for mixture in experts:
+            del mixture.run_all
 
 
 def _features(output: Any) -> Tensor:
@@ -172,7 +180,7 @@ def _features(output: Any) -> Tensor:
 
 
 def _largest(found: Tensor, wanted: Tensor) -> float:
-    return (found - wanted).abs().max().item()
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:

@@ -194,7 +194,7 @@ def _answers(batch: Batch, before: Any, after: Any) -> dict[int, tuple[bool, int
     found = {}
     for row, places in enumerate(places_RL):
         if places.any():
-            one, other = (out.logits[row][places].float().log_softmax(-1) for out in (before, after))
+            one, other = (out.logits[row][places].cpu().double().log_softmax(-1) for out in (before, after))
             divergence = (one.exp() * (one - other)).sum().item()
             found[row] = (bool((one.argmax(-1) == other.argmax(-1)).all()), int(places.sum()), divergence)
     return found

@@ -23,6 +23,8 @@ from study.runs.settings import RunSettings
 from study.runs.tables import held_out_part, training_part
 from study.runs.train import Questions
 
+CALIBRATION_SCENES = 1000  # of the training scenes
+
 
 @dataclass(frozen=True, eq=False)
 class Deployed:
@@ -74,8 +76,12 @@ def train(settings: RunSettings, file: Path) -> None:
     run(settings, inspect=keep)
 
 
-def read(file: Path) -> Deployed:
+def read(file: Path, questions: int | None = None) -> Deployed:
     """Read what `train` wrote.
+
+    Args:
+        file: The file.
+        questions: Held-out questions per task that are scored, at most; None for those of the run.
 
     Raises:
         CheckpointError: If it is not such a file.
@@ -90,6 +96,10 @@ def read(file: Path) -> Deployed:
     load_model(llava, str(file))
     llava.eval()
     first = first_trained(encoder.vit)
+    settings = settings.replace(
+        train_scenes=min(settings.train_scenes, CALIBRATION_SCENES),
+        held_out_questions=questions or settings.held_out_questions,
+    )
     train_part, held_out = training_part(settings), held_out_part(settings)
     asked = (
         ask(settings, encoder, train_part, settings.tasks, 0, "cpu"),

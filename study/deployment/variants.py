@@ -19,15 +19,17 @@ class DeploySettings:
         tested: Held-out questions on which features are compared.
         steps: Steps of distillation.
         lr: Peak learning rate of these.
+        batch: Questions per step.
         rank: Rank of compressed experts.
         below: Weight below which experts are skipped.
         seed: Seed of the choice of questions, and of distillation.
     """
 
-    calibration: int = 1024
+    calibration: int = 512
     tested: int = 256
     steps: int = 300
     lr: float = 1e-3
+    batch: int = 16
     rank: int = 16
     below: float = 0.1
     seed: int = 0
@@ -60,7 +62,13 @@ def variants(given: Deployed, settings: DeploySettings) -> list[Callable[[], Var
 
     def merged(steps: int) -> Variant:
         llava, report = covft.merge(
-            given.copy(), [calibration], test=[test], distill=steps, lr=settings.lr, batch_size=32, seed=settings.seed
+            given.copy(),
+            [calibration],
+            test=[test],
+            distill=steps,
+            lr=settings.lr,
+            batch_size=settings.batch,
+            seed=settings.seed,
         )
         name = f"merge, {steps} steps of distillation" if steps else "merge"
         return Variant(name, llava, needs_text=False, report=report.to_dict())
@@ -78,4 +86,4 @@ def variants(given: Deployed, settings: DeploySettings) -> list[Callable[[], Var
     def untuned() -> Variant:
         return Variant("tower as before tuning", covft.detach(given.copy()), needs_text=False)
 
-    return [mixture, compressed, skipped, lambda: merged(0), lambda: merged(settings.steps), untuned]
+    return [mixture, lambda: merged(0), lambda: merged(settings.steps), untuned, compressed, skipped]

@@ -30,16 +30,16 @@ def test_every_form_is_scored_and_measured(tmp_path: Path) -> None:
     found = json.loads(output.read_text())
     names = [row["name"] for row in found["rows"]]
     assert names == [
-        "mixture of experts", "compress, rank 16", "skip_experts, below 0.1", "merge",
-        "merge, 2 steps of distillation", "tower as before tuning",
+        "mixture of experts", "merge", "merge, 2 steps of distillation", "tower as before tuning",
+        "compress, rank 16", "skip_experts, below 0.1",
     ]  # fmt: skip
-    mixture, compressed, _, merged, distilled, untuned = found["rows"]
+    mixture, merged, distilled, untuned, compressed, _ = found["rows"]
     assert set(mixture["scores"]) == set(TINY["tasks"])
     assert mixture["moved"] is None
     assert 0 < merged["moved"]["all"] < untuned["moved"]["all"]
     assert merged["gflops"] == untuned["gflops"] < compressed["gflops"] < mixture["gflops"]
     assert merged["bytes"] == distilled["bytes"] == untuned["bytes"] < compressed["bytes"] < mixture["bytes"]
-    assert [row["needs_text"] for row in found["rows"]] == [True, True, True, False, False, False]
+    assert [row["needs_text"] for row in found["rows"]] == [True, False, False, False, True, True]
     assert merged["report"]["total"]["features"] == pytest.approx(merged["moved"]["all"], rel=0.5)
     again = read(model)
     assert again.settings.steps == 3
