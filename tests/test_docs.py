@@ -26,6 +26,7 @@ NOT_RUN = {
     "needs an account on a hub": re.compile(r"push_to_hub\("),
     "needs onnxruntime": re.compile(r"import onnxruntime"),
     "needs torchao": re.compile(r"from torchao"),
+    "needs a compiler": re.compile(r"torch\.compile\("),
 }
 
 FENCE = re.compile(
