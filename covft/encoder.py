@@ -317,7 +317,7 @@ class ContextEncoder(CalledWithText, WrappedViT):
         """
         raise MergeError(
             "The experts cannot be merged into one FFN: their weights depend on the image and the text.",
-            fix="keep the encoder as it is, or restore the original ViT with covft.unwrap(encoder)",
+            fix="covft.merge(encoder, data), which comes close and says how close; or covft.unwrap(encoder)",
         )
 
     # Save

@@ -24,6 +24,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"
 NOT_RUN = {
     "downloads a model": re.compile(r"from_pretrained\(|load_model\(|SentenceTransformer\(\"|wrap\(\w+, \"[\w./-]+\""),
     "needs an account on a hub": re.compile(r"push_to_hub\("),
+    "needs onnxruntime": re.compile(r"import onnxruntime"),
+    "needs torchao": re.compile(r"from torchao"),
+    "needs a compiler": re.compile(r"torch\.compile\("),
 }
 
 FENCE = re.compile(

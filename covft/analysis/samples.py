@@ -113,17 +113,17 @@ def batches(data: Data, size: int = 16) -> Iterator[Batch]:
 def _batches(entries: Iterator[Any], size: int) -> Iterator[Batch]:
     waiting: list[Sample] = []
     for entry in entries:
-        arguments = isinstance(entry, Mapping) and not _is_sample(entry)
-        for sample in () if arguments else _samples(entry):
+        complete = isinstance(entry, Mapping) and not _is_sample(entry)
+        for sample in () if complete else _samples(entry):
             if waiting and (len(waiting) == size or not _same_shape(waiting[0], sample)):
                 yield _together(waiting)
                 waiting = []
             waiting.append(sample)
-        if arguments:
+        if complete:
             if waiting:
                 yield _together(waiting)
                 waiting = []
-            yield _of_arguments(entry)
+            yield arguments(entry)
     if waiting:
         yield _together(waiting)
 
@@ -166,8 +166,15 @@ def _together(samples: Sequence[Sample]) -> Batch:
     )
 
 
-def _of_arguments(entry: Mapping[str, Any]) -> Batch:
-    """Leave the arguments of a model as they are; a row of `input_ids`, or else a text, is a sample."""
+def arguments(entry: Mapping[str, Any]) -> Batch:
+    """Leave the arguments of a model as they are; a row of `input_ids`, or else a text, is a sample.
+
+    Args:
+        entry: The arguments, and `kind`.
+
+    Raises:
+        ConfigError: If they have neither.
+    """
     inputs = {name: value for name, value in entry.items() if name != "kind"}
     texts = _listed(inputs["context_text"]) if "context_text" in inputs else ()
     rows = len(inputs["input_ids"]) if "input_ids" in inputs else len(texts)

@@ -145,7 +145,8 @@ class Scope:
             return None
         if self.shared:
             return rows.expand(num_images, *rows.shape[1:])
-        index, expected = self.index, len(self.text_features) if self.index is None else len(self.index)
+        index = self.index
+        expected = (self.text_features if index is None else index).shape[0]  # len() would be a constant in a graph
         if self.groups and expected and num_images > expected and num_images % expected == 0:
             each = torch.arange(expected, device=self.text_features.device) if index is None else index
             index = torch.cat([group.repeat(num_images // expected) for group in each.split(self.groups)])

@@ -127,7 +127,7 @@ def run(
         "losses": losses,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "versions": _versions(),
+        "versions": versions(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **seen,
     }
@@ -144,7 +144,8 @@ def _floors(
     return {"no_image": score(model, replace(scored, inputs=blank)), "no_question": score(model, unasked)}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the releases that a run depends on."""
     import transformers
 
     return {
