@@ -94,11 +94,12 @@ def _vlmevalkit(
 
 def _evaluate_lmms(words: list[str], place: Path, names: list[str]) -> None:
     from covft.integrations.evaluation import run_lmms
+    from covft.integrations.evaluation.scores import lmms_results
 
-    before = run_lmms.result_files(place)
+    before = set(lmms_results(place))
     status, last = _run(words, place / "lmms-eval.log")
     _check_status(status, last, place, "lmms-eval")
-    written = sorted(run_lmms.result_files(place) - before)
+    written = sorted(set(lmms_results(place)) - before)
     if not written:  # its exit status is 0 then, too
         raise EvaluationError(
             "lmms-eval wrote no results.",

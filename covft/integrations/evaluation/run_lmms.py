@@ -161,11 +161,6 @@ class Results:
     samples: Mapping[str, Path] = field(default_factory=dict)
 
 
-def result_files(output: str | Path) -> set[Path]:
-    """Return the result files below a folder."""
-    return set(Path(output).rglob("*_results.json"))
-
-
 def read_results(path: Path, tasks: Iterable[str]) -> Results:
     """Read a result file.
 

@@ -69,8 +69,7 @@ def read_scores(folder: str | Path, names: Iterable[str] = PAPER, *, engine: str
     """
     place = Path(folder)
     found = {
-        # Some tasks write results of their own, submissions/mmbench_en_dev_static_results.json, without a date.
-        "lmms-eval": [path for path in _files(place, (_RESULTS,)) if path.name[0].isdigit()],
+        "lmms-eval": lmms_results(place),
         "vlmevalkit": [path for path in _files(place, _SCORES) if _data_set(path)],
     }
     engine = _engine(place, found, engine)
@@ -94,6 +93,14 @@ def read_scores(folder: str | Path, names: Iterable[str] = PAPER, *, engine: str
         {name: reader.partial[task] for name, task in of_task.items() if task in reader.partial},
         {name: reader.files[task] for name, task in of_task.items()},
     )
+
+
+def lmms_results(place: str | Path) -> list[Path]:
+    """Return the result files of lmms-eval in a folder, or the one file that is given.
+
+    Their names begin with the date; those of submissions, which some tasks write, do not.
+    """
+    return [path for path in _files(Path(place), (_RESULTS,)) if path.name[0].isdigit()]
 
 
 def _files(place: Path, endings: tuple[str, ...]) -> list[Path]:

@@ -8,7 +8,8 @@ import pytest
 
 from covft.errors import ConfigError, EvaluationError
 from covft.integrations.evaluation import run_lmms
-from covft.integrations.evaluation.run_lmms import command, read_results, result_files
+from covft.integrations.evaluation.run_lmms import command, read_results
+from covft.integrations.evaluation.scores import lmms_results
 
 RECORDED = Path(__file__).with_name("recorded") / "lmms-tiny"
 
@@ -88,7 +89,7 @@ def test_command__refuses_what_it_cannot_evaluate(folder, tmp_path):
 
 
 def test_results__of_a_real_run():
-    [path] = result_files(RECORDED)
+    [path] = lmms_results(RECORDED)
     found = read_results(path, ["tiny"])
     answers = [json.loads(line) for line in found.samples["tiny"].read_text(encoding="utf-8").splitlines()]
     assert [(score.task, score.metric, score.samples) for score in found.scores] == [("tiny", "even", 9)]
@@ -96,7 +97,7 @@ def test_results__of_a_real_run():
 
 
 def test_results__a_task_without_a_number_is_an_error(tmp_path):
-    [path] = result_files(RECORDED)
+    [path] = lmms_results(RECORDED)
     with pytest.raises(EvaluationError, match="no numbers for gqa"):
         read_results(path, ["tiny", "gqa"])
     content = json.loads(path.read_text(encoding="utf-8"))
