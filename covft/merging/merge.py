@@ -91,13 +91,16 @@ def merge(
     """
     attachment = None if isinstance(tuned, ContextEncoder | TunedViT) else attachment_of(tuned)
     encoder = tuned if attachment is None else attachment.encoder
-    if not isinstance(encoder, ContextEncoder) or data is None:
-        if data is not None:
-            raise ConfigError(
-                "Only a mixture of experts is merged with data.",
-                expected="covft.merge(tuned), which is exact",
-                got=type(encoder).__name__,
-            )
+    given = [
+        name for name, value in (("data", data), ("test", test), ("distill", distill or None)) if value is not None
+    ]
+    if given and not isinstance(encoder, ContextEncoder):
+        raise ConfigError(
+            "Only a mixture of experts is merged with data.",
+            expected="covft.merge(tuned), which is exact",
+            got=f"{type(encoder).__name__}, {', '.join(given)}",
+        )
+    if data is None:
         return tune.merge(tuned)
     check_sizes(batch_size=batch_size)
     if distill < 0 or lr <= 0:
