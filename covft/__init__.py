@@ -24,16 +24,20 @@ if TYPE_CHECKING:
     from covft.compression import skip_experts as skip_experts
     from covft.config import CoVFTConfig as CoVFTConfig
     from covft.encoder import ContextEncoder as ContextEncoder
+    from covft.exporting import export as export
     from covft.integrations.building.saved import load_model as load_model
+    from covft.integrations.chat.chat import Chat as Chat
     from covft.integrations.mllm.attach import attach as attach
     from covft.integrations.mllm.attach import detach as detach
     from covft.integrations.mllm.attach import get_encoder as get_encoder
     from covft.integrations.training.callback import CoVFTCallback as CoVFTCallback
     from covft.integrations.training.trainable import lora_exclude as lora_exclude
     from covft.integrations.tuning.budget import budget as budget
-    from covft.integrations.tuning.tune import merge as merge
     from covft.integrations.tuning.tune import tune as tune
     from covft.integrations.tuning.tune import untune as untune
+    from covft.merging.merge import merge as merge
+    from covft.surgery.trunk import Trunk as Trunk
+    from covft.surgery.trunk import TrunkCache as TrunkCache
     from covft.tuning.api import load as load
     from covft.tuning.matching import match as match
     from covft.wrapping import unwrap as unwrap
@@ -43,9 +47,12 @@ __version__ = "0.1.0"
 
 # Where each public name lives; it is imported when it is first asked for (PEP 562).
 _HOMES = {
+    "Chat": "covft.integrations.chat.chat",
     "CoVFTCallback": "covft.integrations.training.callback",
     "CoVFTConfig": "covft.config",
     "ContextEncoder": "covft.encoder",
+    "Trunk": "covft.surgery.trunk",
+    "TrunkCache": "covft.surgery.trunk",
     "ViTSpec": "covft.adapters.spec",
     "attach": "covft.integrations.mllm.attach",
     "budget": "covft.integrations.tuning.budget",
@@ -53,12 +60,13 @@ _HOMES = {
     "describe": "covft.adapters.registry",
     "detach": "covft.integrations.mllm.attach",
     "diagnose": "covft.analysis.diagnosis.run",
+    "export": "covft.exporting",
     "get_encoder": "covft.integrations.mllm.attach",
     "load": "covft.tuning.api",
     "load_model": "covft.integrations.building.saved",
     "lora_exclude": "covft.integrations.training.trainable",
     "match": "covft.tuning.matching",
-    "merge": "covft.integrations.tuning.tune",
+    "merge": "covft.merging.merge",
     "skip_experts": "covft.compression",
     "tune": "covft.integrations.tuning.tune",
     "untune": "covft.integrations.tuning.tune",
@@ -80,9 +88,12 @@ _SUBMODULES = (
 )
 
 __all__ = [
+    "Chat",
     "CoVFTCallback",
     "CoVFTConfig",
     "ContextEncoder",
+    "Trunk",
+    "TrunkCache",
     "ViTSpec",
     "__version__",
     "adapters",
@@ -96,6 +107,7 @@ __all__ = [
     "detach",
     "diagnose",
     "errors",
+    "export",
     "get_encoder",
     "integrations",
     "load",

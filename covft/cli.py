@@ -1,4 +1,4 @@
-"""The `covft` command: describe a ViT, diagnose a multimodal LLM, encode instructions, tell versions."""
+"""The `covft` command: describe a ViT, diagnose and ask a multimodal LLM, encode instructions, tell versions."""
 
 from __future__ import annotations
 
@@ -27,12 +27,17 @@ except ModuleNotFoundError as error:
         f"The covft command needs {error.name}, which is not installed.", fix='pip install "covft[cli]"'
     ) from error
 
+from covft.commands import results
+from covft.commands.chat import chat
+from covft.commands.evaluate import evaluate
+
 app = typer.Typer(
     help="Context-aware visual fine-tuning of vision transformers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(chat)
 
 # What numbers may depend on, by the names under which they are installed.
 _LIBRARIES = (
@@ -338,6 +343,15 @@ def report(
     from covft.analysis.report import write_report
 
     typer.echo(str(write_report(folder, output)))
+
+
+# ---------------------------------------------------------------------------- paper-table, forgetting
+
+app.command("paper-table")(results.paper_table)
+app.command()(results.forgetting)
+# ------------------------------------------------------------------------------------------ evaluate
+
+app.command()(evaluate)
 
 
 # ------------------------------------------------------------------------------------------- version

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from covft.nn.losses import load_balance_loss
 from covft.surgery.dial import Dial, set_strength
 from covft.surgery.precision import widen
 from covft.surgery.slot import Original
+from covft.surgery.trunk import Gate, Trunk, TrunkCache, caching, has_trunk, is_cached, record, resumed
 from covft.surgery.wrapped import TextSource, WrappedViT
 from covft.text import TextEncoder
 from covft.utils.arguments import check_kinds, check_strength
@@ -63,6 +65,7 @@ class ContextEncoder(CalledWithText, WrappedViT):
         # Past nn.Module's own __setattr__: even a text encoder that is a module must not become a child.
         self.__dict__["text_encoder"] = text_encoder
         self._dial: Dial | None = None
+        self._gate = Gate()
 
     @property
     def _cleans_text(self) -> bool:
@@ -92,6 +95,101 @@ class ContextEncoder(CalledWithText, WrappedViT):
     @strength.setter
     def strength(self, strength: float) -> None:
         self._dial = set_strength(self, self._dial, check_strength(strength))
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        text: str | Sequence[str] | Tensor | Mapping[str, Tensor] | None = None,
+        *,
+        index: Tensor | Sequence[int] | None = None,
+        trunk: Trunk | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Encode images, each conditioned on its text.
+
+        Args:
+            images: Whatever the ViT takes first, usually `(B, 3, H, W)`; may also come by the ViT's own keyword, such
+                as `pixel_values=`.
+            text: A question for all images, one per image, features `(S, C)`, or a tokenised batch; None takes the
+                text of an open `condition(...)`. With a null text, entries of a list may be None, and without an open
+                `condition(...)` None means no text for any image.
+            index: Which text each image has, shape `(B,)`; None where image i has text i.
+            trunk: What `trunk(images)` has computed, in place of the images and the ViT's other arguments. That of one
+                image is for all texts. `trunk[[0, 0, 1]]` repeats and reorders images.
+            **kwargs: Passed to the ViT.
+
+        Returns:
+            What the ViT itself returns, unchanged in type.
+
+        Raises:
+            MissingContextError: If there is no text, neither here nor from `condition(...)`.
+            ShapeError: If texts and images do not fit together.
+            TextEncoderError: If a text is empty.
+            ConfigError: If images or arguments of the ViT are given with a trunk, or the trunk was computed with other
+                weights or another strength.
+
+        Example:
+            >>> tokens = encoder(images, ["What is left of the cup?"])  # doctest: +SKIP
+        """
+        if trunk is None:
+            return super().forward(images, text, index=index, **kwargs)
+        given = [*(["images"] if images is not None else []), *kwargs]
+        return resumed(self, self._gate, trunk, given, text, index)
+
+    def trunk(self, images: Tensor | None = None, *, keep: str = "last", **kwargs: Any) -> Trunk:
+        """Run the blocks before the first adapted one, whose outputs no text changes.
+
+        `encoder(trunk=..., text=...)` goes on from there, for any number of texts: several questions about one picture
+        cost one trunk, and the adapted half of the ViT each.
+
+        Args:
+            images: As for calling the encoder.
+            keep: `"last"`: the output of the last block of the trunk. `"all"`: those of all its blocks, which are
+                needed where hidden states from there are read. One that was not kept raises an error when it is used.
+            **kwargs: Passed to the ViT.
+
+        Returns:
+            The trunk of these images. If gradients are enabled and the trunk is trained, it has its graph.
+
+        Raises:
+            ConfigError: If there is no trunk, because the first block is adapted.
+            ShapeError: If how many images there are is not known.
+            UnsupportedViTError: If the trunk is random in training mode.
+
+        Example:
+            >>> trunk = encoder.trunk(image)  # doctest: +SKIP
+            >>> tokens = encoder(trunk=trunk, text=["What is left of the cup?", "How many cups?"])  # doctest: +SKIP
+        """
+        return record(self, self._gate, () if images is None else (images,), kwargs, keep)
+
+    @property
+    def has_trunk(self) -> bool:
+        """Whether blocks run before the first adapted one."""
+        return has_trunk(self)
+
+    @property
+    def caches_trunk(self) -> bool:
+        """Whether a `cached_trunk(...)` is open."""
+        return is_cached(self)
+
+    @contextlib.contextmanager
+    def cached_trunk(self, cache: TrunkCache | None = None) -> Iterator[TrunkCache]:
+        """While open, keep the trunk of pictures for later calls, also those that other code makes of the ViT.
+
+        It counts in evaluation mode without gradients, as in `generate`; elsewhere the ViT runs as ever.
+
+        Args:
+            cache: Where to keep it; None makes a new one.
+
+        Raises:
+            ConfigError: If the trunk is cached already, or there is none.
+
+        Example:
+            >>> with encoder.cached_trunk() as cache:  # doctest: +SKIP
+            ...     answers = [model.generate(**inputs_for(question)) for question in questions]
+        """
+        with caching(self, self._gate, TrunkCache() if cache is None else cache) as opened:
+            yield opened
 
     # Inspect the last forward
 
@@ -219,7 +317,7 @@ class ContextEncoder(CalledWithText, WrappedViT):
         """
         raise MergeError(
             "The experts cannot be merged into one FFN: their weights depend on the image and the text.",
-            fix="keep the encoder as it is, or restore the original ViT with covft.unwrap(encoder)",
+            fix="covft.merge(encoder, data), which comes close and says how close; or covft.unwrap(encoder)",
         )
 
     # Save

@@ -12,6 +12,7 @@
     ├── MissingGradientError(RuntimeError)    a parameter that should train got no gradient
     ├── TextEncoderError(ValueError)          a text or a text encoder that cannot be used
     ├── CheckpointError(RuntimeError)         a saved folder that is incomplete, damaged or of other weights
+    ├── EvaluationError(RuntimeError)         an evaluation that failed or has no numbers
     ├── MergeError(TypeError)                 what was trained cannot be folded into weights
     ├── MissingDependencyError(ImportError)   an extra that is not installed
     └── UnsupportedVersionError(RuntimeError)  a library whose internals covft does not know
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "CoVFTError",
     "ConfigError",
+    "EvaluationError",
     "LayerIndexError",
     "MergeError",
     "MissingContextError",
@@ -127,6 +129,10 @@ class TextEncoderError(CoVFTError, ValueError):
 
 class CheckpointError(CoVFTError, RuntimeError):
     """A saved folder that is incomplete, damaged, or made for other base weights."""
+
+
+class EvaluationError(CoVFTError, RuntimeError):
+    """An evaluation failed, or its result files lack a number."""
 
 
 class MergeError(CoVFTError, TypeError):

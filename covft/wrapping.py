@@ -285,17 +285,8 @@ def unwrap(encoder: ContextEncoder) -> nn.Module:
         UnsupportedViTError: If the encoder is unwrapped already, or is not an encoder, or if other code has replaced
             what `wrap` put there or renumbered the blocks; nothing is changed then.
     """
-    if not isinstance(encoder, ContextEncoder):
-        raise UnsupportedViTError(
-            f"{type(encoder).__name__} is not what covft.wrap returned.", expected="a ContextEncoder"
-        )
+    check_unwrap(encoder)
     vit, conditioning = encoder.vit, encoder.conditioning
-    if not is_hooked_by(vit, conditioning):
-        raise UnsupportedViTError("This encoder is unwrapped already.", fix="covft.wrap(vit, text_encoder)")
-    engine = in_engine(vit) and any(is_partitioned(parameter) for parameter in vit.parameters())
-    check_not_distributed(vit, engine, "build the ViT anew from its source")
-    check_restorable(vit, encoder.original)
-    encoder.check_in_place("unwrap()")
     encoder.strength = 1.0
     remove_hooks(vit, lambda owner: owner is conditioning or isinstance(owner, FrozenWatch))
     run_all_blocks(vit)
@@ -308,3 +299,26 @@ def unwrap(encoder: ContextEncoder) -> nn.Module:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.training = vit.training  # which the slots and the tower had switched off
     return vit
+
+
+def check_unwrap(encoder: ContextEncoder, purpose: str = "unwrap()") -> None:
+    """Refuse an encoder whose ViT cannot be restored; nothing is changed.
+
+    Args:
+        encoder: What `wrap` returned.
+        purpose: What was asked for, as the subject of a sentence.
+
+    Raises:
+        UnsupportedViTError: As `unwrap` does.
+    """
+    if not isinstance(encoder, ContextEncoder):
+        raise UnsupportedViTError(
+            f"{type(encoder).__name__} is not what covft.wrap returned.", expected="a ContextEncoder"
+        )
+    vit, conditioning = encoder.vit, encoder.conditioning
+    if not is_hooked_by(vit, conditioning):
+        raise UnsupportedViTError("This encoder is unwrapped already.", fix="covft.wrap(vit, text_encoder)")
+    engine = in_engine(vit) and any(is_partitioned(parameter) for parameter in vit.parameters())
+    check_not_distributed(vit, engine, "build the ViT anew from its source")
+    check_restorable(vit, encoder.original)
+    encoder.check_in_place(purpose)

@@ -16,6 +16,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 from study.data.commands import add_commands
+from study.deployment.command import deploy_command
+from study.inspection import command as inspection
 from study.results import command as results
 from study.runs.command import before_torch, run_command, search_command
 
@@ -25,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 results.register(app)
+inspection.register(app)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -75,3 +78,4 @@ def _listed(text: str) -> tuple[str, ...]:
 add_commands(app)
 app.command("run")(run_command)
 app.command("search")(search_command)
+app.command("deploy")(deploy_command)

@@ -14,6 +14,8 @@ import torch
 import covft
 from covft.analysis.diagnosis import Diagnosis
 from covft.errors import ConfigError
+from study.data.tasks import TASKS
+from study.inspection.agreement import ALL
 from study.runs.build import ask, new_llava, new_miniature
 from study.runs.methods import tune
 from study.runs.model import Miniature, started_at
@@ -25,13 +27,16 @@ from study.runs.train import Questions, step_loss
 HALVES = ("one half", "other half")
 
 
-def diagnose_tasks(settings: RunSettings, samples: int, device: str = "cpu", **options: Any) -> dict[str, Diagnosis]:
+def diagnose_tasks(
+    settings: RunSettings, samples: int, device: str = "cpu", *, halves: bool = True, **options: Any
+) -> dict[str, Diagnosis]:
     """Diagnose the miniature on its tasks, and on two halves of each.
 
     Args:
         settings: The run; its method is not used.
         samples: Questions of each diagnosis.
         device: `cpu` or `cuda`.
+        halves: Whether to diagnose the halves.
         **options: As for `covft.diagnose`.
 
     Returns:
@@ -48,11 +53,12 @@ def diagnose_tasks(settings: RunSettings, samples: int, device: str = "cpu", **o
         return _loss(model, asked, rows)
 
     rows, tasks = _rows_of(asked, settings.tasks, samples, settings.seed)
-    found = {" and ".join(settings.tasks): covft.diagnose(encoder, rows, kinds=tasks, loss=loss, **options)}
-    for task in settings.tasks:
+    name = ALL if settings.tasks == tuple(TASKS) else " and ".join(settings.tasks)
+    found = {name: covft.diagnose(encoder, rows, kinds=tasks, loss=loss, **options)}
+    for task in settings.tasks if halves else ():
         rows, _ = _rows_of(asked, (task,), samples, settings.seed)
-        halves = [HALVES[number % 2] for number in range(len(rows))]
-        found[f"halves of {task}"] = covft.diagnose(encoder, rows, kinds=halves, loss=loss, **options)
+        kinds = [HALVES[number % 2] for number in range(len(rows))]
+        found[f"halves of {task}"] = covft.diagnose(encoder, rows, kinds=kinds, loss=loss, **options)
     return found
 
 

@@ -257,13 +257,18 @@ def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
     assert {command.name or command.callback.__name__ for command in app.registered_commands} == {
+        "chat",
         "describe",
         "diagnose",
+        "evaluate",
+        "forgetting",
+        "paper-table",
         "precompute",
         "report",
         "version",
     }
-    for name in ("describe", "diagnose", "precompute", "report", "version"):
+    names = ("chat", "describe", "diagnose", "evaluate", "forgetting", "paper-table", "precompute", "report", "version")
+    for name in names:
         assert name in out
 
 

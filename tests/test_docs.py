@@ -24,6 +24,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"
 NOT_RUN = {
     "downloads a model": re.compile(r"from_pretrained\(|load_model\(|SentenceTransformer\(\"|wrap\(\w+, \"[\w./-]+\""),
     "needs an account on a hub": re.compile(r"push_to_hub\("),
+    "needs onnxruntime": re.compile(r"import onnxruntime"),
+    "needs torchao": re.compile(r"from torchao"),
+    "needs a compiler": re.compile(r"torch\.compile\("),
 }
 
 FENCE = re.compile(
@@ -282,6 +285,7 @@ def test_every_setting_that_the_text_names_exists():
         covft.load_model,
     )
     faces += (covft.data.PadToSquare, covft.data.NoTiling, covft.analysis.record, covft.diagnose)
+    faces += (covft.merge, covft.export, covft.TrunkCache, covft.Chat)
     faces += (covft.tune, covft.tuning.Change, covft.match, *covft.tuning.methods().values())
     known |= {name for face in faces for name in inspect.signature(face).parameters}
     known |= {
@@ -292,6 +296,9 @@ def test_every_setting_that_the_text_names_exists():
         "state_dict",
         "ckpt_path",
         "precision",
+        "data_files",
+        "EVAL_FORMAT",
+        "REAL_ARGS",
     }  # of others
     pages = [FENCE.sub("", page.read_text(encoding="utf-8")) for page in PAGES]
     named = {name for text in pages for name in re.findall(r"`(?:[^`]*[ (,])?(\w+)=[^`=]*`", text)}

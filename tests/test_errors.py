@@ -21,6 +21,7 @@ BUILTINS = {
     "MissingGradientError": RuntimeError,
     "TextEncoderError": ValueError,
     "CheckpointError": RuntimeError,
+    "EvaluationError": RuntimeError,
     "MergeError": TypeError,
     "MissingDependencyError": ImportError,
     "UnsupportedVersionError": RuntimeError,

@@ -40,7 +40,7 @@ def test_version(text, numbers):
 
 
 @pytest.mark.parametrize(
-    "extra", sorted(set(EXTRAS) - {"timm", "open-clip", "analysis", "metrics", "cli", "flash", "docs"})
+    "extra", sorted(set(EXTRAS) - {"timm", "open-clip", "analysis", "metrics", "cli", "onnx", "flash", "docs"})
 )
 def test_every_extra_with_transformers_has_a_floor_for_it(extra):
     """Other libraries ask for it without one, or with one that is too low."""

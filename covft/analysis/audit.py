@@ -18,12 +18,10 @@ from torch.utils.data import Dataset
 from covft.analysis.diagnosis.entries import Entry, read_entries
 from covft.analysis.diagnosis.losses import batches_of, inputs_of
 from covft.errors import ConfigError, ShapeError, UnsupportedViTError
+from covft.integrations.evaluation.told import GENERIC
 from covft.integrations.mllm.attachment import attachment_of, without_peft
 from covft.metrics import Difference, Estimate, bootstrap, holm, paired_bootstrap
 from covft.utils.arguments import check_kinds, check_sizes, short
-
-GENERIC = "Describe the image."
-TEXTS = ("right", "swapped", "generic", "blank")
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +98,7 @@ def audit(
     attachment = attachment_of(without_peft(model))
     if attachment is None or attachment.encoder.text_dim is None:
         raise UnsupportedViTError(
-            "There is no conditioning to audit.",
+            "The tower of this model reads no text, so its use of text cannot be audited.",
             expected="an attached model whose tower reads text",
             got=type(model).__name__,
             fix="covft.attach(model, text_encoder, tokenizer=tokenizer)",

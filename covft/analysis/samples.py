@@ -113,17 +113,17 @@ def batches(data: Data, size: int = 16) -> Iterator[Batch]:
 def _batches(entries: Iterator[Any], size: int) -> Iterator[Batch]:
     waiting: list[Sample] = []
     for entry in entries:
-        arguments = isinstance(entry, Mapping) and not _is_sample(entry)
-        for sample in () if arguments else _samples(entry):
+        complete = isinstance(entry, Mapping) and not _is_sample(entry)
+        for sample in () if complete else _samples(entry):
             if waiting and (len(waiting) == size or not _same_shape(waiting[0], sample)):
                 yield _together(waiting)
                 waiting = []
             waiting.append(sample)
-        if arguments:
+        if complete:
             if waiting:
                 yield _together(waiting)
                 waiting = []
-            yield _of_arguments(entry)
+            yield arguments(entry)
     if waiting:
         yield _together(waiting)
 
@@ -166,8 +166,15 @@ def _together(samples: Sequence[Sample]) -> Batch:
     )
 
 
-def _of_arguments(entry: Mapping[str, Any]) -> Batch:
-    """Leave the arguments of a model as they are; a row of `input_ids`, or else a text, is a sample."""
+def arguments(entry: Mapping[str, Any]) -> Batch:
+    """Leave the arguments of a model as they are; a row of `input_ids`, or else a text, is a sample.
+
+    Args:
+        entry: The arguments, and `kind`.
+
+    Raises:
+        ConfigError: If they have neither.
+    """
     inputs = {name: value for name, value in entry.items() if name != "kind"}
     texts = _listed(inputs["context_text"]) if "context_text" in inputs else ()
     rows = len(inputs["input_ids"]) if "input_ids" in inputs else len(texts)
@@ -204,7 +211,7 @@ def _samples(entry: Any) -> Iterator[Sample]:
     texts = _listed(text)
     if len(images) != len(texts):
         raise ShapeError(
-            "A batch of the data has one text per sample.",
+            "The texts of a batch are not as many as its samples.",
             expected=f"{len(images)} texts, as there are images",
             got=f"{len(texts)}",
             fix="(list of tiles per sample, texts), where a sample has several images",
@@ -222,7 +229,7 @@ def _of_collator(entry: Mapping[str, Any]) -> Iterator[Sample]:
     index = torch.arange(len(texts)) if index is None else torch.as_tensor(index)
     if len(index) != len(images):
         raise ShapeError(
-            "A batch of the data has one text per image, or an index.",
+            "A batch has neither one text per image nor an index.",
             expected=f"context_index of shape ({len(images)},)",
             got=f"{len(texts)} texts" if "context_index" not in entry else f"shape {tuple(index.shape)}",
         )
@@ -251,7 +258,9 @@ def _kinds(kind: Any, rows: int) -> tuple[str | None, ...]:
         return (kind,) * rows
     kinds = kind.tolist() if isinstance(kind, Tensor) else list(kind)
     if len(kinds) != rows:
-        raise ShapeError("A batch of the data has one kind per sample.", expected=f"{rows} kinds", got=len(kinds))
+        raise ShapeError(
+            "The kinds of a batch are not as many as its samples.", expected=f"{rows} kinds", got=len(kinds)
+        )
     return tuple(None if one is None else str(one) for one in kinds)
 
 

@@ -21,6 +21,7 @@ from covft.config import CoVFTConfig
 from covft.errors import CheckpointError
 from covft.surgery.wrapped import WrappedViT
 from covft.text import as_text_encoder
+from covft.text.cleaning import RULES_VERSION
 from covft.utils.sharding import assign, full, in_engine, shape_of, unpartitioned
 from covft.utils.transformers_names import saved_names
 
@@ -176,6 +177,8 @@ class SavedEncoder(Saved):
                 got=f"{len(tensors)} tensors, without {_first(extra - set(tensors)) or 'as many experts'}",
                 fix="copy the complete folder again",
             )
+        if config.instructions == "clean":
+            _check_cleaning(folder, saved.get("cleaning", 1))
         return cls(folder, tensors, saved["base"], saved["text"], config, extra)
 
     def check_tensors(self, vit: nn.Module, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -279,6 +282,18 @@ def read_settings(folder_or_repo_id: str | Path) -> tuple[Path, dict[str, Any]]:
     config = read_config(folder)
     check_fields(config, folder / CONFIG_NAME)
     return folder, config
+
+
+def _check_cleaning(folder: Path, version: int) -> None:
+    """Warn if the instructions were cleaned by other rules in training than they are here."""
+    if version != RULES_VERSION:
+        warnings.warn(
+            f"The encoder in {folder} was trained on instructions cleaned by version {version} of the rules; here they "
+            f"are those of version {RULES_VERSION}. Sentences that only one of them removes are read differently from "
+            "in training.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def read_saved(folder_or_repo_id: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:

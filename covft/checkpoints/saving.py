@@ -20,6 +20,7 @@ from covft.errors import CheckpointError
 from covft.surgery.adapted import AdaptedViT
 from covft.surgery.attention import is_update
 from covft.surgery.wrapped import NULL_TEXT, WrappedViT
+from covft.text.cleaning import RULES_VERSION
 from covft.utils.sharding import full, is_main_process, is_sharded
 from covft.utils.torch_internals import without_checkpointing
 from covft.utils.transformers_names import commit_of, saved_names
@@ -191,7 +192,9 @@ def _config(encoder: WrappedViT, saved: Mapping[str, Tensor], base: Mapping[str,
     norms = set(map(saved_names(encoder.vit), encoder.norms))
     extra = sorted(set(saved) & set(base) - norms)
     own = {name: tensor for name, tensor in base.items() if name not in extra}
-    return {"covft": encoder.covft_config.to_dict(), "extra": extra, **common_config(encoder, saved, own)}
+    config = encoder.covft_config
+    cleaning = {"cleaning": RULES_VERSION} if config.instructions == "clean" else {}
+    return {"covft": config.to_dict(), "extra": extra, **cleaning, **common_config(encoder, saved, own)}
 
 
 def common_config(encoder: AdaptedViT, saved: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -198,6 +198,7 @@ _FIELDS: dict[str, Any] = {
     # Settings that a later version added have their default; `layers` are those of this ViT.
     "covft": {("layers" if name == "layers" else f"{name}?"): _setting(name) for name in CoVFTConfig.__annotations__},
     "reading?": _scalars,  # how `attach` reads the text from prompts
+    "cleaning?": _whole(1, 9999),  # the rules of cleaned instructions; absent before their second version
     "extra": _names,
 }
 _METHOD_FIELDS: dict[str, Any] = {

@@ -102,6 +102,25 @@ def text_source(source: str) -> str:
     return source
 
 
+def text_options(source: object) -> dict[str, Any]:
+    """Return how a text encoder that a file names reads texts: pooling, length, normalisation.
+
+    Args:
+        source: What the file says.
+
+    Raises:
+        CheckpointError: If an option is not one that a file may choose.
+    """
+    if not isinstance(source, str):
+        return {}
+    kind, _, options = _parts(source)
+    if kind not in ("", LOCAL):
+        return {}
+    known = {name: parse for name, parse in _TEXT_OPTIONS.items() if name != "revision"}
+    options = {name: text for name, text in options.items() if name != "revision"}
+    return _checked_options("text encoder", source, options, known, "text_encoder=")
+
+
 def is_hub_id(name: str) -> bool:
     """Return whether a name is a repository by the rule of the Hugging Face Hub, and not a folder here."""
     return _hub_id(name) is None

@@ -111,6 +111,13 @@ class Scope:
         """The innermost checkpoint frame that the scope was opened in; None outside of any."""
         return None if self._frame is None else self._frame()
 
+    @property
+    def num_images(self) -> int | None:
+        """The number of images that the text is for; None for one text for all, and without text."""
+        if self.shared or self.text_features is None:
+            return None
+        return len(self.text_features if self.index is None else self.index)
+
     def holds_in(self, frames: list[Any]) -> bool:
         """Return whether code that runs now, inside `frames`, runs inside this scope."""
         if self._graph_task != graph_task():
@@ -138,7 +145,8 @@ class Scope:
             return None
         if self.shared:
             return rows.expand(num_images, *rows.shape[1:])
-        index, expected = self.index, len(self.text_features) if self.index is None else len(self.index)
+        index = self.index
+        expected = (self.text_features if index is None else index).shape[0]  # len() would be a constant in a graph
         if self.groups and expected and num_images > expected and num_images % expected == 0:
             each = torch.arange(expected, device=self.text_features.device) if index is None else index
             index = torch.cat([group.repeat(num_images // expected) for group in each.split(self.groups)])

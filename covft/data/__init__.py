@@ -18,6 +18,7 @@ from covft.data.internvl import InternVLRows
 from covft.data.llava import LlavaRows
 from covft.data.meta import MetaEntry, read_meta
 from covft.data.placeholders import ImageText
+from covft.data.questions import QuestionRows
 from covft.data.records import JsonRecords
 from covft.data.rows import IMAGE_TAG, Row, RowSource, parse_row
 from covft.data.shards import TarImages
@@ -50,6 +51,7 @@ __all__ = [
     "NoTiling",
     "PadToSquare",
     "Place",
+    "QuestionRows",
     "Row",
     "RowSource",
     "TarImages",

@@ -127,6 +127,25 @@ class ChatTemplate:
             return False
 
 
+def reads_image_parts(processor: Any) -> bool:
+    """Return whether a processor's chat template writes contents that are lists of parts, images among them.
+
+    Otherwise contents are text, in which the processor's `image_token` stands for an image.
+
+    Args:
+        processor: A processor of transformers, or any object with its `apply_chat_template`.
+    """
+    if not getattr(processor, "chat_template", None):
+        return False
+    image, question = getattr(processor, "image_token", None), "question 7"
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    try:
+        text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    except Exception:  # templates refuse what they do not read in their own ways
+        return False
+    return text.count(question) == 1 and "'type'" not in text and (image is None or image in text)
+
+
 def round_trip(tokenizer: Any, text: str) -> str:
     """Tokenize and decode a text."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -8,28 +8,33 @@ from pathlib import Path
 from covft.data.broken import DataError
 from covft.data.conversation import instruction_text
 from covft.data.files import check_path, open_regular
+from covft.data.images import ImageStore
 from covft.data.internvl import InternVLRows
 from covft.data.llava import LlavaRows
+from covft.data.questions import QuestionRows
 from covft.data.rows import RowSource
 from covft.text.cleaning import clean_instruction
 from covft.utils.arguments import check_kinds
 
 
 @check_kinds
-def open_rows(path: str | Path) -> RowSource:
-    """Open LLaVA's JSON or JSONL, or InternVL's meta file.
+def open_rows(path: str | Path, images: str | Path | ImageStore | None = None) -> RowSource:
+    """Open LLaVA's JSON or JSONL, InternVL's meta file, or rows of `image` and `question`.
 
     Args:
         path: The file; a meta file is a JSON object whose values have an `annotation`.
+        images: As for `LlavaRows`; a meta file names its folders itself.
 
     Raises:
-        DataError: If the file cannot be read.
+        DataError: If the file or the folder cannot be read.
     """
     with open_regular(check_path(path, "The annotation file"), "The annotation file") as file:
         start = file.read(4096).decode(errors="replace")
     is_rows = '"conversations"' in start or '"messages"' in start
     is_meta = start.lstrip("\ufeff \t\r\n").startswith("{") and '"annotation"' in start and not is_rows
-    return InternVLRows(path) if is_meta else LlavaRows(path)
+    if is_meta:
+        return InternVLRows(path)
+    return LlavaRows(path, images) if is_rows or '"question"' not in start else QuestionRows(path, images)
 
 
 @check_kinds

@@ -107,7 +107,7 @@ def parse_turns(turns: Any) -> list[dict[str, str]]:
 
 def _images(record: Mapping[str, Any], named: Sequence[str | None]) -> tuple[str, ...]:
     """Names of the images, by the row or by the parts of its turns."""
-    one, several = _names(record.get("image")), _names(record.get("images"))
+    one, several = names_of(record.get("image")), names_of(record.get("images"))
     if one and several and one != several:
         raise DataError(f"The row names images twice: image {short(one)}, images {short(several)}.")
     given = one or several
@@ -116,10 +116,15 @@ def _images(record: Mapping[str, Any], named: Sequence[str | None]) -> tuple[str
         return given
     if len(by_parts) != len(named) or (given and list(given) != by_parts):
         raise DataError(f"The row and the parts of its turns name other images: {short(given)}, {short(by_parts)}.")
-    return _names(by_parts)
+    return names_of(by_parts)
 
 
-def _names(images: Any) -> tuple[str, ...]:
+def names_of(images: Any) -> tuple[str, ...]:
+    """Return the names of a row's images, given as a name, a list of names, or nothing.
+
+    Raises:
+        DataError: If they are of another kind.
+    """
     if images is None or images == "":
         return ()
     names = [images] if isinstance(images, str) else images

@@ -1,6 +1,7 @@
 """Wrapped ViTs in multimodal LLMs, their trainers and their codebases.
 
 mllm/         attach(): a context-aware tower inside a multimodal LLM of transformers
+chat/         conversations about pictures, covft.Chat
 training/     callback, trainer, checkpoints, parts, recipes
 tuning/       tune(): the tower by any method, language model and projector beside it
 building/     multimodal LLMs from a pretrained tower and a pretrained language model

@@ -36,11 +36,14 @@ class Experts(nn.ModuleList):
         plan: How the experts compute, if it is known.
         unfused_reason: Why it is not known.
         skip_below: In eval mode, experts with smaller weights are skipped for an image; 0 skips none.
+        run_all: Whether experts run on images that have not chosen them too, with weights of zero, as in a graph whose
+            shapes do not depend on values.
     """
 
     recompute: str = "none"
     kernels: str = "auto"
     skip_below: float = 0.0
+    run_all: bool = False
     plan: FFNPlan | None = None
     unfused_reason: str = "it was not looked for"
 
@@ -93,7 +96,8 @@ class Experts(nn.ModuleList):
             weights_BE = weights_BE * chosen_BE
             weights_BE = weights_BE / weights_BE.sum(dim=-1, keepdim=True)
         # Where rows cannot be chosen by value, all experts run: the unchosen have weights of zero.
-        if chosen_BE is None or (not torch.compiler.is_compiling() and is_transformed()):
+        transformed = not torch.compiler.is_compiling() and is_transformed()
+        if chosen_BE is None or self.run_all or transformed:
             return self._mix(x, weights_BE, list(self), *args, **kwargs)
         mixed: Any = None
         for index, expert in enumerate(self):

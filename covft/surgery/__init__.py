@@ -7,6 +7,7 @@ slot.py         the module that stands where an FFN stood
 linears.py      the linear layers of blocks that can be given updates
 attention.py    updates of those outside the FFNs
 skipping.py     the blocks that nobody reads
+trunk/          the blocks before the first adapted one, once per picture
 checks.py       what cannot be wrapped, refused before anything changes
 ffns.py         builds the slots, puts them in, takes them out
 adapted.py      AdaptedViT: what every changed ViT can do, whatever the method

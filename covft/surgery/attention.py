@@ -59,6 +59,10 @@ class Update(nn.Module):
             return torch.where(torch.zeros((), dtype=torch.bool, device=output.device), added, output)
         return output + (added if self.strength == 1 else self.strength * added)
 
+    def weight(self) -> Tensor:
+        """Return what it adds to the weight of the linear layer, shape (out, in)."""
+        return _SCALE * (self.up @ self.down)
+
     def extra_repr(self) -> str:
         """Return the rank."""
         return f"rank={len(self.down)}"
@@ -131,9 +135,15 @@ def remove_updates(vit: nn.Module) -> None:
             del module._modules[UPDATE]
 
 
+def updates_of(vit: nn.Module) -> dict[str, Update]:
+    """Return the updates, by the paths of the linear layers that have them."""
+    found: dict[str, Any] = {path: module._modules.get(UPDATE) for path, module in vit.named_modules()}
+    return {path: update for path, update in found.items() if update is not None}
+
+
 def updated_layers(vit: nn.Module) -> list[str]:
     """Return the paths of the linear layers that have updates."""
-    return [path for path, module in vit.named_modules() if UPDATE in module._modules]
+    return list(updates_of(vit))
 
 
 def is_update(name: str) -> bool:

@@ -64,6 +64,9 @@ class AdaptedFFN(ContextualMoE):
     It is called like the FFN that it replaces. Attributes that foreign code reads off an FFN (`fc1`, `c_fc`, ...) are
     those of expert 0, or of the FFN that low-rank experts share.
 
+    Attributes:
+        keeps_record: Whether the last decision is kept; not in an exported graph, which can keep nothing.
+
     Args:
         ffn: The pretrained FFN to copy; not changed.
         conditioning: Carries the text of a call; shared with the encoder.
@@ -71,6 +74,8 @@ class AdaptedFFN(ContextualMoE):
         layer: Index of its block when the ViT was wrapped.
         **settings: As for `ContextualMoE`.
     """
+
+    keeps_record: bool = True
 
     def __init__(
         self, ffn: nn.Module, conditioning: Conditioning, *, layout: str = "BND", layer: int = 0, **settings: Any
@@ -155,6 +160,8 @@ class AdaptedFFN(ContextualMoE):
         refuse_runtime_names(self)
 
     def _remember(self, routing: Routing, context_BW: Tensor | None) -> None:
+        if not self.keeps_record:
+            return
         if not torch.compiler.is_compiling() and in_backward():
             return  # a recomputation during backward is not a new decision
         logits_BE = routing.logits_BE

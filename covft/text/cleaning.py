@@ -10,8 +10,10 @@ from covft.utils.arguments import check_kinds
 CONTENT_RULES: tuple[tuple[str, str], ...] = (
     # A-OKVQA and ScienceQA in LLaVA-1.5's training mixture, and MMBench and SEED-Bench in its evaluation: lines of
     # options from A on, at least two.
+    # VLMEvalKit has a line "Options:" before them.
     (
-        r"^[ \t]*(?:\(A\)|A[.):])[ \t]+[^\n]*\n(?:[ \t]*(?:\([B-Z]\)|[B-Z][.):])[ \t]+[^\n]*(?:\n|\Z))+",
+        r"^(?:[ \t]*options:[ \t]*\n)?"
+        r"[ \t]*(?:\(A\)|A[.):])[ \t]+[^\n]*\n(?:[ \t]*(?:\([B-Z]\)|[B-Z][.):])[ \t]+[^\n]*(?:\n|\Z))+",
         "answer options, a line each",
     ),
     # ScienceQA in LLaVA's evaluation: all options in a line.
@@ -44,8 +46,35 @@ FORMAT_RULES: tuple[tuple[str, str], ...] = (
     # MME, whose questions end with it.
     (r"please answer yes or no\.?", "yes or no"),
 )
+# What evaluation engines and their data sets put around a question, and LLaVA-1.5's training mixture does not have.
+ENGINE_RULES: tuple[tuple[str, str], ...] = (
+    (r"^[ \t]*question:[ \t]*", "VLMEvalKit, multiple choice; lmms-eval, IconQA"),
+    (r"please select the correct answer from the options above\.?", "VLMEvalKit, multiple choice"),
+    (r"please directly provide a short answer to the question\.?", "VLMEvalKit, PathVQA"),
+    (
+        r"directly provide the description, do not include prefix like \"this image depicts\"\.?",
+        "VLMEvalKit, COCO captions",
+    ),
+    (r"answer the question directly\.?", "VLMEvalKit's LLaVA"),
+    (r"请直接回答问题。?", "VLMEvalKit's LLaVA, in Chinese"),
+    (r"there are several options:", "lmms-eval, MMBench"),
+    (r"请直接使用所提供的选项字母作为答案回答。?", "lmms-eval, MMBench in Chinese"),
+    (
+        r"note: you only need to respond with [A-Z](?:, [A-Z])* without providing any additional information\.?",
+        "lmms-eval, CV-Bench",
+    ),
+    (r"select from the following choices\.?", "CV-Bench"),
+    (r"please answer directly with only the letter of the correct option and nothing else\.?", "RealWorldQA, options"),
+    (r"please answer directly with a single word or number\.?", "RealWorldQA, short answers"),
+    (r"given a set of images and a question, please provide the answer to the question\.?", "lmms-eval, IconQA"),
+    (r"(?:please )?answer with the option letter from the given choices directly\.?", "lmms-eval, IconQA, options"),
+    (r"please answer the question using a single word or phrase\.?", "lmms-eval, IconQA, short answers"),
+)
+# Of the rules, saved with an encoder that reads cleaned instructions. 1 had no ENGINE_RULES.
+RULES_VERSION = 2
 
 _CONTENT = [re.compile(pattern, re.IGNORECASE | re.MULTILINE) for pattern, _ in CONTENT_RULES]
+_ENGINE = [re.compile(rf"(?<!\w){pattern}", re.IGNORECASE | re.MULTILINE) for pattern, _ in ENGINE_RULES]
 _FORMAT = [re.compile(rf"(?<!\w){pattern}", re.IGNORECASE) for pattern, _ in FORMAT_RULES]
 
 
@@ -53,8 +82,9 @@ _FORMAT = [re.compile(rf"(?<!\w){pattern}", re.IGNORECASE) for pattern, _ in FOR
 def clean_instruction(text: str) -> str:
     r"""Remove format suffixes, answer options, OCR tokens and bounding boxes from an instruction.
 
-    The rules are those of LLaVA-1.5's training and evaluation prompts (`CONTENT_RULES`, `FORMAT_RULES`). What they do
-    not match stays as it is, and cleaning twice changes nothing more.
+    The rules are those of LLaVA-1.5's training and evaluation prompts (`CONTENT_RULES`, `FORMAT_RULES`), and of what
+    lmms-eval and VLMEvalKit add (`ENGINE_RULES`), so that a question is the same text in training and in evaluation.
+    What they do not match stays as it is, and cleaning twice changes nothing more.
 
     Args:
         text: An instruction.
@@ -70,8 +100,22 @@ def clean_instruction(text: str) -> str:
     without_content = _remove(text, _CONTENT)
     if not _says_something(without_content):
         without_content = text
-    rest = _remove(without_content, [*_CONTENT, *_FORMAT])
+    rest = _remove(without_content, [*_CONTENT, *_ENGINE, *_FORMAT])
     return rest if _says_something(rest) else without_content
+
+
+@check_kinds
+def engine_sentences(text: str) -> list[str]:
+    """Return what an evaluation engine has put around a question, which training can hardly have had.
+
+    Args:
+        text: An instruction.
+
+    Example:
+        >>> engine_sentences("Is it red? Please answer directly with a single word or number.")
+        ['Please answer directly with a single word or number.']
+    """
+    return [found[0].strip() for rule in _ENGINE if (found := rule.search(text))]
 
 
 def _remove(text: str, rules: list[re.Pattern[str]]) -> str:

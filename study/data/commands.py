@@ -42,25 +42,39 @@ def pretrain_command(
 
 
 def diagnose_command(
-    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = "grounding,caption",
+    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas; or all.")] = "grounding,caption",
     samples: Annotated[int, typer.Option(help="Questions of each diagnosis, each about another picture.")] = 240,
-    scenes: Annotated[int, typer.Option(help="Scenes that they are drawn from.")] = 1000,
+    halves: Annotated[bool, typer.Option(help="Also diagnose two halves of each task.")] = True,
+    scenes: Annotated[int, typer.Option(help="Scenes that they are drawn from.")] = 6000,
     steps: Annotated[int, typer.Option(help="Steps of each probe training.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of the projector, the questions and the diagnosis.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     output: Annotated[Path | None, typer.Option(help="Folder for the numbers, a JSON file each.")] = None,
+    agreement: Annotated[
+        bool, typer.Option("--agreement", help="Measure nothing: compare the diagnosis on file with the rows.")
+    ] = False,
 ) -> None:
     """Diagnose the miniature before its runs: tasks against each other, and two halves of each task."""
+    if agreement:
+        from study.inspection.agreement import tables
+        from study.results.command import results_of
+
+        for found in tables(results_of("small", None, "test")):
+            typer.echo(f"{found.title}\n\n{found.markdown()}\n")
+        return
+    from study.data.tasks import TASKS
     from study.diagnosis import diagnose_tasks
+    from study.inspection.agreement import path_of
     from study.runs.settings import RunSettings
 
-    settings = RunSettings(tasks=tuple(tasks.split(",")), train_scenes=scenes, seed=seed)
-    found = diagnose_tasks(settings, samples, device, steps=steps, seed=seed)
-    for name, diagnosis in found.items():
+    chosen = tuple(TASKS) if tasks == "all" else tuple(tasks.split(","))
+    settings = RunSettings(tasks=chosen, train_scenes=scenes, seed=seed)
+    diagnoses = diagnose_tasks(settings, samples, device, halves=halves, steps=steps, seed=seed)
+    for name, diagnosis in diagnoses.items():
         typer.echo(f"{name}\n{'=' * len(name)}\n{diagnosis}\n")
         if output is not None:
-            diagnosis.save(output / f"{name.replace(' ', '-')}.json")
-    for name, diagnosis in found.items():
+            diagnosis.save(path_of(name, output))
+    for name, diagnosis in diagnoses.items():
         typer.echo(f"{name}: {diagnosis.verdict.choice}, p = {diagnosis.conflict.p_value:.3g}")
 
 

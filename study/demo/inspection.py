@@ -1,4 +1,4 @@
-"""What is kept of each trained model: answers about the first scenes, and of CoVFT its routing and its encoder.
+"""What is kept of each trained model: answers about the first scenes, and of CoVFT its routing, encoder and model.
 
 Shapes: N questions, W width of a context vector.
 """
@@ -14,6 +14,7 @@ import torch
 
 from study.data.tasks import TASKS, Example
 from study.data.tokenizer import build_tokenizer
+from study.demo.saving import save_model
 from study.runs.build import pictures_of
 from study.runs.model import started_at
 from study.runs.run import Trained
@@ -22,6 +23,7 @@ from study.runs.tables import held_out_part
 from study.runs.train import as_tower_takes
 from study.towers import small_vit
 
+ENCODER, MODEL = "encoder", "model"  # folders
 SCENES, QUESTIONS = 8, 4  # on the page
 PER_TASK = 60  # questions whose routing is kept
 COMPARED = 64  # questions whose outputs are compared after loading
@@ -30,10 +32,10 @@ _FIRST = ("grounding", "caption")  # the conflict, about the same picture
 
 @dataclass(frozen=True)
 class Inspector:
-    """Looks at each trained model, in the process that trained it; saves the encoder of covft.
+    """Looks at each trained model, in the process that trained it; saves the encoder of covft, and the model around it.
 
     Attributes:
-        folder: Folder for the encoder.
+        folder: Folder for both, `encoder` and `model`.
     """
 
     folder: Path
@@ -46,7 +48,8 @@ class Inspector:
             if is_covft(trained):
                 found |= _routing(trained)
         if is_covft(trained):
-            found["saved"] = _save_and_load(trained, self.folder)
+            found["saved"] = _save_and_load(trained, self.folder / ENCODER)
+            save_model(trained, self.folder / MODEL)
         return found
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from covft.errors import CoVFTError
 from covft.utils.files import write_text
 from study.backbone_check import check_backbone
-from study.demo.inspection import Inspector
+from study.demo.inspection import MODEL, SCENES, Inspector
 from study.demo.page import Contents, checks, write_page
 from study.demo.scores import difference_table, floors_of, groups_of_runs, score_table
 from study.demo.settings import DemoSettings
@@ -19,10 +19,11 @@ from study.runs.tables import chosen, held_out_part
 from study.runs.work import Outcome, work
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.console import Console
 
 JOBS = 2
-PAGE, TABLES, ENCODER = "index.html", "tables.md", "encoder"
+PAGE, TABLES, PICTURES = "index.html", "tables.md", "pictures"
 _WIDTH = 150  # of a table, at least
 
 
@@ -31,7 +32,7 @@ class UnfinishedError(CoVFTError, RuntimeError):
 
 
 def run_demo(settings: DemoSettings | None = None, console: Console | None = None) -> Contents:
-    """Run what has no row yet, print scores with intervals, and write the page, the tables and the encoder.
+    """Run what has no row yet, print scores with intervals, and write the page, the tables and the model of covft.
 
     Args:
         settings: Settings; the default is that of `make demo`.
@@ -53,7 +54,7 @@ def run_demo(settings: DemoSettings | None = None, console: Console | None = Non
     folder, rows = settings.output, Rows(settings.output / "rows")
     some = next(iter(runs.values()))
     console.print(f"{len(runs)} runs of {some.steps} steps of {some.batch} questions; what is finished is kept.")
-    inspector = Inspector(folder / ENCODER)
+    inspector = Inspector(folder)
     outcome = work(settings.planned(), rows, jobs=JOBS, show=settings.show, inspect=inspector)
     found = _finished(rows.folder, outcome)
 
@@ -73,8 +74,20 @@ def run_demo(settings: DemoSettings | None = None, console: Console | None = Non
         console.print(line, soft_wrap=True)
     write_text(folder / TABLES, "\n\n".join(table.markdown() for table in tables) + "\n")
     write_page(folder / PAGE, contents)
+    _write_pictures(folder / PICTURES, part.pictures[:SCENES])
     console.print(f"Done in {seconds:.0f} seconds. Open {folder / PAGE}", soft_wrap=True)
+    if (folder / MODEL).is_dir():
+        console.print(f"Or ask: covft chat {folder / MODEL} --image {folder / PICTURES / '0.png'}", soft_wrap=True)
     return contents
+
+
+def _write_pictures(folder: Path, pictures: np.ndarray) -> None:
+    """Write pictures, `(N, H, W, 3)`, as `0.png` and so on."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{number}.png")
 
 
 def _finished(folder: Path, outcome: Outcome) -> dict[str, Row]:

@@ -39,7 +39,7 @@ def table(
     from study.results.studies import chosen
     from study.results.tables import HOW_TO_READ, tables_of
 
-    results, console = _results(size, rows, split), Console()
+    results, console = results_of(size, rows, split), Console()
     console.width = max(console.width, _WIDTH)
     for each in chosen(study):
         for found in tables_of(results, each):
@@ -60,7 +60,7 @@ def plots(
     from study.results.plots import write_plots
 
     output = output or _page_of(size)
-    for plot in write_plots(_results(size, rows, split), output):
+    for plot in write_plots(results_of(size, rows, split), output):
         typer.echo(output / f"{plot.name}.svg")
 
 
@@ -73,7 +73,7 @@ def page(
     """Write the page of the study, with tables, figures and verdicts, from the rows alone."""
     from study.results.page import write_page
 
-    typer.echo(write_page(_results(size, rows, split), output or _page_of(size)))
+    typer.echo(write_page(results_of(size, rows, split), output or _page_of(size)))
 
 
 def _page_of(size: str) -> Path:
@@ -82,7 +82,8 @@ def _page_of(size: str) -> Path:
     return DOCS / size_named(size).page
 
 
-def _results(size: str, folder: Path | None, split: str) -> Results:
+def results_of(size: str, folder: Path | None, split: str) -> Results:
+    """Read the rows of a size; by default those of the repository."""
     from study.results.load import read_rows
     from study.results.studies import Results
     from study.runs.rows import ROWS

@@ -132,8 +132,9 @@ def _claims(results: Results) -> list[str]:
         "own, so among twenty differences that are 0, one is expected to be told apart from 0.",
         "### The CoVFT paper",
         claims_table(paper_claims.PAPER, results).markdown(),
-        "Not tested: larger language models (13B, Table 1), InternVL (Table 3), gradient similarity (Fig. 5) and "
-        "clusters of contexts (Figs. 3 and 6). For the overhead (Table 8) see [speed and memory](../speed/index.md).",
+        "Not tested: larger language models (13B, Table 1) and InternVL (Table 3). Gradient similarity (Fig. 5) and "
+        "contexts (Figs. 3 and 6) are measured in [Before and inside](../study/inside.md). For the overhead (Table 8) "
+        "see [speed and memory](../speed/index.md).",
         "### The paper on forgetting",
         f"[Keeping yourself is important]({paper.SECOND}) compares ways to tune the language side: E is what is gained "
         "on the tasks tuned for, F what is lost on others, O the mean of both.",

@@ -6,6 +6,7 @@ import datetime
 import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class Trained:
 
 
 Inspect = Callable[[Trained], dict[str, Any]]
+Watch = Callable[[Any, int], None]
 
 
 def run(
@@ -61,6 +63,7 @@ def run(
     deadline: float | None = None,
     report: Callable[[int], None] | None = None,
     inspect: Inspect | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Train and score one model; return its row.
 
@@ -71,6 +74,7 @@ def run(
         deadline: Time (`time.monotonic`) at which to stop.
         report: Called with the number of finished steps, now and then.
         inspect: Looks at the trained model; what it returns joins the row as `inspection`.
+        watch: Looks at the tower's encoder in each step, given the number of finished steps, when gradients are there.
 
     Raises:
         OutOfTime: If the deadline is reached.
@@ -101,6 +105,7 @@ def run(
                 graph=settings.routing != "random",
                 deadline=deadline,
                 report=report,
+                watch=None if watch is None else partial(watch, encoder),
             )  # fmt: skip
         with timed(seconds, "score"):
             found = score(model, scored)
@@ -122,7 +127,7 @@ def run(
         "losses": losses,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "versions": _versions(),
+        "versions": versions(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **seen,
     }
@@ -139,7 +144,8 @@ def _floors(
     return {"no_image": score(model, replace(scored, inputs=blank)), "no_question": score(model, unasked)}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the releases that a run depends on."""
     import transformers
 
     return {

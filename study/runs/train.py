@@ -86,6 +86,7 @@ def fit(
     graph: bool = True,
     deadline: float | None = None,
     report: Callable[[int], None] | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Train in place with AdamW, cosine decay after a short warm-up, and gradients clipped at 1.
 
@@ -99,6 +100,8 @@ def fit(
         graph: Whether a GPU replays one recorded step; not where the host draws anew for each step.
         deadline: Time (`time.monotonic`) at which to stop.
         report: Called with the number of finished steps, now and then.
+        watch: Called with the number of finished steps once the gradients of a step are there. Steps are not recorded
+            then.
 
     Returns:
         The mean loss of each 1/64 of training.
@@ -123,7 +126,7 @@ def fit(
 
     factors = [decay.lr_lambdas[0](step) for step in range(steps)]
     recorded = None
-    if graph:
+    if graph and watch is None:
         recorded = graphed(padded, (order_on, texts_on), groups, factors, weight_decay=WEIGHT_DECAY, clip=LARGEST_NORM)
     if recorded is not None:
         for step in range(steps):
@@ -138,6 +141,8 @@ def fit(
         optimizer.zero_grad()
         loss = step_loss(model, questions, order_on[step], texts_on[step], longest[step], words[step], per_picture)
         loss.backward()
+        if watch is not None:
+            watch(step)
         torch.nn.utils.clip_grad_norm_(trained, LARGEST_NORM)
         optimizer.step()
         decay.step()

@@ -89,7 +89,7 @@ def test_scores_are_compared_question_by_question():
 
 def test_what_cannot_be_audited_is_refused(tiny):
     asked = entries(tiny)
-    with pytest.raises(UnsupportedViTError, match="no conditioning"):
+    with pytest.raises(UnsupportedViTError, match="reads no text"):
         audit(tiny_llava(depth=2).model, asked)
     with pytest.raises(ConfigError, match="all the same"):
         audit(tiny.model, asked[:1] * 3)

@@ -69,6 +69,8 @@ CALLS = {
     "MetaEntry(root)": ("text", lambda p, x: data.MetaEntry("x", "a", root=x)),
     "MetaEntry(data_augment)": ("flag", lambda p, x: data.MetaEntry("x", "a", data_augment=x)),
     "read_meta": ("path", lambda p, x: data.read_meta(x)),
+    "QuestionRows": ("path", lambda p, x: data.QuestionRows(x)),
+    "open_rows(images)": ("store", lambda p, x: data.open_rows(p.folder / "llava.json", x)),
     "open_rows": ("path", lambda p, x: data.open_rows(x)),
     "JsonRecords": ("path", lambda p, x: data.JsonRecords(x)),
     "JsonRecords[]": ("index", lambda p, x: p.rows.records[x]),

@@ -31,7 +31,7 @@ def llava(tmp_path_factory):
 def test_no_example_has_the_name_of_a_library():
     """Python puts the folder of a program first on its path: `timm.py` would import itself."""
     names = [path.stem for path in FOLDER.parent.rglob("*.py")]
-    assert len(names) == 12
+    assert len(names) == 13
     assert [name for name in names if importlib.util.find_spec(name)] == []
 
 

@@ -18,6 +18,7 @@ from torch import nn as torch_nn
 import covft
 from covft import adapters, checkpoints, data, integrations, metrics, nn, testing, text
 from covft.adapters.sources import load_vit
+from tests.tiny import processors
 
 VALUES: dict[str, Any] = {
     "none": None,
@@ -236,6 +237,8 @@ public(
 call("diagnose", lambda w: diagnosed, lambda w: {"model": w.vit, "data": w.entries}, text_encoder=ANY)
 public(covft, "detach", lambda w: {"model": w.attached.model})
 public(covft, "get_encoder", lambda w: {"model": w.attached.model})
+public(covft, "TrunkCache")
+public(covft, "Chat", lambda w: {"model": w.attached.model, "processor": processors.llava()})
 public(covft, "load_model", lambda w: {"folder_or_repo_id": w.folder / "nothing"})
 public(covft, "lora_exclude", lambda w: {"model": w.attached.model})
 public(covft, "CoVFTConfig")
@@ -246,6 +249,7 @@ call("CoVFTConfig.is_same_model", lambda w: covft.CoVFTConfig().is_same_model, l
 public(covft, "CoVFTCallback", text_encoder=ANY, tokenizer=ANY)
 
 call("encoder", lambda w: w.encoder, lambda w: {"images": w.images, "text": ["a cup", "a dog"]}, images="none tensor")
+call("encoder.trunk", lambda w: w.encoder.trunk, lambda w: {"images": w.images}, images="tensor")
 call(
     "encoder.condition",
     lambda w: lambda text, index=None: w.encoder.condition(text, index).__enter__(),
@@ -323,6 +327,7 @@ public(integrations, "MLLMTrainer", lambda w: {"model": w.attached.model}, data_
 public(integrations, "add_options", lambda w: {"parser": argparse.ArgumentParser()})
 
 public(data, "LlavaRows", lambda w: {"annotation": w.rows, "images": w.folder})
+public(data, "QuestionRows", lambda w: {"annotation": w.rows, "images": w.folder})
 public(data, "InternVLRows", lambda w: {"meta": w.meta})
 public(data, "JsonRecords", lambda w: {"path": w.rows})
 public(data, "DatasetsRows", lambda w: {"dataset": None})

@@ -22,7 +22,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = Path(__file__).with_name("smoke.py")
-EXTRAS = ("timm", "open-clip", "transformers", "sentence-transformers", "train", "analysis", "metrics", "cli", "all")
+EXTRAS = (
+    "timm",
+    "open-clip",
+    "transformers",
+    "sentence-transformers",
+    "train",
+    "analysis",
+    "metrics",
+    "cli",
+    "onnx",
+    "all",
+)
 SDIST_TESTS = ("tests/test_project.py", "tests/test_packaging.py", "tests/test_docs.py", "tests/test_cli.py")
 
 

@@ -99,6 +99,12 @@ def cli():
     assert covft.__version__ in done.stdout
 
 
+def onnx():
+    encoder = covft.wrap(ToyViT(), HashTextEncoder(8), layers=[1, 2])
+    exported = covft.export(encoder, torch.rand(2, 3, 16, 16), ["a cup?", "a dog?"], "encoder.onnx", format="onnx")
+    assert exported.error < 1e-5
+
+
 def everything():
     for extra in (timm, open_clip, sentence_transformers, train, analysis, metrics, cli):
         extra()

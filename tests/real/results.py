@@ -16,6 +16,7 @@ NAMES = {
     "lightning": "Lightning",
     "llama_factory": "LLaMA-Factory",
     "llava": "LLaVA",
+    "lmms_eval": "lmms-eval",
     "ms_swift": "ms-swift",
     "trl": "TRL",
 }

@@ -22,7 +22,10 @@ RUNS = {
     *("runpy.run_path", "runpy.run_module", "urllib.request.urlopen", "requests.get"),
 }
 # By file: calls that run what the user has named on the command line.
-THE_USERS = {"integrations/codebases/launch.py": {"runpy.run_path", "runpy.run_module"}}
+THE_USERS = {
+    "integrations/codebases/launch.py": {"runpy.run_path", "runpy.run_module"},
+    "commands/evaluate.py": {"subprocess.Popen"},
+}
 # Where the caller's own choice is passed on.
 THE_CALLERS = {"integrations/building/saved.py"}
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

@@ -52,9 +52,11 @@ NOT_CALLED = {
         "Row",
         "Routing",
         "TinyMLLM",
+        "Trunk",
     ),
     *("Experts", "QuickGELU", "Recipe", "ViTTower", "given_options", "list_adapters", "whole_weights"),
     *("Averages", "Difference", "Estimate", "ForgettingReport"),
+    "export",  # seconds for each graph; its own tests have what it refuses
     "MLLMTrainingArguments",  # most of its fields are those of transformers; ours are tested with it
 }
 

@@ -51,7 +51,7 @@ def read_entries(data: Iterable[Any] | Dataset[Any], kinds: Kinds, count: int, s
         raise ConfigError("The data are a mapping.", expected="a data set, or an iterable of entries", got=short(data))
     given = kinds if isinstance(kinds, Sequence) else None
     if given is not None and hasattr(data, "__len__") and len(given) != len(data):  # type: ignore[arg-type]
-        raise ShapeError("Every entry has a kind.", expected=f"{len(data)} kinds", got=len(given))  # type: ignore[arg-type]
+        raise ShapeError("The kinds are not as many as the entries.", expected=f"{len(data)} kinds", got=len(given))  # type: ignore[arg-type]
     found: list[Entry] = []
     for number, sample in _chosen(data, seed):
         entry = _entry(data, sample, is_optional=kinds is not None)
@@ -59,7 +59,9 @@ def read_entries(data: Iterable[Any] | Dataset[Any], kinds: Kinds, count: int, s
             continue
         if given is not None:
             if number >= len(given):
-                raise ShapeError("Every entry has a kind.", expected=f"more than {number} kinds", got=len(given))
+                raise ShapeError(
+                    "The kinds are not as many as the entries.", expected=f"more than {number} kinds", got=len(given)
+                )
             entry = replace(entry, kind=str(given[number]))
         elif callable(kinds):
             entry = replace(entry, kind=str(kinds(sample)))

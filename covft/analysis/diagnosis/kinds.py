@@ -46,7 +46,7 @@ def find_kinds(entries: Sequence[Entry], text_encoder: Any, seed: int) -> tuple[
     different = len(np.unique(features.round(6), axis=0))
     if different < 3:
         raise ConfigError(
-            "There are too few different texts to find kinds of instruction.",
+            "The entries have too few different texts to find kinds of instruction.",
             expected="3 or more, or kinds",
             got=different,
             fix="covft.diagnose(model, data, kinds=[...])",

@@ -58,7 +58,9 @@ def load_data(
         DataError: If the file cannot be read.
     """
     if template is not None and template not in CHAT_TEMPLATES:
-        raise ConfigError(f"There is no chat template {template!r}.", expected=", ".join(CHAT_TEMPLATES), got=template)
+        raise ConfigError(
+            f"template={template!r} is not a known chat template.", expected=", ".join(CHAT_TEMPLATES), got=template
+        )
     tokenizer = getattr(processor, "tokenizer", processor)
     own = getattr(tokenizer, "chat_template", None) or getattr(processor, "chat_template", None)
     rows = open_rows(file)

@@ -182,7 +182,7 @@ def _without_rare(entries: Sequence[Entry], named: Sequence[str]) -> tuple[list[
     rare = sorted(kind for kind, count in counts.items() if count < FEWEST)
     if len(counts) - len(rare) < 2:
         raise ConfigError(
-            "There are too few samples to compare kinds of instruction.",
+            "The data have too few samples to compare kinds of instruction.",
             expected=f"two kinds or more, of {FEWEST} samples or more each",
             got=", ".join(f"{count} of {kind!r}" for kind, count in counts.items()) or "no samples",
             fix="samples=..., or kinds=... that are fewer",

@@ -144,10 +144,12 @@ def _told_of_gradients(evidence: Evidence, differ: bool, apart: Sequence[PairEvi
     if not apart:
         return f"{told}, but no two kinds are shown to be more than 60 degrees apart."
     most = min(apart, key=lambda pair: pair.alignment)
-    return (
-        f"{told}: {len(apart)} of {len(evidence.pairs)} pairs are more than 60 degrees apart, most of all "
-        f"{most.first!r} and {most.second!r} (alignment {most.alignment:+.2f}, {most.low:+.2f} to {most.high:+.2f})."
-    )
+    named = f"{most.first!r} and {most.second!r}"
+    numbers = f"(alignment {most.alignment:+.2f}, {most.low:+.2f} to {most.high:+.2f})"
+    if len(evidence.pairs) == 1:
+        return f"{told}: {named} are more than 60 degrees apart {numbers}."
+    count = f"{len(apart)} of {len(evidence.pairs)} pairs {'is' if len(apart) == 1 else 'are'}"
+    return f"{told}: {count} more than 60 degrees apart, most of all {named} {numbers}."
 
 
 def _told_of_training(learns: bool, own: Sequence[str]) -> str:

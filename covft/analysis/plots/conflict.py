@@ -84,7 +84,7 @@ def plot_pairs(found: Conflict, layer: int | None = None) -> Figure:
         ConfigError: If there is no such block.
     """
     if layer is not None and layer not in found.layers:
-        raise ConfigError(f"There is no block {layer}.", expected=found.layers, got=layer)
+        raise ConfigError(f"layer={layer} is not a measured block.", expected=found.layers, got=layer)
     values = found.cosines[-1 if layer is None else found.layers.index(layer)]
     return _table(values, found.kinds, found.kinds, "mean cosine of gradients", "+.3f")
 

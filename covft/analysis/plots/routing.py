@@ -24,7 +24,7 @@ def plot_routing(routing: Mapping[int, LayerRouting]) -> Any:
         A matplotlib `Figure`.
     """
     if not routing:
-        raise ConfigError("There is no routing to draw.", expected="at least one layer", got="none")
+        raise ConfigError("routing={} has no layer to draw.", expected="at least one layer", got="none")
     layers = sorted(routing)
     kinds, experts = routing[layers[0]].kinds, len(routing[layers[0]].load)
     tables = {"all samples": np.stack([routing[layer].load for layer in layers])}

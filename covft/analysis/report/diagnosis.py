@@ -33,7 +33,9 @@ def diagnosis(found: Mapping[str, Any]) -> str:
             f"<p>1 is the same direction, 0 none in common. All kinds: p = {_number(conflict['p_values'][-1])}.</p>",
             _table(["kinds", "alignment", "interval", "p"], list(_pairs(conflict))),
             "<h3>Gradients by block</h3>",
-            _table(["block", "separation", "p (Holm)"], list(_blocks(conflict))),
+            "<p>Separation is the mean cosine of two samples of one kind, less that of two kinds. A stronger colour is "
+            "more.</p>",
+            _table(["block", "separation", "p (Holm)"], list(_blocks(conflict)), _shares(conflict)),
             "<h3>Short training: change of the held-out loss</h3>",
             f"<p>{probe['steps']} steps of {probe['batch']} samples; below 0 is better.</p>",
             _table(["trained on", "measured on", "change", "interval"], list(_changes(probe))),
@@ -57,13 +59,20 @@ def _pairs(conflict: Mapping[str, Any]) -> Iterable[list[str]]:
         for b in range(a + 1, len(kinds)):
             value, low, high = (conflict[name][-1][a][b] for name in ("alignment", "low", "high"))
             p_value = _number(conflict["pair_p_values"][a][b])
-            yield [f"{first} and {kinds[b]}", _number(value), f"{_number(low)} to {_number(high)}", p_value]
+            yield [f"{first} and {kinds[b]}", _number(value, 2), f"{_number(low, 2)} to {_number(high, 2)}", p_value]
 
 
 def _blocks(conflict: Mapping[str, Any]) -> Iterable[list[str]]:
     rows = zip(conflict["layers"], conflict["separation"], conflict["p_values"], strict=False)
     for layer, separation, p_value in rows:
         yield [str(layer), _number(separation), _number(p_value)]
+
+
+def _shares(conflict: Mapping[str, Any]) -> list[float]:
+    """Return each block's separation as a share of the largest."""
+    values = conflict["separation"][: len(conflict["layers"])]
+    most = max([*values, 0.0])
+    return [max(value, 0.0) / most if most else 0.0 for value in values]
 
 
 def _changes(probe: Mapping[str, Any]) -> Iterable[list[str]]:
@@ -73,17 +82,19 @@ def _changes(probe: Mapping[str, Any]) -> Iterable[list[str]]:
             yield [trained, kind, _number(change["mean"]), f"{low} to {high}"]
 
 
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.3g}"
+def _number(value: float | None, digits: int = 3) -> str:
+    return "unknown" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], shares: Sequence[float] = ()) -> str:
+    """Return a table; the first cell after each row's name is coloured by a share, where there are any."""
     top = "".join(f"<th scope='col'>{_text(name)}</th>" for name in head)
-    body = "".join(
-        f"<tr><th scope='row'>{_text(row[0])}</th>{''.join(f'<td>{_text(cell)}</td>' for cell in row[1:])}</tr>"
-        for row in rows
-    )
-    return f"<div class='wide'><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    body = []
+    for number, (name, *cells) in enumerate(rows):
+        first = f" class='heat' style='--w:{100 * shares[number]:.0f}%'" if shares else ""
+        shown = "".join(f"<td{'' if place else first}>{_text(cell)}</td>" for place, cell in enumerate(cells))
+        body.append(f"<tr><th scope='row'>{_text(name)}</th>{shown}</tr>")
+    return f"<div class='wide'><table><thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
 
 
 def _list(lines: Iterable[str]) -> str:

@@ -47,7 +47,7 @@ def codes_of(labels: Sequence[Any], rows: int) -> tuple[list[Any], np.ndarray]:
     """
     listed = labels.tolist() if hasattr(labels, "tolist") else list(labels)  # type: ignore[attr-defined]
     if len(listed) != rows:
-        raise ShapeError("There is one label per sample.", expected=f"{rows} labels", got=len(listed))
+        raise ShapeError("The labels are not as many as the samples.", expected=f"{rows} labels", got=len(listed))
     names = sorted({label for label in listed if label is not None}, key=lambda label: (str(type(label)), label))
     place = {name: number for number, name in enumerate(names)}
     return names, np.array([place.get(label, -1) for label in listed], dtype=np.int64)

@@ -166,7 +166,7 @@ def compare_questions(model: nn.Module, image: Tensor, texts: Sequence[str]) -> 
         )
     if len(texts) != 2 or image.dim() != 3:
         raise ShapeError(
-            "Two questions are compared on one image.",
+            "compare_questions takes two questions about one image.",
             expected="two texts, and an image (3, H, W)",
             got=f"{len(texts)} texts, and shape {tuple(image.shape)}",
         )

@@ -24,6 +24,7 @@ from covft.analysis.stats.gradients import Gradients
 from covft.errors import ConfigError, ShapeError
 from covft.metrics import Estimate, bootstrap, holm
 from covft.utils.arguments import check_kinds
+from covft.utils.sketch import along_first_direction
 
 FEWEST = 3  # samples of a kind
 _AT_ONCE = 64  # resamples
@@ -107,21 +108,16 @@ def dominance(gradients: Gradients, layer: int | None = None, *, resamples: int 
         LayerIndexError: If there are no gradients of the block.
     """
     vectors = gradients.vectors if layer is None else gradients.vectors[:, gradients.position(layer)]
-    rows = vectors.reshape(len(vectors), -1).astype(np.float64)
-    norms = np.linalg.norm(rows, axis=1)
-    if not norms.any():
-        raise ShapeError("There is no direction in updates of zero.", expected="gradients", got=f"{len(rows)} of zero")
-    gram = rows @ rows.T
-    values, vectors_of = np.linalg.eigh(gram)
-    along = np.sqrt(max(values[-1], 0.0)) * vectors_of[:, -1]
-    cosines = np.divide(along, norms, out=np.zeros_like(along), where=norms > 0)
-    cosines = cosines if cosines.sum() >= 0 else -cosines
+    rows = vectors.reshape(len(vectors), -1)
+    if not rows.any():
+        raise ShapeError("Updates of zero have no direction.", expected="gradients", got=f"{len(rows)} of zero")
+    cosines, explained = along_first_direction(rows)
     mean = bootstrap({0: {"cosine": cosines.tolist()}}, resamples=resamples, seed=seed)
     return Dominance(
         cosines=cosines,
         mean=mean,
         std=float(cosines.std(ddof=1)) if len(cosines) > 1 else 0.0,
-        explained=float(values[-1] / values.sum()),
+        explained=explained,
         chance=float(len(rows) ** -0.5),
     )
 

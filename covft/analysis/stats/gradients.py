@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from covft.adapters.spec import ViTSpec
-from covft.analysis.stats.sketch import WIDTH, GradientSketch
 from covft.errors import ConfigError, LayerIndexError, MissingGradientError, ShapeError, UnsupportedViTError
 from covft.utils.arguments import check_kinds
 from covft.utils.sharding import is_sharded
+from covft.utils.sketch import WIDTH, GradientSketch
 
 WEIGHTS = ("ffn", "all")
 
@@ -64,7 +64,7 @@ class Gradients:
             LayerIndexError: If it is not among them.
         """
         if layer not in self.layers:
-            raise LayerIndexError(f"There are no gradients of block {layer}.", expected=self.layers, got=layer)
+            raise LayerIndexError(f"Block {layer} has no gradients here.", expected=self.layers, got=layer)
         return self.layers.index(layer)
 
 
@@ -174,7 +174,7 @@ def gradients_of(
             ]
             rows.append(torch.stack(row).numpy())
     if len(rows) != len(kinds):
-        raise ShapeError("Every sample has a kind.", expected=f"{len(rows)} kinds", got=len(kinds))
+        raise ShapeError("The kinds are not as many as the samples.", expected=f"{len(rows)} kinds", got=len(kinds))
     counts = tuple(sum(parameter.numel() for parameter in of_block.values()) for of_block in weights.values())
     vectors = np.stack(rows) if rows else np.zeros((0, len(weights), width), np.float32)
     return Gradients(tuple(weights), vectors, tuple(map(str, kinds)), counts)

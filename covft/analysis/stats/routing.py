@@ -141,7 +141,11 @@ def specialisation(weights: Any, kinds: Sequence[Any], *, permutations: int = 10
     rows = _weights(weights)
     names, codes = codes_of(kinds, len(rows))
     if len(names) < 2:
-        raise ConfigError("There is nothing to tell apart.", expected="two kinds or more", got=f"{len(names)}")
+        raise ConfigError(
+            "The samples are of fewer than two kinds, so none can be told apart.",
+            expected="two kinds or more",
+            got=f"{len(names)}",
+        )
     rows, codes = rows[codes >= 0], codes[codes >= 0]
     observed = _information(rows, codes, len(names))
     draws = np.random.default_rng(seed)
@@ -189,7 +193,9 @@ def correlate(
     once = _weighted_r(products, np.ones((1, count)))[0]
     if not np.isfinite(once):
         raise ConfigError(
-            "There is nothing to correlate.", expected="samples that differ", got="samples that are alike"
+            "All contexts, or all routing weights, are alike, so they cannot be correlated.",
+            expected="samples that differ",
+            got="samples that are alike",
         )
     found = []
     for start in range(0, resamples, _AT_ONCE):
@@ -265,7 +271,11 @@ def _weighted_r(products: list[np.ndarray], counts: np.ndarray) -> np.ndarray:
 def _weights(values: Any) -> np.ndarray:
     rows = rows_of(values, "The weights")
     if (rows < -1e-3).any() or np.abs(rows.sum(axis=1) - 1).max() > 1e-2:
-        raise ShapeError("Routing weights sum to 1.", expected="rows of shares", got=f"sums up to {rows.sum(1).max()}")
+        raise ShapeError(
+            "The routing weights of a sample do not sum to 1.",
+            expected="rows of shares",
+            got=f"sums up to {rows.sum(1).max()}",
+        )
     return rows
 
 

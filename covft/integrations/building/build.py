@@ -18,6 +18,7 @@ from covft.data.chat_template import Tokenizer
 from covft.data.placeholders import ImageText
 from covft.errors import ConfigError, UnsupportedViTError
 from covft.integrations.building.loading import load_language_model, whole_weights
+from covft.integrations.building.pooling import FIELD
 from covft.integrations.mllm.families import base_of
 from covft.utils.arguments import check_kinds
 
@@ -208,7 +209,7 @@ def llava_processor(model: nn.Module, tokenizer: Tokenizer, image_processor: Cal
         return LlavaProcessor(
             image_processor,
             tokenizer,
-            patch_size=_first(config.vision_config.patch_size),
+            patch_size=_first(config.vision_config.patch_size) * getattr(config, FIELD, 1),
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             chat_template=tokenizer.chat_template,
             image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),

@@ -20,20 +20,24 @@ from covft.adapters.spec import Adapter
 from covft.checkpoints.folder import read_config
 from covft.checkpoints.loading import local_folder
 from covft.checkpoints.pretrained import FOLDER, MARK
-from covft.checkpoints.sources import is_hub_id
+from covft.checkpoints.sources import is_hub_id, text_options
 from covft.checkpoints.trained import load_trained
 from covft.errors import CheckpointError, ConfigError, CoVFTError
+from covft.integrations.building.pooling import restore_pooling
 from covft.integrations.building.saving import merged
 from covft.integrations.mllm.attach import attach
 from covft.integrations.mllm.families import find_tower
 from covft.integrations.mllm.prompt import PromptReader
 from covft.integrations.training.parts import parts_of
+from covft.text import TextEncoder, as_text_encoder
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
 from covft.utils.foreign_code import refuse_code
+from covft.utils.sources import with_options
 from covft.utils.strict_json import read_strictly
 
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TEXT_ENCODER = "text_encoder"  # sub-folder
 # What is fetched of a repository: no code, and no pickles.
 _FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
 # Options of an adapter that name modules which peft imports.
@@ -65,7 +69,8 @@ def load_model(
 
     Args:
         folder_or_repo_id: The folder, or a repository of the Hugging Face Hub.
-        text_encoder: As for `covft.wrap`; None builds it from the id that was saved.
+        text_encoder: As for `covft.wrap`; None takes the model in `text_encoder/` inside the folder, or builds it
+            from the id that was saved.
         processor: Processor or tokenizer of the model; None loads that of the folder.
         base: The model that LoRA was trained on, where the folder holds only an adapter of peft: an id, a folder, or
             the loaded model, changed in place. None takes the id in the adapter's config.
@@ -105,6 +110,9 @@ def load_model(
         options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation, **trust}
         options = {name: value for name, value in options.items() if value is not None}
         model = _load_mllm(transformers, source, quantization_config, options)
+    restore_pooling(model)
+    if text_encoder is None:
+        text_encoder = _text_encoder_inside(folder, tower)
     tokenizer, settings = (None, {}) if reading is None else (processor, reading)
     in_tower = is_adapter and _adapts_tower(model, tower)
     if in_tower:  # whose names the adapted tower has
@@ -157,6 +165,18 @@ def _reading(tower: Path) -> dict[str, Any] | None:
             fix="upgrade covft",
         )
     return found
+
+
+def _text_encoder_inside(folder: Path, tower: Path) -> TextEncoder | None:
+    """Load the text encoder inside a folder, with the options that it had in training; None if there is none."""
+    inside = folder / TEXT_ENCODER
+    if not inside.is_dir():
+        return None
+    source = read_config(tower)["text"].get("source")
+    encoder = as_text_encoder(with_options(os.fspath(inside), text_options(source)))
+    if isinstance(source, str) and not source.startswith("features:"):
+        encoder.name = source  # as in training, and when it is saved again
+    return encoder
 
 
 def _load_processor(transformers: Any, sources: list[Any], trust: Mapping[str, bool]) -> Any:

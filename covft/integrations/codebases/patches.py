@@ -6,6 +6,8 @@
     swift.template.Template.pre_forward_hook    from ms-swift's plug-in onwards  hold_text()
     swift.tuners.Swift.merge_and_unload         from ms-swift's plug-in onwards  refuse_merging()
     transformers.Trainer.__init__               from ms-swift's plug-in onwards  joined_trainers()
+    transformers' from_pretrained               while lmms-eval builds a model   loaded_already()
+    accelerate.Accelerator.num_processes        while lmms-eval builds a model   one_process()
 
 Methods of a model are overridden on the instance instead; see `covft.integrations.mllm.overrides`.
 """
@@ -236,3 +238,34 @@ def _refuse_original_tower(model: Any) -> None:
             got=f"--model {info.model_dir} alone",
             fix=f"swift infer --model {info.model_dir} --adapters {info.model_dir}",
         )
+
+
+@contextlib.contextmanager
+def loaded_already(model: nn.Module) -> Iterator[None]:
+    """Patch `from_pretrained` of every model class of transformers to return this model.
+
+    Args:
+        model: What is returned, whatever is asked for.
+    """
+    import transformers
+
+    cls: Any = transformers.PreTrainedModel  # auto classes call it
+    original = vars(cls)["from_pretrained"]
+    cls.from_pretrained = classmethod(lambda cls, *args, **kwargs: model)
+    try:
+        yield
+    finally:
+        cls.from_pretrained = original
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """Patch `Accelerator.num_processes` to say 1, for code that prepares models for several processes on GPUs only."""
+    from accelerate import Accelerator
+
+    original = Accelerator.num_processes
+    Accelerator.num_processes = property(lambda self: 1)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Accelerator.num_processes = original  # type: ignore[method-assign]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from covft.adapters.spec import Adapter
+from covft.checkpoints.loading import read_settings
 from covft.checkpoints.pretrained import prefix_of
 from covft.config import CoVFTConfig, Settings, show_settings
 from covft.encoder import ContextEncoder
@@ -85,15 +87,30 @@ def attach(
     Example:
         >>> covft.attach(llava, "bert-base-uncased", tokenizer=processor)  # doctest: +SKIP
     """
-    return attach_planned(
-        model,
-        lambda tower, read, connector: plan_tower(
-            tower, text_encoder, read, pretrained, config, adapter, settings, connector=connector
-        ),
-        {"turns": turns, "system": system, "empty_instruction": empty_instruction},
-        tokenizer=tokenizer,
-        adapter=adapter,
-    )
+    reading = {"turns": turns, "system": system, "empty_instruction": empty_instruction}
+
+    def plan_of(tower: nn.Module, read: Any, connector: Mapping[str, nn.Module]) -> WrapPlan | TunePlan:
+        plan = plan_tower(tower, text_encoder, read, pretrained, config, adapter, settings, connector=connector)
+        if pretrained is not None and tokenizer is not None:
+            _warn_of_reading(pretrained, reading)
+        return plan
+
+    return attach_planned(model, plan_of, reading, tokenizer=tokenizer, adapter=adapter)
+
+
+def _warn_of_reading(pretrained: str | Path, reading: Mapping[str, Any]) -> None:
+    """Warn if prompts were read by other settings in training."""
+    saved = read_settings(pretrained)[1].get("reading") or {}
+    other = [name for name in saved if name in reading and saved[name] != reading[name]]
+    if other:
+        trained = ", ".join(f"{name}={saved[name]!r}" for name in other)
+        warnings.warn(
+            f"The tower in {pretrained} was trained on text that was read from prompts with {trained}; here it is "
+            f"{', '.join(f'{name}={reading[name]!r}' for name in other)}. covft.load_model takes the settings of "
+            "training.",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def attach_planned(

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from covft.conditioning.scope import Scope
 from covft.encoder import ContextEncoder
 from covft.errors import MissingContextError, ShapeError, UnsupportedViTError
 from covft.integrations.mllm.families import MLLMFamily, base_of
@@ -166,8 +165,8 @@ class Attachment:
             given: Arguments of `generate`, by name.
         """
         scope = self.encoder.conditioning.scope()
-        groups = None if scope is None or scope.shared or scope.text_features is None else self._groups(given)
-        if scope is None or groups is None or sum(groups) != _length(scope):
+        groups = None if scope is None or scope.num_images is None else self._groups(given)
+        if scope is None or groups is None or sum(groups) != scope.num_images:
             yield
             return
         before, scope.groups = scope.groups, groups
@@ -263,12 +262,6 @@ class Attachment:
         if texts is None:
             texts = self._read(given, range(rows_of(given) or 0))
         return same_text(texts, rows_of(given))
-
-
-def _length(scope: Scope) -> int:
-    """Return how many images the text of a scope is for."""
-    assert scope.text_features is not None
-    return len(scope.text_features if scope.index is None else scope.index)
 
 
 def rows_of(given: Mapping[str, Any]) -> int | None:

@@ -31,9 +31,10 @@ from covft.integrations.training.precision import keeps_float32_copies, train_in
 from covft.integrations.training.reentrant import check_tower, key_of, without_reentrant
 from covft.integrations.training.resuming import watch_resuming
 from covft.integrations.training.trainable import after_peft, check_trainable
+from covft.integrations.training.updates import UpdateMonitor, check_engine
 from covft.integrations.tuning.tune import tune
 from covft.tuning.registry import make_method
-from covft.utils.arguments import check_kinds
+from covft.utils.arguments import check_kinds, check_sizes
 from covft.utils.extras import import_library
 from covft.utils.sharding import is_sharded
 from covft.utils.transformers_names import check_release
@@ -160,6 +161,8 @@ class CoVFTCallback(TowerCallback):
     - Logs routing entropy, expert load, the norm of the gates' gradients, the distance of the experts from each other
       and, with sparse routing, the load-balancing loss, which the attached model adds to its loss. Warns once if the
       experts are still equal after 100 steps.
+    - On request, logs how far the updates of the tower agree: the mean cosine of their gradients with the dominant
+      direction, and its deviation.
     - Before the first step, raises if other code has frozen everything that covft adds, and warns if it has frozen a
       part of it. What `get_peft_model` has frozen is trained again.
     - Keeps what covft trains of a model in half precision in float32, where AdamW's small steps are not rounded away;
@@ -175,6 +178,8 @@ class CoVFTCallback(TowerCallback):
         missing_gradients: Reaction to trained parameters without gradient after the first step, and to a tower that
             other code has frozen: `"raise"`, `"warn"` or `"ignore"`.
         per_layer: Whether to log figures of each adapted block, in addition to their means.
+        conflict_every: Steps between gradients of the tower that are compared with their dominant direction; None
+            compares none. Not with DeepSpeed and FSDP, which shard gradients.
         **settings: The other keywords of `covft.attach`, or `empty_instruction` and the like with the options of
             another method: `layers`, `experts`, `r`, ...
 
@@ -196,6 +201,7 @@ class CoVFTCallback(TowerCallback):
         resume_from: str | Path | None = None,
         missing_gradients: str = "raise",
         per_layer: bool = False,
+        conflict_every: int | None = None,
         **settings: Any,
     ) -> None:
         import_library("transformers", "train", needed_by="CoVFTCallback")
@@ -214,7 +220,10 @@ class CoVFTCallback(TowerCallback):
                 got=repr(missing_gradients),
                 fix="raise",
             )
+        check_sizes(conflict_every=conflict_every)
         super().__init__(missing_gradients, per_layer)
+        self.conflict_every = conflict_every
+        self._updates: UpdateMonitor | None = None  # only where asked for
         self.text_encoder, self.tokenizer, self.settings = text_encoder, tokenizer, settings
         self.method = method
         self.resume_from = resume_from
@@ -223,6 +232,8 @@ class CoVFTCallback(TowerCallback):
         """Attach the model, and refuse arguments that would lose gradients or checkpoints."""
         model = kwargs["model"]
         _check_arguments(args)
+        if self.conflict_every is not None:
+            check_engine()
         if attachment_of(model) is None:
             tokenizer = kwargs.get("processing_class") if self.tokenizer is None else self.tokenizer
             tune(model, self.method, text_encoder=self.text_encoder, tokenizer=tokenizer, **self.settings)
@@ -261,13 +272,25 @@ class CoVFTCallback(TowerCallback):
         check_trainable(model, self.missing_gradients)
         self._cover_forward(model)
         self._start(model, model.named_parameters())
+        if self.conflict_every is not None and state.is_world_process_zero:  # DDP gives all processes equal gradients
+            self._updates = UpdateMonitor(_attachment(model).encoder.vit.named_parameters(), self.conflict_every)
 
     def on_pre_optimizer_step(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Record the routing and the gates' gradients; in the first step, check all gradients."""
         if self._monitor is not None:
             self._monitor.note_routing()
             self._monitor.note_gates()
+        if self._updates is not None:
+            self._updates.note(state.global_step)
         self._check_gradients(kwargs["model"])
+
+    def on_log(self, args: Arguments, state: State, control: Control, logs: Any = None, **kwargs: Any) -> None:
+        """See `TowerCallback`."""
+        super().on_log(args, state, control, logs, **kwargs)
+        if self._updates is not None and logs is not None:
+            figures = self._updates.figures()
+            logs.update(figures)
+            state.log_history[-1].update(figures)
 
     def on_save(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Write `covft/` to the checkpoint, and then mark the checkpoint complete."""
@@ -285,6 +308,7 @@ class CoVFTCallback(TowerCallback):
     def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Load the tower of the best checkpoint, if the trainer has loaded the rest of it."""
         self._stop_watching()
+        self._updates = None
         self._uncover_forward(kwargs["model"])
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and not _restores_itself():

@@ -144,6 +144,8 @@ def untune(tuned: nn.Module) -> nn.Module:
 def merge(tuned: nn.Module) -> nn.Module:
     """Fold what was trained of a tower into its weights, exactly, in place: the plain model, for any loader.
 
+    `covft.merge` is this for methods that add the same to every input; it also merges mixtures of experts, with data.
+
     Args:
         tuned: What `tune` returned.
 

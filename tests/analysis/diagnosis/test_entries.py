@@ -39,7 +39,7 @@ def test_what_only_the_loss_can_read_needs_kinds():
 
 
 def test_kinds_that_do_not_fit_are_refused():
-    with pytest.raises(ShapeError, match="Every entry has a kind"):
+    with pytest.raises(ShapeError, match="not as many as the entries"):
         read_entries(DATA, ["a"], 20, 0)
     with pytest.raises(ConfigError, match="10 of 20 without"):
         read_entries([entry[: 2 + i % 2] for i, entry in enumerate(DATA)], None, 20, 0)

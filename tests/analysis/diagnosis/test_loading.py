@@ -76,4 +76,4 @@ def test_what_cannot_be_loaded_is_told(folder, capsys):
     assert run(folder, model="nothing") == 2
     assert "CheckpointError" in capsys.readouterr().err
     assert run(folder, template="nonsense") == 2
-    assert "There is no chat template 'nonsense'" in capsys.readouterr().err
+    assert "'nonsense' is not a known chat template" in capsys.readouterr().err

@@ -50,7 +50,8 @@ def test_the_rule(choice, changes):
 def test_proposals():
     found = decide(CONFLICT)
     assert (found.layers, found.experts, found.groups) == ((3, 4, 5), 2, (("a",), ("b",)))
-    assert "'a' and 'b' (alignment +0.00, -0.10 to +0.10)" in found.reasons[0]
+    apart = "'a' and 'b' are more than 60 degrees apart (alignment +0.00, -0.10 to +0.10)"
+    assert apart in found.reasons[0]
     pairs = (
         pair("a", "b"),
         pair("a", "c"),

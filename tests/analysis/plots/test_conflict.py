@@ -32,7 +32,7 @@ def test_conflict_is_drawn_with_its_numbers(gradients):
     written = [text.get_text() for text in drawn(plot_pairs(found, 4)).texts]
     assert written == [f"{value:+.3f}" for value in found.cosines[1].ravel()]
     assert drawn(plot_pairs(found)).texts[0].get_text() == f"{found.cosines[2, 0, 0]:+.3f}"
-    with pytest.raises(ConfigError, match="no block 9"):
+    with pytest.raises(ConfigError, match="layer=9 is not"):
         plot_pairs(found, 9)
 
 

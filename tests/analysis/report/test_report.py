@@ -66,13 +66,13 @@ def diagnosis():
         "kinds": {"box": 1200, "caption": 40},
         "conflict": {
             "kinds": ["box", "caption"],
-            "layers": [2],
-            "alignment": [[[1, 0.5], [0.5, 1]], [[1, 0.125], [0.125, 1]]],
-            "low": [[[1, 0], [0, 1]]] * 2,
-            "high": [[[1, None], [None, 1]]] * 2,
+            "layers": [2, 3],
+            "alignment": [*[[[1, 0.5], [0.5, 1]]] * 2, [[1, -0.12], [-0.12, 1]]],
+            "low": [[[1, 0], [0, 1]]] * 3,
+            "high": [[[1, None], [None, 1]]] * 3,
             "pair_p_values": [[1, 0.004], [0.004, 1]],
-            "separation": [0.75, 0.8],
-            "p_values": [0.03, 0.002],
+            "separation": [0.2, 0.8, 0.5],
+            "p_values": [0.03, 0.002, 0.002],
         },
         "probe": {"steps": 10, "batch": 8, "alone": {"box": {"caption": change}}, "joint": {"box": change}},
         "not_measured": ["What longer training does."],
@@ -92,10 +92,14 @@ def test_page_has_every_section_and_the_numbers(page):
     assert "3 clusters by k-means" in text
     assert "most at row 2 of 4, column 3 of 4; 25 % on class token and registers" in text
     assert "0.70, 0.30" in text
-    cells = ["box and caption</th><td>0.125</td><td>0 to unknown</td><td>0.004", "2</th><td>0.75</td><td>0.03"]
+    cells = [
+        "box and caption</th><td>−0.12</td><td>0.00 to unknown</td><td>0.004",
+        "2</th><td class='heat' style='--w:25%'>0.200</td><td>0.030",
+        "3</th><td class='heat' style='--w:100%'>0.800</td><td>0.002",
+    ]
     cells += [
         "All kinds: p = 0.002",
-        "box</th><td>caption</td><td>-0.25</td><td>-0.3 to -0.2",
+        "box</th><td>caption</td><td>−0.250</td><td>−0.300 to −0.200",
         "layers=[2, 3], experts=2",
     ]
     assert all(cell in text for cell in cells)

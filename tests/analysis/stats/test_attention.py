@@ -123,7 +123,7 @@ def test_what_has_no_grid_or_no_second_question_is_refused():
     packed = covft.wrap(BY_NAME["hf-qwen2-vl"].build(), 16)
     with pytest.raises(UnsupportedViTError, match="packed"):
         attention_maps(packed, torch.randn(1, 3, 32, 32), torch.randn(1, 16))
-    with pytest.raises(ShapeError, match="Two questions"):
+    with pytest.raises(ShapeError, match="two questions about one"):
         compare_questions(wrapped("hf-clip"), torch.randn(3, 32, 32), TEXTS[:1])
     with pytest.raises(UnsupportedViTError, match="reads no text"):
         compare_questions(covft.tune(ToyViT(), "lora"), torch.randn(3, 16, 16), TEXTS)

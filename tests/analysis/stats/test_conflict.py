@@ -144,9 +144,9 @@ def test_what_cannot_be_compared_is_refused():
         conflict(planted(0.0), permutations=0)
     with pytest.raises(ConfigError, match="level=1"):
         conflict(planted(0.0), level=1.0)
-    with pytest.raises(LayerIndexError, match="block 9"):
+    with pytest.raises(LayerIndexError, match="Block 9"):
         dominance(planted(0.0), 9)
-    with pytest.raises(ShapeError, match="updates of zero"):
+    with pytest.raises(ShapeError, match="Updates of zero"):
         dominance(Gradients((0,), np.zeros((3, 1, 4), np.float32), ("a",) * 3))
     with pytest.raises(ShapeError, match="not projected gradients"):
         Gradients((0,), np.full((1, 1, 4), np.nan, np.float32), ("a",))

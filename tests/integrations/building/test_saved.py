@@ -142,6 +142,39 @@ def test_dtype_text_encoder_and_attention_are_the_callers(tmp_path):
     assert outputs(loaded, {**batch, "pixel_values": batch["pixel_values"].bfloat16()})[0].isfinite().all()
 
 
+def write_text_encoder(folder):
+    """A small model of texts, whose tokenizer spells bytes."""
+    from transformers import BertConfig, BertModel
+
+    tokenizer = BY_NAME["llava"].tokenizer
+    tokenizer.save_pretrained(folder)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = BertModel(BertConfig(**small, vocab_size=len(tokenizer), max_position_embeddings=128))
+    for parameter in bert.parameters():  # the usual 0.02 would make all texts alike
+        torch.nn.init.normal_(parameter, std=0.3)
+    bert.save_pretrained(folder)
+
+
+def test_a_text_encoder_in_the_folder_is_found(tmp_path):
+    write_text_encoder(tmp_path / "bert")
+    mllm = BY_NAME["llava"]
+    model = mllm.build()
+    batch = mllm.batch(model, [Row(1, CUP), Row(1, PEOPLE)]).inputs
+    covft.attach(model, f"{tmp_path / 'bert'}?pooling=mean", tokenizer=mllm.tokenizer)
+    perturb(covft.get_encoder(model))
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    mllm.tokenizer.save_pretrained(folder)
+    with pytest.raises(CheckpointError, match="was in a folder of the machine that saved"):
+        covft.load_model(folder)
+    (tmp_path / "bert").rename(folder / "text_encoder")
+    assert_same(covft.load_model(folder)[0], model, batch)  # so its pooling is that of training
+    config = json.loads((folder / "covft" / "covft_config.json").read_text())
+    edit(folder / "covft" / "covft_config.json", text={**config["text"], "source": "local:bert?cache_dir=x"})
+    with pytest.raises(CheckpointError, match="cache_dir"):
+        covft.load_model(folder)
+
+
 # ------------------------------------------------------------------------------- a trainer's checkpoints
 
 

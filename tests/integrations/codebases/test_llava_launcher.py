@@ -12,7 +12,7 @@ import covft
 from covft.errors import (
     CheckpointError,
     ConfigError,
-    MissingGradientError,
+    LayerIndexError,
     ReentrantCheckpointError,
 )
 from covft.integrations.codebases import llava as launcher
@@ -207,8 +207,8 @@ def test_a_second_stage_goes_on_with_a_saved_tower(llava_code, llava_home, train
 
 
 @pytest.mark.filterwarnings(CLIP_WARNING)
-def test_blocks_that_nothing_reads_end_the_training_at_once(llava_code, llava_home):
-    with pytest.raises(MissingGradientError, match="no gradient"):
+def test_blocks_that_nothing_reads_are_refused_before_the_training(llava_code, llava_home):
+    with pytest.raises(LayerIndexError, match="after the hidden state that is read"):
         run(llava_home, covft_flags=["--covft_layers", "2-3"])
 
 

@@ -147,3 +147,23 @@ def test_turns__all_first_last(turns):
     _, runs = forward(model, batch, input_ids=ids, attention_mask=torch.ones_like(ids))
     wanted = {"all": f"{CUP} {DOG}", "first": CUP, "last": DOG}[turns]
     assert changed(runs[0].features, alone(model, runs[0].images, [wanted])) == [False]
+
+
+def test_turns__others_than_in_training_are_warned_about(tmp_path):
+    mllm = BY_NAME["llava"]
+    model = mllm.build()
+    attach(model, TEXTS, tokenizer=mllm.tokenizer, turns="last", system="Be brief.")
+    model.save_pretrained(tmp_path)
+    saved = tmp_path / "covft"
+    with pytest.warns(UserWarning, match=r"turns='last'; here it is turns='all'"):
+        attach(
+            type(model).from_pretrained(tmp_path), TEXTS, tokenizer=mllm.tokenizer, pretrained=saved, system="Be brief."
+        )
+    attach(  # the same: no warning, which would be an error here
+        type(model).from_pretrained(tmp_path),
+        TEXTS,
+        tokenizer=mllm.tokenizer,
+        pretrained=saved,
+        turns="last",
+        system="Be brief.",
+    )

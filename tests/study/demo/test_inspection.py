@@ -41,7 +41,7 @@ def test_two_dimensions_are_the_principal_components() -> None:
 @pytest.mark.long
 def test_answers_routing_and_the_saved_encoder_join_the_row_of_covft(tmp_path: Path) -> None:
     settings = RunSettings(**TINY)
-    row = run(settings, inspect=Inspector(tmp_path / "encoder"))
+    row = run(settings, inspect=Inspector(tmp_path))
     kept = row["inspection"]
     examples = chosen(held_out_part(settings), settings.tasks)
     shown = examples_shown(examples)
@@ -64,6 +64,6 @@ def test_answers_routing_and_the_saved_encoder_join_the_row_of_covft(tmp_path: P
 
 @pytest.mark.long
 def test_of_other_methods_only_answers_are_kept(tmp_path: Path) -> None:
-    row = run(RunSettings(**TINY, method="frozen"), inspect=Inspector(tmp_path / "encoder"))
+    row = run(RunSettings(**TINY, method="frozen"), inspect=Inspector(tmp_path))
     assert set(row["inspection"]) == {"answers"}
-    assert not (tmp_path / "encoder").exists()
+    assert not list(tmp_path.iterdir())

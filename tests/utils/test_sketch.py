@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from covft.analysis.stats.sketch import GradientSketch
 from covft.errors import ConfigError
+from covft.utils.sketch import GradientSketch
 
 SIZE, WIDTH, DRAWS = 1500, 128, 150
 
@@ -48,7 +48,7 @@ def test_several_weights_are_one_vector_and_it_is_linear():
 def test_large_weights_are_read_in_parts(monkeypatch):
     weight = {"weight": torch.randn(1000)}
     at_once = GradientSketch(32)(weight)
-    monkeypatch.setattr("covft.analysis.stats.sketch._AT_ONCE", 64)
+    monkeypatch.setattr("covft.utils.sketch._AT_ONCE", 64)
     torch.testing.assert_close(GradientSketch(32)(weight), at_once)
 
 

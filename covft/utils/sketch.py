@@ -17,6 +17,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,3 +85,20 @@ class GradientSketch:
             known = torch.randint(2 * self.width, (values.numel(),), generator=generator, dtype=torch.int16)
         self._drawn[name] = known = known.to(values.device)
         return known
+
+
+def along_first_direction(rows: np.ndarray) -> tuple[np.ndarray, float]:
+    r"""Return the cosines of vectors with their first principal direction, and its share of their squared length.
+
+    The direction is the unit vector $v$ that maximises $\sum_i \langle x_i, v \rangle^2$, signed so that the mean
+    cosine is not negative.
+
+    Args:
+        rows: The vectors, `(N, n)`, not all zero; one of zero has cosine 0.
+    """
+    rows = rows.astype(np.float64)
+    norms = np.linalg.norm(rows, axis=1)
+    values, vectors = np.linalg.eigh(rows @ rows.T)
+    along = np.sqrt(max(values[-1], 0.0)) * vectors[:, -1]
+    cosines = np.divide(along, norms, out=np.zeros_like(along), where=norms > 0)
+    return cosines if cosines.sum() >= 0 else -cosines, float(values[-1] / values.sum())

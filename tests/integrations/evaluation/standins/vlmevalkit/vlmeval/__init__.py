@@ -1,0 +1,3 @@
+"""Stands in for VLMEvalKit's package."""
+
+STARTED = []

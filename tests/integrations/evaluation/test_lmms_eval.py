@@ -1,0 +1,64 @@
+"""Models for lmms-eval: by a stand-in of its call shape, and by the real one."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from covft.integrations import attach
+from covft.integrations.evaluation.lmms_eval import AttachedModel
+from covft.testing import HashTextEncoder, tiny_llava
+from tests.real.bench import Bench
+from tests.real.engines import lmms_eval
+from tests.real.environments import REAL
+from tests.real.results import Result
+
+PYTHON = REAL / "lmms_eval" / "env" / "bin" / "python"
+
+
+class Swallowing:
+    """What `chat/llava_hf` does: any exception becomes an empty answer."""
+
+    @property
+    def model(self):
+        return self._model
+
+    def generate_until(self, requests):
+        return [self.answer(request.inputs) for request in requests]
+
+    def answer(self, inputs):
+        try:
+            return self.model.generate(**inputs, max_new_tokens=2, do_sample=False).tolist()
+        except Exception:
+            return ""
+
+
+class Engine(AttachedModel, Swallowing):
+    """A model without the loading, which needs lmms-eval."""
+
+    def __init__(self, model):
+        self._model, self._text = model, "right"
+
+
+def test_generate_until__a_row_that_fails_ends_the_run():
+    tiny = tiny_llava(depth=2)
+    attach(tiny.model, HashTextEncoder(8), tokenizer=tiny.tokenizer)
+    engine, override = Engine(tiny.model), vars(tiny.model)["generate"]
+    good, bad = (SimpleNamespace(args=(text,), inputs=tiny.batch([text])) for text in ("what is it?", ""))
+    expected = tiny.model.generate(**good.inputs, max_new_tokens=2, do_sample=False).tolist()
+    assert engine.generate_until([good, good]) == [expected, expected]
+    with pytest.raises(SystemExit, match=r"a row failed after 1 answers\. MissingContextError"):
+        engine.generate_until([good, bad, good])
+    assert vars(tiny.model)["generate"] is override
+
+
+@pytest.mark.slow
+def test_lmms_eval__answers_are_those_of_generate(tmp_path):
+    """Three models on a local task, a failing row, two processes: every check of `make real` holds."""
+    if not PYTHON.is_file():
+        pytest.skip(f"no {Path(*PYTHON.parts[-4:])}: make real REAL_ARGS=lmms_eval")
+    result = Result("lmms_eval", "", "")
+    lmms_eval.run(Bench(PYTHON, tmp_path, result, Console(quiet=True)))
+    assert len(result.checks) == 9
+    assert [check for check in result.checks if not check["holds"]] == []
