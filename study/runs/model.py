@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from covft.integrations.building.pooling import averaged_squares
 from covft.tuning.q_moe import CONNECTOR
 from study.trunk import PassThrough, blocks_of, depth, upper_blocks
 
@@ -90,10 +91,7 @@ class Miniature(nn.Module):
 def averaged_over_squares(patches: Tensor, tokens: int) -> Tensor:
     """Average a square of patches, `(B, N, D)`, down to a smaller square of tokens."""
     side, left = round(patches.shape[1] ** 0.5), round(tokens**0.5)
-    if side == left:
-        return patches
-    squares = patches.reshape(len(patches), left, side // left, left, side // left, patches.shape[-1])
-    return squares.mean((2, 4)).flatten(1, 2)
+    return patches if side == left else averaged_squares(patches, side // left)
 
 
 def first_trained(tower: nn.Module) -> int:
