@@ -87,7 +87,8 @@ def export(
 
     Raises:
         ConfigError: If the format is not known, or needs a path.
-        UnsupportedViTError: If the ViT packs images of several sizes into one sequence, or its routing is random.
+        UnsupportedViTError: If the ViT packs images of several sizes into one sequence, makes a number of the batch
+            size, or its routing is random.
         MissingDependencyError: If packages for ONNX are missing.
 
     Example:
@@ -107,7 +108,17 @@ def export(
     with _at_rest(encoder):
         wanted = module(*other)  # before: transformers installs its hooks in the first eager call
         batch = torch.export.Dim("batch")
-        program = torch.export.export(module, inputs, dynamic_shapes=({0: batch}, {0: batch}), strict=False)
+        try:
+            program = torch.export.export(module, inputs, dynamic_shapes=({0: batch}, {0: batch}), strict=False)
+        except RuntimeError as error:
+            if "Constraints violated (batch)" not in str(error):
+                raise
+            raise UnsupportedViTError(
+                "This ViT or select= makes a number of the batch size, which the graph would fix.",
+                expected="code that works for any batch, such as x.shape[0]",
+                got=f"a graph for {len(inputs[0])} images alone",
+                fix="replace len(x) and int(x.shape[0]) in its forward by x.shape[0]",
+            ) from error
     target = None if path is None else Path(path)
     if format == "torch":
         found = program.module()(*other)
