@@ -13,10 +13,11 @@ import torch
 import covft
 from covft.integrations.training.updates import UpdateMonitor
 from covft.utils.files import write_text
+from study.inspection.distance import measure
 from study.inspection.look import Looked, Texts, look
 from study.runs.build import new_llava
 from study.runs.methods import options_of
-from study.runs.run import run
+from study.runs.run import run, versions
 from study.runs.settings import RunSettings
 from study.towers import small_vit
 
@@ -56,7 +57,9 @@ class Updates:
 def inspect_runs(
     settings: RunSettings, folder: Path, results: Path = RESULTS, device: str = "cpu", report: Any = None
 ) -> list[Path]:
-    """Train each method, look at it, and write the numbers, a JSON file each; those that are there stay.
+    """Train each method, look at it, and write the numbers, a JSON file each; files that are there stay.
+
+    The distances of towers of two tasks are a file more.
 
     Args:
         settings: The run; its method is replaced.
@@ -82,7 +85,23 @@ def inspect_runs(
         if is_covft:
             found |= {"trained_tower": row["inspection"], "untrained_tower": untrained(own)}
         write_text(file, json.dumps(found) + "\n")
-    return files
+    return [*files, distances(settings, results, device, report)]
+
+
+def distances(settings: RunSettings, results: Path = RESULTS, device: str = "cpu", report: Any = None) -> Path:
+    """Write how far towers of two tasks come apart; what is there stays. Return the file.
+
+    Args:
+        settings: The run; its method and tasks are replaced.
+        results: Where the numbers go.
+        device: `cpu` or `cuda`.
+        report: Called with the number of finished steps of a training, now and then.
+    """
+    file = results / f"distance-{settings.replace(method='full').name}.json"
+    if not file.is_file():
+        found = measure(settings, device, report) | {"versions": versions()}
+        write_text(file, json.dumps(found) + "\n")
+    return file
 
 
 def untrained(settings: RunSettings) -> dict[str, Any]:
