@@ -88,7 +88,7 @@ def audited():
 def test_the_audit_is_tabulated_with_intervals(audited):
     right, swapped, generic, _ = audit_table(audited).rows
     hits = {name: np.array([float(hit) for hit in text]) for name, text in audited["scores"].items()}
-    alone = bootstrap({0: {"x": hits["swapped"]}})
+    alone = bootstrap({0: {"x": hits["swapped"].tolist()}})
     assert swapped[1] == f"50.0 [{100 * alone.low:.1f},\u00a0{100 * alone.high:.1f}]"
     assert swapped[2].startswith("+30.0 [+2")
     assert generic[2:4] == ["0.0 [0.0,\u00a00.0]", "1.000"]
@@ -96,7 +96,7 @@ def test_the_audit_is_tabulated_with_intervals(audited):
     assert both_right(audited)["swapped"] == pairs["swapped"].tolist()
     assert right[4].startswith("80.0 [")
     assert swapped[4].startswith("20.0 [")
-    apart = paired_bootstrap({0: {"x": pairs["right"]}}, {0: {"x": pairs["swapped"]}})
+    apart = paired_bootstrap({0: {"x": pairs["right"].tolist()}}, {0: {"x": pairs["swapped"].tolist()}})
     assert swapped[5] == f"+60.0 [+{100 * apart.low:.1f},\u00a0+{100 * apart.high:.1f}]"
     assert "200 held-out questions, two about each of 100 pictures" in "\n".join(audit_section(audited))
 
