@@ -25,7 +25,7 @@ from study.runs.tables import Part, training_order, training_part
 from study.runs.train import fit
 
 TASKS = ("grounding", "caption")
-STEPS, LOOKS = 120, 6  # of each training; how often the weights are kept, beside the start
+STEPS, LOOKS = 200, 8  # of each training: about two epochs of a half; how often weights are kept, beside the start
 _OF_A_BLOCK = ("distance", "relative", "cosine")
 
 Weights = dict[str, Tensor]

@@ -20,7 +20,7 @@ GROUP_COLOURS = dict(
 CLUSTER_COLOURS = ("#3f8fd0", "#e0703a", "#3f9f6f", "#a878c8", "#b8902a", "#4aa3a3", "#cf6a8e", "#8a94a6")
 DRAWN_PAIRS = 500
 PAPER = {"full": (0.076, 0.112), "covft": (0.189, 0.051)}  # mean and deviation of its Fig. 5
-GROUPS_OF_PAIRS = (marks.COLOURS["covft"], "#e0a070", marks.COLOURS["full"])
+COLOURS_OF_PAIRS = (marks.COLOURS["covft"], "#a878c8", marks.COLOURS["full"])
 WEIGHTS = {"tower": "all trained weights of the tower", "ffns": "FFNs of the adapted blocks alone"}
 
 
@@ -126,31 +126,29 @@ def draw_agreement(gains: Mapping[str, float], predicted: Mapping[str, Mapping[s
     return figure
 
 
-def draw_distance(found: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> Figure:
-    """Draw how far pairs of towers are apart, over training and by block (Fig. 1c of the paper).
+def draw_distance(found: Sequence[Mapping[str, Any]], groups: Mapping[str, Sequence[str]]) -> Figure:
+    """Draw how far pairs of towers are apart, over training and by block (Fig. 1c of the paper); a line for each pair.
 
     Args:
-        found: What `study.inspection.distance.measure` returned.
+        found: What `study.inspection.distance.measure` returned, by seed.
         groups: Keys of the pairs of each group, by its label.
     """
     figure, (left, right) = marks.panels(7.2, 3.1, 2)
-    for place, (label, pairs) in enumerate(groups.items()):
-        colour = GROUPS_OF_PAIRS[place]
-        for number, pair in enumerate(pairs):
-            over_training = found["pairs"][pair]
-            shown = {"color": colour, "ms": 3.5, "lw": 1.3, "label": None if number else label}
-            left.plot([0, *found["steps"]], [0, *(one[""][0] for one in over_training)], "o-", **shown)
-            blocks = [block for block in over_training[-1] if block]
-            right.plot(range(len(blocks)), [over_training[-1][block][0] for block in blocks], "o-", **shown)
-            right.set_xticks(range(len(blocks)), blocks)
+    for colour, (label, pairs) in zip(COLOURS_OF_PAIRS, groups.items(), strict=True):
+        lines = [one["pairs"][pair] for one in found for pair in pairs]
+        for number, line in enumerate(lines):
+            style = {"color": colour, "ms": 2.5, "lw": 1, "alpha": 0.75, "label": None if number else label}
+            left.plot([0, *found[0]["steps"]], [0, *(step[""][0] for step in line)], "o-", **style)
+            blocks = [block for block in line[-1] if block]
+            right.plot(blocks, [line[-1][block][0] for block in blocks], "o-", **style)
     left.set_xlabel("step")
     left.set_ylabel("L2 distance of two towers")
     left.set_title("all weights")
     right.set_xlabel("block")
-    right.set_title(f"each block, after {found['steps'][-1]} steps")
+    right.set_title(f"each block, after {found[0]['steps'][-1]} steps")
     for axes in (left, right):
         axes.set_ylim(bottom=0)
-    left.legend()
+    right.legend(loc="lower left")
     return figure
 
 

@@ -36,8 +36,8 @@ def write_page(results: Results, folder: Path, inspected: Path = RESULTS, diagno
     parts = ["# Before and inside", _INTRODUCTION, *_planted(known, folder)]
     if agreement.path_of(agreement.ALL, diagnoses).is_file():
         parts += _agreement(results, agreement.read_diagnosis(agreement.ALL, diagnoses), folder)
-    if distance := _read(inspected, "distance"):
-        parts += distance_section(distance, folder)
+    if distances := [json.loads(path.read_text(encoding="utf-8")) for path in sorted(inspected.glob("distance-*"))]:
+        parts += distance_section(distances, folder)
     found = {method: one for method in METHODS if (one := _read(inspected, method))}
     if "covft" in found:
         parts += _tower(found["covft"], folder)
@@ -343,7 +343,7 @@ _INTRODUCTION = (
 _AGAIN = f"""```bash
 {_DIAGNOSE}
 {_DIAGNOSE_ALL}
-{INSPECT}   # trains covft and full tuning: half an hour on a core; the encoder is in runs/inspected
+{INSPECT}   # trains covft, full tuning and towers of two tasks: 40 minutes on a core; the encoder is in runs/inspected
 covft report runs/inspected
 python -m study inside --folder runs/inspected  # this page
 ```"""

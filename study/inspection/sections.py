@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from covft import metrics
 from study.inspection import draw
-from study.results.formats import NOTHING, Table, number, p_value
+from study.results.formats import NOTHING, Table, number, p_value, plural
 from study.results.formats import signed as signed_points
 
+DISTANCE, COSINE = 0, 2  # places in what was written of a block
 INSPECT = "python -m study inspect"
 TWO_TASKS, TWO_AND_OTHER, ONE_TASK = (
     "two tasks, the same pictures", "two tasks, other pictures", "one task, other pictures"
@@ -24,24 +26,23 @@ TOLD = {
 }
 
 
-def distance_section(found: Mapping[str, Any], folder: Path) -> list[str]:
+def distance_section(found: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
     """Return the paragraphs about towers of two tasks, and draw their figure.
 
     Args:
-        found: What `study.inspection.distance.measure` returned.
+        found: What `study.inspection.distance.measure` returned, by seed.
         folder: Where the figure goes.
     """
-    groups = groups_of(found)
+    groups, settings = groups_of(found[0]), found[0]["settings"]
     draw.write(folder, "distance", lambda: draw.draw_distance(found, groups))
-    settings = found["settings"]
     return [
         "## Do towers of two tasks come apart?",
         "In the paper's Fig. 1c, the L2 distance between a tower tuned on grounding and one tuned on captioning, on "
         "the same pictures, grows steadily during training, most of all in deep blocks. It has no control: two "
         "trainings on one task come apart, too. Here full tuning trains four towers from the start of all runs, each "
-        f"on grounding or captioning, with one half or the other of {2 * found['pictures']:,} pictures: "
-        f"{settings['steps']} steps of {found['batch']} questions, each about another picture, seed "
-        f"{settings['seed']}. Two towers of one half saw the same pictures in the same order.",
+        f"on grounding or captioning, with one half or the other of {2 * found[0]['pictures']:,} pictures: "
+        f"{settings['steps']} steps of {found[0]['batch']} questions, each about another picture, with "
+        f"{plural(len(found), 'seed')}. Two towers of one half see the same pictures in the same order.",
         distance_table(found).markdown(),
         told_of_distance(found),
         f"![L2 distance of pairs of towers, over training and by block: {', '.join(groups)}](distance.svg)"
@@ -52,9 +53,9 @@ def distance_section(found: Mapping[str, Any], folder: Path) -> list[str]:
                 "How far two towers are apart, and how far two trainings on one task are. The cosine is that of their "
                 "changes since the start: 1 if both moved the same way, 0 if at random. Blocks have the same number "
                 "of weights; the last block is not read, so it stays.",
-                "That distance harms: weights also come apart by noise, and AdamW moves them about as far whatever the "
-                "gradients' size. The distance flattens as the learning rate decays. It is one seed and a short "
-                "training, so the two values in a cell are no interval.",
+                "That distance harms. Distances flatten as the learning rate decays, and AdamW moves weights about as "
+                "far whatever the gradients' size: how far says less than in which direction. The runs train on all "
+                "tasks at once, and for longer.",
             ],
         ),
         f"```bash\n{INSPECT}\n```",
@@ -71,55 +72,59 @@ def groups_of(found: Mapping[str, Any]) -> dict[str, list[str]]:
     return groups
 
 
-def distance_table(found: Mapping[str, Any]) -> Table:
+def distance_table(found: Sequence[Mapping[str, Any]]) -> Table:
     """Tabulate the distances after the last step, block by block."""
-    groups = groups_of(found)
-    table = Table(
-        "Distance", ["block", *groups, "first column / third", "cosine, two tasks", "cosine, one task"]
-    )  # fmt: skip
-    for block in [*(name for name in _last(found, groups[ONE_TASK][0]) if name), ""]:
-        apart = {name: [_last(found, pair)[block][0] for pair in pairs] for name, pairs in groups.items()}
-        cosines = (
-            [_last(found, pair)[block][2] for pair in groups[name]] for name in (TWO_TASKS, ONE_TASK)
-        )  # fmt: skip
-        ratio = sum(apart[TWO_TASKS]) / sum(apart[ONE_TASK])
+    groups = groups_of(found[0])
+    table = Table("Distance", ["block", *groups, "first / third", "cosine, two tasks", "cosine, one task"])
+    for block in [*_blocks(found), ""]:
+        apart = {name: _last(found, pairs, block) for name, pairs in groups.items()}
+        cosines = (_last(found, groups[name], block, COSINE) for name in (TWO_TASKS, ONE_TASK))
+        ratio = np.mean(apart[TWO_TASKS]) / np.mean(apart[ONE_TASK])
         table.rows.append(
             [
                 block or "all weights",
-                *(", ".join(f"{value:.3f}" for value in sorted(values)) for values in apart.values()),
+                *(_spread(values) for values in apart.values()),
                 f"{ratio:.2f}",
-                *(", ".join(_cosine(value) for value in values) for values in cosines),
+                *(_spread(values, sign="+") for values in cosines),
             ]
         )
-    table.notes.append("L2 distances after the last step, of two pairs of towers each.")
+    pairs = len(groups[TWO_TASKS])
+    table.notes.append(
+        f"L2 distances after the last step: mean, lowest and highest of {pairs} pairs of towers with each of "
+        f"{plural(len(found), 'seed')}."
+    )
     return table
 
 
-def told_of_distance(found: Mapping[str, Any]) -> str:
+def told_of_distance(found: Sequence[Mapping[str, Any]]) -> str:
     """Say in words what stands beside the paper's finding."""
-    groups = groups_of(found)
-    two, one = ([_last(found, pair)[""][0] for pair in groups[name]] for name in (TWO_TASKS, ONE_TASK))
-    shown = f"{_both(two)} against {_both(one)}"
+    groups = groups_of(found[0])
+    two, one = (_last(found, groups[name], "") for name in (TWO_TASKS, ONE_TASK))
     if min(two) > max(one):
-        said = f"**Towers of two tasks are further apart than towers of one**: {shown}."
+        said = "**Towers of two tasks are further apart than towers of one**"
     elif max(two) < min(one):
-        said = f"**Towers of two tasks are less far apart than towers of one**: {shown}."
+        said = "**Towers of two tasks are less far apart than towers of one**"
     else:
-        said = f"**Towers of two tasks are not shown to be further apart than towers of one**: {shown}."
-    grows = all(_grows([step[""][0] for step in found["pairs"][pair]]) for pair in groups[TWO_TASKS])
-    also = all(_grows([step[""][0] for step in found["pairs"][pair]]) for pair in groups[ONE_TASK])
-    if grows:
-        said += " The distance grows from step to step, as in the paper"
-        said += "; it does so for one task, too." if also else ", and not always for one task."
-    blocks = [name for name in _last(found, groups[TWO_TASKS][0]) if name]
-    summed = {
-        name: [sum(_last(found, pair)[block][0] for pair in groups[name]) for block in blocks]
-        for name in (TWO_TASKS, ONE_TASK)
+        said = "**Towers of two tasks are not shown to be further apart than towers of one**"
+    share = np.mean(one) / np.mean(two)
+    said += f": {_spread(two)} against {_spread(one)}, so two trainings on one task have {share:.0%} of the distance. "
+    along, together = (np.mean(_last(found, groups[name], "", COSINE)) for name in (TWO_TASKS, ONE_TASK))
+    said += (
+        f"The changes of two towers of one task have a cosine of {signed(together)} on average, those of two tasks "
+        f"{signed(along)}. "
+    )
+    if all(_grows(one, groups[TWO_TASKS]) for one in found):
+        also = all(_grows(one, groups[ONE_TASK]) for one in found)
+        said += f"The distance grows during training, as in the paper{'; so does that of one task' * also}. "
+    farthest = {
+        name: max(_blocks(found), key=lambda block, pairs=pairs: np.mean(_last(found, pairs, block)))
+        for name, pairs in groups.items()
     }
-    farthest = {name: blocks[values.index(max(values))] for name, values in summed.items()}
+    last = _blocks(found)[-1]
+    deep = "as in the paper" if farthest[TWO_TASKS] == last else "while the paper has deep blocks"
     return (
-        f"{said} It is largest in block {farthest[TWO_TASKS]} of {', '.join(blocks)} for two tasks, and in block "
-        f"{farthest[ONE_TASK]} for one; the paper has deep blocks."
+        f"{said}Of the blocks 0 to {last}, it is largest in block {farthest[TWO_TASKS]}, {deep}; of one task in block "
+        f"{farthest[ONE_TASK]}."
     )
 
 
@@ -131,10 +136,11 @@ def audit_section(found: Mapping[str, Any]) -> list[str]:
     """
     return [
         "## Is the text used?",
-        "The [audit](../guides/analysis.md) of the same trained covft: it answers the same questions four times, with "
-        "the same prompts. Only what the tower is told changes: the question, another question of these, one text for "
-        f"all (`{found['generic']}`), or zeros. {len(found['tasks']):,} held-out questions, two about each of "
-        f"{len(set(found['pictures'])):,} pictures, of all tasks but captions, which are not right or wrong.",
+        "The [audit](../guides/diagnose.md#is-the-conditioning-used) of the same trained covft: it answers the same "
+        "questions four times, with the same prompts. Only what the tower is told changes: the question, another "
+        f"question of these, one text for all (`{found['generic']}`), or zeros. {len(found['tasks']):,} held-out "
+        f"questions, two about each of {len(set(found['pictures'])):,} pictures, of all tasks but captions, which are "
+        "not right or wrong.",
         audit_table(found).markdown(),
         told_of_audit(found),
         beside(
@@ -142,9 +148,10 @@ def audit_section(found: Mapping[str, Any]) -> list[str]:
             [
                 "Whether the answers of this model depend on the text that its tower reads. Differences are paired by "
                 "question, and by picture where both of its questions have to be right.",
-                "That conditioning helps: the model was trained with the right texts, so any other text is new to it. "
-                "What text is worth in training is in the [controls](index.md#controls). Intervals are of the "
-                "questions alone: it is one run.",
+                "That conditioning helps or does not: the model was trained with the right texts, so any other text "
+                "is new to it. What text is worth in training is in the [controls](index.md#controls), which compare "
+                "texts in evaluation too, with all questions and more seeds. Intervals here are of the questions "
+                "alone: it is one run.",
             ],
         ),
         f"```bash\n{INSPECT}\n```",
@@ -192,20 +199,23 @@ def signed(value: float, digits: int = 2) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
-def _last(found: Mapping[str, Any], pair: str) -> dict[str, list[Any]]:
-    return found["pairs"][pair][-1]
+def _blocks(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [block for block in next(iter(found[0]["pairs"].values()))[-1] if block]
 
 
-def _grows(values: list[float]) -> bool:
-    return all(one < other for one, other in itertools.pairwise(values))
+def _last(found: Sequence[Mapping[str, Any]], pairs: Sequence[str], block: str, what: int = DISTANCE) -> list[float]:
+    """Return what was found after the last step, of each pair with each seed."""
+    return [one["pairs"][pair][-1][block][what] for one in found for pair in pairs]
 
 
-def _both(values: list[float]) -> str:
-    return " and ".join(f"{value:.3f}" for value in sorted(values))
+def _grows(found: Mapping[str, Any], pairs: Sequence[str]) -> bool:
+    return all(found["pairs"][pair][-1][""][DISTANCE] > found["pairs"][pair][0][""][DISTANCE] for pair in pairs)
 
 
-def _cosine(value: float | None) -> str:
-    return "unknown" if value is None else signed(value)
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    """Write mean, lowest and highest."""
+    mean, low, high = (f"{value:{sign}.2f}".replace("-", "−") for value in (np.mean(values), min(values), max(values)))
+    return f"{mean} [{low},\u00a0{high}]"
 
 
 def _percent(found: metrics.Estimate) -> str:
