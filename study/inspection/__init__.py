@@ -1,4 +1,4 @@
-"""What towers of the study do: contexts, routing, attention, use of the text, how far updates agree and tasks drive apart.
+"""What towers of the study do: contexts, routing, attention, use of the text; how far updates and tasks disagree.
 
 look.py          looks at one trained covft
 conditioning.py  audits it: is its text used?
