@@ -343,7 +343,7 @@ _INTRODUCTION = (
 _AGAIN = f"""```bash
 {_DIAGNOSE}
 {_DIAGNOSE_ALL}
-{INSPECT}   # trains covft, full tuning and towers of two tasks: 40 minutes on a core; the encoder is in runs/inspected
+{INSPECT}   # trains covft, full tuning and towers of two tasks: 45 minutes on a core; the encoder is in runs/inspected
 covft report runs/inspected
 python -m study inside --folder runs/inspected  # this page
 ```"""

@@ -38,14 +38,14 @@ def distance_section(found: Sequence[Mapping[str, Any]], folder: Path) -> list[s
     return [
         "## Do towers of two tasks come apart?",
         "In the paper's Fig. 1c, the L2 distance between a tower tuned on grounding and one tuned on captioning, on "
-        "the same pictures, grows steadily during training, most of all in deep blocks. It has no control: two "
-        "trainings on one task come apart, too. Here full tuning trains four towers from the start of all runs, each "
-        f"on grounding or captioning, with one half or the other of {2 * found[0]['pictures']:,} pictures: "
+        "the same pictures, grows steadily during training, most of all in deep blocks. The paper has no control, "
+        "and two trainings on one task come apart, too. Here full tuning trains four towers from the start of all runs, "
+        f"each on grounding or captioning, with one half or the other of {2 * found[0]['pictures']:,} pictures: "
         f"{settings['steps']} steps of {found[0]['batch']} questions, each about another picture, with "
         f"{plural(len(found), 'seed')}. Two towers of one half see the same pictures in the same order.",
         distance_table(found).markdown(),
         told_of_distance(found),
-        f"![L2 distance of pairs of towers, over training and by block: {', '.join(groups)}](distance.svg)"
+        f"![L2 distance of pairs of towers, over training and by block: {'; '.join(groups)}](distance.svg)"
         "{ .scrolls }",
         beside(
             ["what it shows", "what it does not"],
@@ -116,15 +116,17 @@ def told_of_distance(found: Sequence[Mapping[str, Any]]) -> str:
     if all(_grows(one, groups[TWO_TASKS]) for one in found):
         also = all(_grows(one, groups[ONE_TASK]) for one in found)
         said += f"The distance grows during training, as in the paper{'; so does that of one task' * also}. "
-    farthest = {
-        name: max(_blocks(found), key=lambda block, pairs=pairs: np.mean(_last(found, pairs, block)))
-        for name, pairs in groups.items()
-    }
+    two_by_block, one_by_block = (
+        {block: float(np.mean(_last(found, groups[name], block))) for block in _blocks(found)}
+        for name in (TWO_TASKS, ONE_TASK)
+    )
+    ratios = {block: apart / one_by_block[block] for block, apart in two_by_block.items()}
     last = _blocks(found)[-1]
-    deep = "as in the paper" if farthest[TWO_TASKS] == last else "while the paper has deep blocks"
+    farthest = max(two_by_block, key=lambda block: two_by_block[block])
+    deep = "as in the paper" if farthest == last else "while the paper has deep blocks"
     return (
-        f"{said}Of the blocks 0 to {last}, it is largest in block {farthest[TWO_TASKS]}, {deep}; of one task in block "
-        f"{farthest[ONE_TASK]}."
+        f"{said}Of the blocks 0 to {last}, it is largest in block {farthest}, {deep}; compared with that of one task, "
+        f"in block {max(ratios, key=lambda block: ratios[block])}."
     )
 
 

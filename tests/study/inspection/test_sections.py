@@ -54,7 +54,10 @@ def test_distances_of_two_tasks_stand_beside_those_of_one(tmp_path):
     assert "two trainings on one task have 51% of the distance" in text
     assert "of one task have a cosine of +0.50 on average, those of two tasks −0.20" in text
     assert "The distance grows during training, as in the paper; so does that of one task." in text
-    assert "Of the blocks 0 to 1, it is largest in block 1, as in the paper; of one task in block 1." in text
+    assert (
+        "Of the blocks 0 to 1, it is largest in block 1, as in the paper; compared with that of one task, in block 0."
+        in text
+    )
     assert (tmp_path / "distance.svg").is_file()
 
 
