@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from covft.conditioning.carrier import Conditioning
 from covft.conditioning.open_scopes import Generator
-from covft.conditioning.scope import Conditioning, Scope
+from covft.conditioning.scope import Scope
 from covft.errors import ShapeError, TextEncoderError
 from covft.text import CachedTextEncoder, TextEncoder
 from covft.text.base import TokenStates, in_order

@@ -1,4 +1,4 @@
-"""Runs a module in eval mode, and gives each module its own mode back."""
+"""Training and eval mode of modules."""
 
 from __future__ import annotations
 
@@ -22,3 +22,14 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+def freeze_batch_norms(module: nn.Module) -> None:
+    """Keep the statistics of batch norms: they belong to the frozen ViT, as weights do.
+
+    Args:
+        module: A ViT or a part of it, in training mode.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training:
+            part.training = False
