@@ -45,6 +45,11 @@ class TowerCallback(TrainerCallback):
         self._watch: GradientWatch | None = None  # until all gradients were seen
         self._movement: MovementWatch | None = None  # for the first steps
 
+    def on_step_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Note what has a learning rate of 0 in this step."""
+        if self._movement is not None and kwargs.get("optimizer") is not None:
+            self._movement.before_step(kwargs["optimizer"])
+
     def on_substep_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Record the routing."""
         if self._monitor is not None:
