@@ -17,6 +17,7 @@ from covft.errors import ConfigError, UnsupportedViTError
 from covft.nn.experts import Experts
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
+from covft.utils.modes import in_eval_mode
 
 FORMATS = ("torch", "onnx")
 
@@ -105,7 +106,7 @@ def export(
         images, features = images.repeat(2, 1, 1, 1), features.repeat(2, 1)
     inputs = (images, features)
     other = (torch.cat([images, images[:1].flip(-1)]), torch.cat([features.flip(1), features[:1]]))
-    with _at_rest(encoder):
+    with _as_in_a_graph(encoder):
         wanted = module(*other)  # before: transformers installs its hooks in the first eager call
         batch = torch.export.Dim("batch")
         try:
@@ -154,22 +155,18 @@ def _per_image(encoder: ContextEncoder, text: Any, images: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _at_rest(encoder: ContextEncoder) -> Iterator[None]:
-    """Run as a graph does, in eval mode and without gradients; then everything is as it was."""
-    modes = {module: module.training for module in encoder.modules()}
+def _as_in_a_graph(encoder: ContextEncoder) -> Iterator[None]:
+    """Run as a graph does: no records, all experts, eval mode, no gradients; then everything is as it was."""
     slots = list(encoder.slots().values())
     experts = [slot.experts for slot in slots if isinstance(slot.experts, Experts)]
     try:
-        encoder.eval()
         for slot in slots:
             slot.keeps_record = False
         for mixture in experts:
             mixture.run_all = True
-        with torch.no_grad():
+        with in_eval_mode(encoder), torch.no_grad():
             yield
     finally:
-        for module, training in modes.items():
-            module.training = training
         for slot in slots:
             del slot.keeps_record
         for mixture in experts:

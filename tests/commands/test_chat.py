@@ -86,14 +86,14 @@ def test_a_session(folder):
     answers.append(chat.ask(other, image=folder / "blue cup.png"))
     for answer in answers:
         assert letters(answer or "(no answer)") in letters(text)
-    assert text.count("There are no routing weights") == 2, "before the first question, and after /reset"
+    assert text.count("Routing weights come with the first answer") == 2, "before the first question, and after /reset"
     rows = [line.split() for line in shown if re.match(r"\s*\d+\s+0\.\d{3}", line)]
     expected = [[str(layer), *(f"{w:.3f}" for w in row[0].tolist())] for layer, row in weights.items()]
     assert rows == expected
     for name in ("none.png", "broken.png"):
         assert any(name in line and "/image" not in line for line in shown)
     assert "covft chat reads files of this machine and fetches nothing" in text
-    assert "There is no such command." in text
+    assert " is not a command. " in text
     assert "40 x 30 pixels" in text
     assert "Traceback" not in text
     assert "Expected" not in text
@@ -102,7 +102,7 @@ def test_a_session(folder):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["no/such/folder"], "There is no folder no/such/folder."),
+        (["no/such/folder"], "The folder no/such/folder does not exist."),
         (
             ["x", "--image", "https://a.b/c.png"],
             "https://a.b/c.png is not opened: covft chat reads files of this machine",
