@@ -102,8 +102,7 @@ def load_model(
     is_adapter = (folder / _ADAPTER_CONFIG).is_file()
     source: Any = _base_of(folder, base) if is_adapter else folder
     if processor is None:
-        names = [folder] if isinstance(source, nn.Module) or source is folder else [folder, source]
-        processor = _load_processor(transformers, names, trust)
+        processor = _processor_of(folder, source, trust)
     if isinstance(source, nn.Module):
         model: Any = source
     else:
@@ -178,6 +177,34 @@ def _text_encoder_inside(folder: Path, tower: Path) -> TextEncoder | None:
     if isinstance(source, str) and not source.startswith("features:"):
         encoder.name = source  # as in training, and when it is saved again
     return encoder
+
+
+def load_processor(folder_or_repo_id: str | os.PathLike[str], base: Any = None) -> Any:
+    """Load the processor that `load_model` returns, without the model.
+
+    Args:
+        folder_or_repo_id: As for `load_model`.
+        base: As for `load_model`.
+
+    Raises:
+        CheckpointError: If the folder has no adapted tower.
+        ConfigError: If there is no processor and no tokenizer.
+    """
+    folder = _folder_with_tower(folder_or_repo_id)
+    source = _base_of(folder, base) if (folder / _ADAPTER_CONFIG).is_file() else folder
+    return _processor_of(folder, source, {"trust_remote_code": False})
+
+
+def _processor_of(folder: Path, source: Any, trust: Mapping[str, bool]) -> Any:
+    """Load the processor of a folder, or of the base model, or else a tokenizer."""
+    transformers = import_library("transformers", "transformers", needed_by="load_model")
+    names = [folder] if isinstance(source, nn.Module) or source is folder else [folder, source]
+    processor = _load_processor(transformers, names, trust)
+    if hasattr(processor, "image_seq_length") and not (folder / "processor_config.json").is_file():
+        # Saved in parts, none of which says how many tokens a picture has, so that it has the default.
+        length = read_strictly(folder / "config.json").get("image_seq_length") if source is folder else None
+        processor.image_seq_length = length if isinstance(length, int) else processor.image_seq_length
+    return processor
 
 
 def _load_processor(transformers: Any, sources: list[Any], trust: Mapping[str, bool]) -> Any:
