@@ -93,7 +93,7 @@ def export(
         MissingDependencyError: If packages for ONNX are missing.
 
     Example:
-        >>> encoder = covft.wrap(covft.testing.ToyViT(), 16)  # doctest: +SKIP
+        >>> encoder = covft.load("runs/clip-covft")  # doctest: +SKIP
         >>> covft.export(encoder, images, texts, "encoder.onnx", format="onnx").error < 1e-5  # doctest: +SKIP
     """
     _check(encoder, path, format)

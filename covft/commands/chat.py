@@ -185,6 +185,8 @@ def _load(
 
     import covft
     from covft.checkpoints.sources import is_hub_id
+    from covft.integrations.building.saved import load_processor
+    from covft.integrations.chat.prompts import Prompts
     from covft.utils.extras import import_library
 
     transformers = import_library("transformers", "transformers", needed_by="covft chat")
@@ -198,7 +200,13 @@ def _load(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype={dtype} is not known.", expected="auto, float32, bfloat16 or float16", got=dtype)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    model, processor = covft.load_model(folder, text_encoder, base=base, dtype=kind)
+    processor = load_processor(folder, base)
+    try:
+        Prompts(processor)  # before weights are loaded
+    except ConfigError as error:
+        fix = f"In Python, processor.save_pretrained({folder!r}) with the processor of training."
+        raise ConfigError(f"{error.problem} {fix}", expected=error.expected, got=error.got) from error
+    model, _ = covft.load_model(folder, text_encoder, processor=processor, base=base, dtype=kind)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     printer = transformers.TextStreamer(
         getattr(processor, "tokenizer", processor), skip_prompt=True, skip_special_tokens=True

@@ -122,6 +122,21 @@ def test_what_cannot_be_is_one_sentence(arguments, sentence, tmp_path, monkeypat
     assert error.count("\n") == 1
 
 
+def test_a_folder_without_a_processor_says_so_before_weights_are_loaded(folder, capsys):
+    saved = folder / "model"
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (saved / name).unlink(missing_ok=True)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(SystemExit) as ended:
+        main(["chat", str(saved)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert (
+        f"needs the model's processor, which makes tensors of pictures. In Python, processor.save_pretrained('{saved}"
+        in error
+    )
+
+
 def test_a_picture_is_a_path_or_a_file_url(tmp_path):
     path = tmp_path / "a cup.png"
     picture("red").save(path)

@@ -149,6 +149,30 @@ def test_a_trained_trunk_has_its_gradients():
         assert_same(got[name], gradient)
 
 
+@pytest.mark.parametrize("norms", ["adapted", "none"])
+@pytest.mark.parametrize("name", ["hf-clip", "hf-qwen2.5-vl"])
+def test_training_on_a_kept_trunk_is_training(name, norms):
+    tower = BY_NAME[name]
+    encoder = wrapped(tower, layers=(2, 3), train_norms=norms).train()
+    full = copy.deepcopy(encoder)
+    images, inputs = tower.images(3, torch.float64), tower.inputs(3)
+    trunk = encoder.trunk(images, **inputs)  # once, for all steps
+    optimizers = [torch.optim.SGD(one.trainable_parameters(), lr=0.1) for one in (encoder, full)]
+    for text in (texts(3), texts(3), texts(3)):
+        target = torch.randn_like(tokens(full(images, text, **inputs)))
+        (tokens(encoder(trunk=trunk, text=text)) * target).mean().backward()
+        (tokens(full(images, text, **inputs)) * target).mean().backward()
+        own, other = (
+            {name: p.grad for name, p in one.named_parameters() if p.grad is not None} for one in (encoder, full)
+        )
+        assert own.keys() == other.keys()
+        assert all(torch.equal(own[name], other[name]) for name in own)
+        assert any(gradient.any() for gradient in own.values())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def test_what_it_was_computed_with_is_checked():
     encoder, images = wrapped(Tower("toy", ToyViT)), torch.rand(2, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
