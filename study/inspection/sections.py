@@ -39,10 +39,11 @@ def distance_section(found: Sequence[Mapping[str, Any]], folder: Path) -> list[s
         "## Do towers of two tasks come apart?",
         "In the paper's Fig. 1c, the L2 distance between a tower tuned on grounding and one tuned on captioning, on "
         "the same pictures, grows steadily during training, most of all in deep blocks. The paper has no control, "
-        "and two trainings on one task come apart, too. Here full tuning trains four towers from the start of all runs, "
-        f"each on grounding or captioning, with one half or the other of {2 * found[0]['pictures']:,} pictures: "
-        f"{settings['steps']} steps of {found[0]['batch']} questions, each about another picture, with "
-        f"{plural(len(found), 'seed')}. Two towers of one half see the same pictures in the same order.",
+        "and two trainings on one task come apart, too. Here full tuning trains four towers from the start of all "
+        "runs, each on grounding or captioning, with one half or the other of "
+        f"{2 * found[0]['pictures']:,} pictures: {settings['steps']} steps of {found[0]['batch']} questions, each "
+        f"about another picture, with {plural(len(found), 'seed')}. Two towers of one half see the same pictures in "
+        "the same order.",
         distance_table(found).markdown(),
         told_of_distance(found),
         f"![L2 distance of pairs of towers, over training and by block: {'; '.join(groups)}](distance.svg)"
@@ -108,6 +109,7 @@ def told_of_distance(found: Sequence[Mapping[str, Any]]) -> str:
         said = "**Towers of two tasks are not shown to be further apart than towers of one**"
     share = np.mean(one) / np.mean(two)
     said += f": {_spread(two)} against {_spread(one)}, so two trainings on one task have {share:.0%} of the distance. "
+    said += f"Of one task, {_by_task(found, groups[ONE_TASK])}. "
     along, together = (np.mean(_last(found, groups[name], "", COSINE)) for name in (TWO_TASKS, ONE_TASK))
     said += (
         f"The changes of two towers of one task have a cosine of {signed(together)} on average, those of two tasks "
@@ -203,6 +205,12 @@ def signed(value: float, digits: int = 2) -> str:
 
 def _blocks(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return [block for block in next(iter(found[0]["pairs"].values()))[-1] if block]
+
+
+def _by_task(found: Sequence[Mapping[str, Any]], pairs: Sequence[str]) -> str:
+    """Write the mean distance of each task's own pairs."""
+    tasks = {pair: found[0]["towers"][int(pair.split()[0])][0] for pair in pairs}
+    return " and ".join(f"{task} has {np.mean(_last(found, [pair], '')):.2f}" for pair, task in tasks.items())
 
 
 def _last(found: Sequence[Mapping[str, Any]], pairs: Sequence[str], block: str, what: int = DISTANCE) -> list[float]:

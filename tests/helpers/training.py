@@ -100,7 +100,7 @@ def trained_updates(folder: Path, **changes: Any) -> Any:
     train_only(model, ["covft"])
     perturb_alike(get_encoder(model))
     args = arguments(folder / "out", max_steps=9, **changes)
-    callbacks = [CoVFTCallback(conflict_every=1)]
+    callbacks: list[Any] = [CoVFTCallback(conflict_every=1)]
     trainer = Trainer(model, args, collator(rows), train_dataset=rows, callbacks=callbacks)
     trainer.train()
     return trainer

@@ -52,6 +52,7 @@ def test_distances_of_two_tasks_stand_beside_those_of_one(tmp_path):
     assert f"| 0 | {two} | {two} | {one} | 2.90 | {cosines} |" in text
     assert f"| all weights | 8.10 [8.00, 8.20] | 8.10 [8.00, 8.20] | 4.10 [4.00, 4.20] | 1.98 | {cosines} |" in text
     assert "two trainings on one task have 51% of the distance" in text
+    assert "Of one task, grounding has 4.10 and caption has 4.10." in text
     assert "of one task have a cosine of +0.50 on average, those of two tasks −0.20" in text
     assert "The distance grows during training, as in the paper; so does that of one task." in text
     assert (
