@@ -264,6 +264,7 @@ def _byte_tokenizer(*specials: str, template: str) -> Any:
         eos_token="</s>",
         additional_special_tokens=list(specials),
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )
     tokenizer.chat_template = template
     return tokenizer

@@ -183,7 +183,7 @@ class CoVFTCallback(TowerCallback):
         model, checkpoint = kwargs["model"], checkpoint_folder(args, state)
         if args.should_save and not checkpoint.is_dir():
             warnings.warn(
-                f"The trainer has not written {checkpoint}, and covft only adds to its checkpoints, so it saves nothing.",
+                f"The trainer has not written {checkpoint}. covft only adds to its checkpoints, so it saves nothing.",
                 UserWarning,
                 stacklevel=2,
             )
