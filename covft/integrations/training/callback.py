@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from covft.checkpoints.beside_adapters import check_adapters_are_found
 from covft.checkpoints.pretrained import FOLDER
 from covft.errors import CheckpointError, ConfigError
 from covft.integrations.mllm.attach import attach
@@ -156,6 +157,7 @@ class CoVFTCallback(TowerCallback):
         if state.global_step > 0 and not _restores_itself():
             restore(model, self.resume_from or _checkpoint_of(args, state))
         check_trainable(model, self.missing_gradients)
+        check_adapters_are_found(model)  # hours before the first save would
         self._cover_forward(model)
         self._start(model, model.named_parameters())
         if self.conflict_every is not None and state.is_world_process_zero:  # DDP gives all processes equal gradients
