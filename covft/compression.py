@@ -14,6 +14,7 @@ from covft.encoder import ContextEncoder
 from covft.errors import ConfigError, UnsupportedViTError
 from covft.nn.experts import Experts
 from covft.nn.low_rank import LowRankExperts
+from covft.surgery.packed import packed_weight
 from covft.utils.arguments import check_kinds
 from covft.utils.parameters import count
 
@@ -69,6 +70,13 @@ def compress(
         if not isinstance(slot.experts, Experts):
             problem = f"The experts of block {layer} are of low rank already."
             raise UnsupportedViTError(problem, expected="full experts")
+        if (packed := packed_weight(slot.experts, "experts")) is not None:
+            raise UnsupportedViTError(
+                f"The experts of block {layer} are quantised, so their differences are not known.",
+                expected="experts in float32, bfloat16 or float16",
+                got=packed,
+                fix="covft.compress(encoder, rank=...), then quantise what remains",
+            )
     full: dict[int, Any] = {layer: slot.experts for layer, slot in slots.items()}
     thin = {
         layer: LowRankExperts.of(list(experts), rank)

@@ -226,7 +226,11 @@ class ContextEncoder(CalledWithText, WrappedViT):
             if routing.logits_BE is not None and routing.expert_ids_BK is not None
         ]
         if not losses:
-            raise MissingContextError("There is no routing yet to take a loss of.", fix="call the encoder first")
+            raise MissingContextError(
+                "The load-balancing loss is that of the last forward, and the encoder has not run yet.",
+                expected="encoder(images, texts) before encoder.aux_loss()",
+                got="no forward",
+            )
         return torch.stack(losses).mean()
 
     # Train

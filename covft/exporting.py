@@ -17,6 +17,7 @@ from covft.errors import ConfigError, UnsupportedViTError
 from covft.nn.experts import Experts
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
+from covft.utils.modes import in_eval_mode
 
 FORMATS = ("torch", "onnx")
 
@@ -87,11 +88,12 @@ def export(
 
     Raises:
         ConfigError: If the format is not known, or needs a path.
-        UnsupportedViTError: If the ViT packs images of several sizes into one sequence, or its routing is random.
+        UnsupportedViTError: If the ViT packs images of several sizes into one sequence, makes a number of the batch
+            size, or its routing is random.
         MissingDependencyError: If packages for ONNX are missing.
 
     Example:
-        >>> encoder = covft.wrap(covft.testing.ToyViT(), 16)  # doctest: +SKIP
+        >>> encoder = covft.load("runs/clip-covft")  # doctest: +SKIP
         >>> covft.export(encoder, images, texts, "encoder.onnx", format="onnx").error < 1e-5  # doctest: +SKIP
     """
     _check(encoder, path, format)
@@ -104,10 +106,20 @@ def export(
         images, features = images.repeat(2, 1, 1, 1), features.repeat(2, 1)
     inputs = (images, features)
     other = (torch.cat([images, images[:1].flip(-1)]), torch.cat([features.flip(1), features[:1]]))
-    with _at_rest(encoder):
+    with _as_in_a_graph(encoder):
         wanted = module(*other)  # before: transformers installs its hooks in the first eager call
         batch = torch.export.Dim("batch")
-        program = torch.export.export(module, inputs, dynamic_shapes=({0: batch}, {0: batch}), strict=False)
+        try:
+            program = torch.export.export(module, inputs, dynamic_shapes=({0: batch}, {0: batch}), strict=False)
+        except RuntimeError as error:
+            if "Constraints violated (batch)" not in str(error):
+                raise
+            raise UnsupportedViTError(
+                "This ViT or select= makes a number of the batch size, which the graph would fix.",
+                expected="code that works for any batch, such as x.shape[0]",
+                got=f"a graph for {len(inputs[0])} images alone",
+                fix="replace len(x) and int(x.shape[0]) in its forward by x.shape[0]",
+            ) from error
     target = None if path is None else Path(path)
     if format == "torch":
         found = program.module()(*other)
@@ -143,22 +155,18 @@ def _per_image(encoder: ContextEncoder, text: Any, images: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _at_rest(encoder: ContextEncoder) -> Iterator[None]:
-    """Run as a graph does, in eval mode and without gradients; then everything is as it was."""
-    modes = {module: module.training for module in encoder.modules()}
+def _as_in_a_graph(encoder: ContextEncoder) -> Iterator[None]:
+    """Run as a graph does: no records, all experts, eval mode, no gradients; then everything is as it was."""
     slots = list(encoder.slots().values())
     experts = [slot.experts for slot in slots if isinstance(slot.experts, Experts)]
     try:
-        encoder.eval()
         for slot in slots:
             slot.keeps_record = False
         for mixture in experts:
             mixture.run_all = True
-        with torch.no_grad():
+        with in_eval_mode(encoder), torch.no_grad():
             yield
     finally:
-        for module, training in modes.items():
-            module.training = training
         for slot in slots:
             del slot.keeps_record
         for mixture in experts:

@@ -92,7 +92,7 @@ class ToyViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images `(B, 3, H, W)` to tokens `(B, 1 + N, D)`."""
         x = self.patches(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -264,6 +264,7 @@ def _byte_tokenizer(*specials: str, template: str) -> Any:
         eos_token="</s>",
         additional_special_tokens=list(specials),
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )
     tokenizer.chat_template = template
     return tokenizer

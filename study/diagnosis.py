@@ -77,7 +77,9 @@ def _rows_of(asked: Questions, tasks: tuple[str, ...], samples: int, seed: int) 
             chosen.append(task)
     if len(rows) < samples:
         raise ConfigError(
-            "There are too few pictures.", expected=f"{samples} with questions of {', '.join(tasks)}", got=len(rows)
+            "The data set has too few pictures.",
+            expected=f"{samples} with questions of {', '.join(tasks)}",
+            got=len(rows),
         )
     return rows, chosen
 

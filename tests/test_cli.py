@@ -242,7 +242,7 @@ def test_describe_all__prints_what_was_found_for_a_library(run):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--all", "keras"), "There is no table for 'keras'"),
+        (("--all", "keras"), "covft has no table for 'keras'"),
         ((), "takes a model, or --all and a library"),
         (("timm:test_vit", "--all", "timm"), "takes a model, or --all and a library"),
     ],
@@ -330,7 +330,7 @@ def test_describe_a_method(run, clip_l):
         (["--method", "lora", "--layers", "3"], "layers are settings of covft"),
         (["--method", "lora", "--option", "r"], "has no value"),
         (["--method", "lora", "--option", "rank=3"], "has no option rank"),
-        (["--method", "nothing"], "no tuning method 'nothing'"),
+        (["--method", "nothing"], "tuning method 'nothing' is not known"),
         (["--option", "r=3"], "cannot be options of covft"),
     ],
 )

@@ -220,7 +220,7 @@ def test_records__routing_and_context_of_the_last_forward():
 
 def test_aux_loss__is_the_mean_over_layers_and_reaches_the_router():
     encoder, images, text = wrapped("hf-clip", routing="sparse", top_k=1)
-    with pytest.raises(MissingContextError, match="no routing yet"):
+    with pytest.raises(MissingContextError, match="has not run yet"):
         encoder.aux_loss()
     encoder.train()(images, text)
     loss = encoder.aux_loss()

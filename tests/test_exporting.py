@@ -8,6 +8,7 @@ import torch
 import covft
 from covft.errors import ConfigError, UnsupportedViTError
 from covft.exporting import WithFeatures
+from covft.testing import ToyViT
 from tests.helpers.towers import BY_NAME, TEXT_DIM, features, perturb
 
 FAMILIES = ("hf-clip", "timm-siglip", "hf-dinov2")
@@ -81,6 +82,25 @@ def test_torch__hidden_states_are_selected():
         wanted = encoder(images, QUESTIONS, output_hidden_states=True).hidden_states[-2]
     found = exported.program.module()(images, encoder.encode_text(QUESTIONS))
     assert_equal(found, wanted)
+
+
+@pytest.mark.long
+def test_torch__a_vit_of_torch_alone():
+    encoder = covft.wrap(ToyViT().eval(), TEXT_DIM, layers=[1, 2])
+    perturb(encoder)
+    exported = covft.export(encoder, torch.rand(2, 3, 16, 16), torch.randn(2, TEXT_DIM))
+    assert exported.error < 1e-5
+
+
+@pytest.mark.long
+def test_export__a_vit_that_makes_a_number_of_the_batch_size():
+    class Counting(ToyViT):
+        def forward(self, images):
+            return super().forward(images) * len(images)
+
+    encoder = covft.wrap(Counting().eval(), TEXT_DIM, layers=[1, 2])
+    with pytest.raises(UnsupportedViTError, match=r"x\.shape\[0\]"):
+        covft.export(encoder, torch.rand(2, 3, 16, 16), torch.randn(2, TEXT_DIM))
 
 
 def test_export__refuses_what_it_cannot_do():

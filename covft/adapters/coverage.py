@@ -69,7 +69,7 @@ def load_coverage(library: str) -> Coverage:
     found: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     if library not in found:
         raise ConfigError(
-            f"There is no table for {library!r}.",
+            f"covft has no table for {library!r}.",
             expected=", ".join(sorted(found)) or "a table made by python -m benchmarks.coverage",
             got=library,
             fix=f"covft describe --all {sorted(found)[0]}" if found else None,

@@ -22,6 +22,7 @@ from covft.integrations.evaluation.told import GENERIC
 from covft.integrations.mllm.attachment import attachment_of, without_peft
 from covft.metrics import Difference, Estimate, bootstrap, holm, paired_bootstrap
 from covft.utils.arguments import check_kinds, check_sizes, short
+from covft.utils.modes import in_eval_mode
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,19 +107,13 @@ def audit(
     entries = read_entries(data, None, samples, seed)
     told = _told(entries, generic, torch.zeros(1, attachment.encoder.text_dim), seed)
     scored = _exact(data) if score is None else score
-    was_training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            scores = {
-                name: np.array(
-                    [_number(scored(model, entry.sample, text)) for entry, text in zip(entries, texts, strict=True)]
-                )
-                for name, texts in told.items()
-            }
-    finally:
-        for module, training in was_training.items():
-            module.training = training
+    with in_eval_mode(model), torch.no_grad():
+        scores = {
+            name: np.array(
+                [_number(scored(model, entry.sample, text)) for entry, text in zip(entries, texts, strict=True)]
+            )
+            for name, texts in told.items()
+        }
     return compare(scores, [_image_of(entry, images) for entry in entries])
 
 

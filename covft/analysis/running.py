@@ -16,6 +16,7 @@ from covft.errors import ShapeError, UnsupportedViTError
 from covft.integrations.mllm.attachment import Attachment, attachment_of
 from covft.surgery.adapted import AdaptedViT
 from covft.surgery.slot import AdaptedFFN
+from covft.utils.modes import in_eval_mode
 from covft.utils.torch_internals import eagerly, uncompiled
 
 
@@ -122,7 +123,6 @@ def at_rest(subject: Subject) -> Iterator[None]:
     Args:
         subject: What is run.
     """
-    modes = {module: module.training for module in subject.model.modules()}
     slots = slots_of(subject.encoder)
     records = [slot.record for slot in slots]
     try:
@@ -130,11 +130,9 @@ def at_rest(subject: Subject) -> Iterator[None]:
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(eagerly())
-            subject.model.eval()
+            stack.enter_context(in_eval_mode(subject.model))
             yield
     finally:
-        for module, training in modes.items():
-            module.training = training
         for slot, record in zip(slots, records, strict=True):
             slot.record = record
 

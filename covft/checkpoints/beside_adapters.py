@@ -16,7 +16,29 @@ from covft.errors import CheckpointError
 from covft.surgery.adapted import AdaptedViT
 from covft.surgery.save_guard import RunningSave
 from covft.surgery.wrapped import prefix_of
+from covft.utils.peft import is_adapter
 from covft.utils.sharding import is_main_process, is_sharded
+from covft.utils.torch_internals import CHECKPOINTED
+
+
+def check_adapters_are_found(model: nn.Module) -> None:
+    """Refuse adapters that peft leaves out of what it saves: those of modules inside torch's checkpoint wrapper.
+
+    Args:
+        model: A PeftModel, or any other.
+
+    Raises:
+        CheckpointError: If there are some.
+    """
+    lost = [name for name, part in model.named_modules() if CHECKPOINTED in name.split(".") and is_adapter(part)]
+    if lost:
+        raise CheckpointError(
+            "peft does not find its adapters inside torch's checkpoint_wrapper, and would save a file without them.",
+            expected="adapters in modules that are not wrapped",
+            got=f"{len(lost)} inside, such as {lost[0]}",
+            fix="gradient_checkpointing=True of the trainer, or model.gradient_checkpointing_enable(), instead of "
+            "fsdp_activation_checkpointing or apply_activation_checkpointing",
+        )
 
 
 def save_beside_adapters(encoder: AdaptedViT, running: RunningSave) -> None:
@@ -27,8 +49,10 @@ def save_beside_adapters(encoder: AdaptedViT, running: RunningSave) -> None:
         running: The call of peft's `save_pretrained`, without a state dict.
 
     Raises:
-        CheckpointError: If weights are sharded: then the call needs a gathered state dict.
+        CheckpointError: If weights are sharded: then the call needs a gathered state dict. If peft does not find its
+            adapters.
     """
+    check_adapters_are_found(running.model)
     if missing := ungathered(encoder, running.model, {}):
         raise CheckpointError(
             "Weights are sharded, and peft's save_pretrained does not gather them.",

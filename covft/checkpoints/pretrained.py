@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from covft.checkpoints.beside_adapters import save_beside_adapters
 from covft.checkpoints.folder import FOLDER
+from covft.checkpoints.saving import check_unpacked
 from covft.errors import CheckpointError
 from covft.surgery.adapted import AdaptedViT
 from covft.surgery.overrides import Override
 from covft.surgery.save_guard import check_save_pretrained, running_adapter_save, running_save
-from covft.surgery.wrapped import prefix_of
+from covft.surgery.wrapped import WrappedViT, prefix_of
 from covft.utils.sharding import full, is_main_process, is_partitioned, is_sharded
 from covft.utils.torch_internals import remove_state_dict_hooks
 
@@ -134,7 +135,8 @@ def save(encoder: AdaptedViT, model: nn.Module, save_pretrained: Any, given: dic
         The folder of the adapted ViT; None on a process that wrote nothing.
 
     Raises:
-        CheckpointError: If an option would write something else, or if weights are sharded and not gathered.
+        CheckpointError: If an option would write something else, or if weights are sharded and not gathered, or experts
+            quantised.
     """
     if given.get("distributed_checkpoint"):
         raise CheckpointError(
@@ -143,14 +145,21 @@ def save(encoder: AdaptedViT, model: nn.Module, save_pretrained: Any, given: dic
             got="distributed_checkpoint=True",
             fix="model.save_pretrained(folder)",
         )
+    if isinstance(encoder, WrappedViT):
+        check_unpacked(encoder)  # before anything is written
     state, writes = given.get("state_dict"), given.get("is_main_process", True) and is_main_process()
     if state is None:
         state = _unsharded_state(model, writes=writes)
     prefix = prefix_of(encoder.vit, model)
     if state or writes:  # a process that only took part has nothing
         original = encoder.original_state(state, prefix)
+        if model is not encoder.vit:
+            original = marked(original, encoder)
+        # transformers takes the state dict of a quantised model itself, whatever it is given: `OriginalStateHook`
+        # makes that one right, unless there is another.
+        own = given.get("state_dict") is None and getattr(model, "hf_quantizer", None) is not None
         with encoder.in_saved_types():  # transformers writes that of the first parameter into the config
-            save_pretrained(**{**given, "state_dict": original if model is encoder.vit else marked(original, encoder)})
+            save_pretrained(**(given if own else {**given, "state_dict": original}))
     vit = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if not writes:
         return None

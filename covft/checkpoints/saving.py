@@ -19,6 +19,7 @@ from covft.checkpoints.sources import public_revision, public_source
 from covft.errors import CheckpointError
 from covft.surgery.adapted import AdaptedViT
 from covft.surgery.attention import is_update
+from covft.surgery.packed import packed_weight
 from covft.surgery.wrapped import NULL_TEXT, WrappedViT
 from covft.text.cleaning import RULES_VERSION
 from covft.utils.sharding import full, is_main_process, is_sharded
@@ -90,12 +91,31 @@ def save(
         writes: Whether this process writes. None: every process that calls this, but of sharded weights the first one.
 
     Raises:
-        CheckpointError: If the folder is a file, or weights are on the meta device, or sharded and not in `gathered`.
+        CheckpointError: If the folder is a file, or weights are on the meta device, or sharded and not in `gathered`,
+            or experts are quantised.
         UnsupportedViTError: If other code has removed, renumbered or replaced adapted blocks.
     """
     encoder.check_in_place("save_pretrained()", complete=True)
+    check_unpacked(encoder)
     adapted, base = adapted_tensors(encoder, gathered), base_state_dict(encoder, gathered)
     write(encoder, folder, adapted, base, _config, model_card, gathered=gathered is not None, writes=writes)
+
+
+def check_unpacked(encoder: WrappedViT) -> None:
+    """Refuse to save adapted FFNs that were quantised since: files hold what was trained.
+
+    Raises:
+        CheckpointError: If one was.
+    """
+    for layer, slot in encoder.slots().items():
+        packed = packed_weight(slot, encoder.spec.blocks[layer].mlp_path)
+        if packed is not None:
+            raise CheckpointError(
+                "The experts are quantised, and a saved folder holds them as they were trained.",
+                expected="experts in float32, bfloat16 or float16",
+                got=packed,
+                fix="save before quantising, and quantise again after covft.load or covft.load_model",
+            )
 
 
 def write(

@@ -76,7 +76,7 @@ class Session:
                 return
             try:
                 if line.startswith("/"):
-                    self.commands.get(name, self._unknown)(rest.strip())
+                    self.commands.get(name, lambda _, name=name: self._unknown(name))(rest.strip())
                 elif line:
                     self.ask(line)
             except CoVFTError as error:
@@ -111,12 +111,12 @@ class Session:
         """Print the routing of the last question."""
         table = weights_table(self.chat.routing())
         if table is None:
-            self.say("There are no routing weights: no picture was encoded yet, or the tower has no experts.")
+            self.say("Routing weights come with the first answer about a picture, from a tower with experts.")
         else:
             self.console.print(table)
 
-    def _unknown(self, _: str) -> None:
-        self.say(f"There is no such command. {_HELP}")
+    def _unknown(self, name: str) -> None:
+        self.say(f"{name} is not a command. {_HELP}")
 
 
 def weights_table(weights: dict[int, Any]) -> Table | None:
@@ -185,15 +185,28 @@ def _load(
 
     import covft
     from covft.checkpoints.sources import is_hub_id
+    from covft.integrations.building.saved import load_processor
+    from covft.integrations.chat.prompts import Prompts
     from covft.utils.extras import import_library
 
     transformers = import_library("transformers", "transformers", needed_by="covft chat")
     if not Path(folder).is_dir() and not is_hub_id(folder):
-        raise ConfigError(f"There is no folder {folder}.", expected="a folder that an attached model was saved to")
+        raise ConfigError(
+            f"The folder {folder} does not exist.",
+            expected="a folder that an attached model was saved to, or a repository of the Hugging Face Hub",
+            got=folder,
+            fix="model.save_pretrained(folder), and the path of that folder",
+        )
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype={dtype} is not known.", expected="auto, float32, bfloat16 or float16", got=dtype)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    model, processor = covft.load_model(folder, text_encoder, base=base, dtype=kind)
+    processor = load_processor(folder, base)
+    try:
+        Prompts(processor)  # before weights are loaded
+    except ConfigError as error:
+        fix = f"In Python, processor.save_pretrained({folder!r}) with the processor of training."
+        raise ConfigError(f"{error.problem} {fix}", expected=error.expected, got=error.got) from error
+    model, _ = covft.load_model(folder, text_encoder, processor=processor, base=base, dtype=kind)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     printer = transformers.TextStreamer(
         getattr(processor, "tokenizer", processor), skip_prompt=True, skip_special_tokens=True

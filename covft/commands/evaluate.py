@@ -29,6 +29,9 @@ def evaluate(
     text_encoder: Annotated[str | None, typer.Option(help="Id or folder; default: that of training.")] = None,
     base: Annotated[str | None, typer.Option(help="Model that LoRA was trained on; default: as saved.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights; default: as saved.")] = None,
+    trunk_cache_mb: Annotated[
+        int | None, typer.Option(min=0, help="MB kept of pictures that are asked about again; 0: none; default: 1024.")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes of lmms-eval, each with its questions.")] = 1,
     run: Annotated[str | None, typer.Option(help="Path of VLMEvalKit's run.py.")] = None,
     dry: Annotated[bool, typer.Option("--dry", help="Print the engine's command and stop.")] = False,
@@ -39,6 +42,7 @@ def evaluate(
 
     entries_of(engine)  # refuses an unknown one
     options = {"text_encoder": text_encoder, "base": base, "dtype": dtype, "text": None if text == "right" else text}
+    options["trunk_cache_mb"] = None if trunk_cache_mb is None else str(trunk_cache_mb)
     place = Path(output or Path("evaluation") / (Path(folder).name + ("" if text == "right" else f"-{text}")))
     names = tasks_of(tasks, engine)
     if engine == "lmms-eval":
@@ -89,7 +93,7 @@ def _vlmevalkit(
             got="no --run" if run is None else f"--processes {processes}",
             fix="--run VLMEvalKit/run.py",
         )
-    return [*vlmevalkit.command(folder, run, tasks, place, options), *extra]
+    return vlmevalkit.command(folder, run, tasks, place, options, extra)
 
 
 def _evaluate_lmms(words: list[str], place: Path, names: list[str]) -> None:

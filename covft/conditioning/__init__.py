@@ -1,6 +1,7 @@
 """Carries the text of a call to the FFNs, in the forward pass and in every recomputation of it.
 
-    scope.py        the text that holds for a call, and its transport to the FFNs
+    scope.py        the text that holds for a call
+    carrier.py      its transport to the FFNs
     open_scopes.py  which scopes are open in the running task
     draws.py        random draws that a recomputation repeats
     tower_call.py   what one call of the tower tells about its images
@@ -23,8 +24,9 @@ Reentrant checkpointing has no frames. It runs the forward without gradients and
 frozen tower without any, so it is recognised and refused.
 """
 
+from covft.conditioning.carrier import Conditioning
 from covft.conditioning.open_scopes import Generator
-from covft.conditioning.scope import Conditioning, Scope
+from covft.conditioning.scope import Scope
 from covft.conditioning.tower_call import TowerCall
 
 __all__ = ["Conditioning", "Generator", "Scope", "TowerCall"]

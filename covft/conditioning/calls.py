@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from covft.conditioning.carrier import Conditioning
 from covft.conditioning.open_scopes import Generator
-from covft.conditioning.scope import Conditioning, Scope
+from covft.conditioning.scope import Scope
 from covft.errors import ShapeError, TextEncoderError
 from covft.text import CachedTextEncoder, TextEncoder
 from covft.text.base import TokenStates, in_order
 from covft.text.cleaning import clean_instruction
-from covft.text.inputs import as_index, check_text_features
+from covft.text.inputs import as_index, check_index_has_text, check_text_features
 from covft.utils.arguments import check_kinds
 
 _Module: Any = nn.Module if TYPE_CHECKING else object
@@ -57,32 +58,10 @@ class CalledWithText(_Module):
         index: Tensor | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Encode images, each conditioned on its text.
-
-        Args:
-            images: Whatever the ViT takes first, usually `(B, 3, H, W)`; may also come by the ViT's own keyword, such
-                as `pixel_values=`.
-            text: A question for all images, one per image, features `(S, C)`, or a tokenised batch; None takes the
-                text of an open `condition(...)`. With a null text, entries of a list may be None, and without an open
-                `condition(...)` None means no text for any image.
-            index: Which text each image has, shape `(B,)`; None where image i has text i.
-            **kwargs: Passed to the ViT.
-
-        Returns:
-            What the ViT itself returns, unchanged in type.
-
-        Raises:
-            MissingContextError: If there is no text, neither here nor from `condition(...)`.
-            ShapeError: If texts and images do not fit together.
-            TextEncoderError: If a text is empty.
-
-        Example:
-            >>> tokens = encoder(images, ["What is left of the cup?"])  # doctest: +SKIP
-        """
+        """Encode images, each conditioned on its text: `ContextEncoder.forward` without a trunk."""
         args = () if images is None else (images,)
+        check_index_has_text(index, text)
         if text is None:
-            if index is not None:
-                raise ShapeError("index= was given without text.", expected="text= with index=", got="text=None")
             return self.vit(*args, **kwargs)
         scope = self._enter(text, index)
         try:

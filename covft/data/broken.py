@@ -103,20 +103,15 @@ class BrokenLog:
         self.rows = rows
         self.max_broken = max_broken
         self.limit = max_broken if isinstance(max_broken, int) else int(max_broken * rows)
+        self._known: dict[tuple[str, int], BrokenRow] = {}
+        self._read = 0  # bytes of the file
         self._path = Path(tempfile.gettempdir()) / f"covft-broken-{uuid.uuid4().hex}.jsonl"
         weakref.finalize(self, _remove, self._path, os.getpid())
 
     def entries(self) -> tuple[BrokenRow, ...]:
         """List the broken rows that any process has met so far, each once, in order."""
-        try:
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return ()
-        found: dict[tuple[str, int], BrokenRow] = {}
-        for line in lines:
-            entry = BrokenRow(**json.loads(line))
-            found.setdefault((entry.file, entry.row), entry)
-        return tuple(found.values())
+        self._read_on()
+        return tuple(self._known.values())
 
     def add(self, error: DataError) -> None:
         """Report a broken row with a warning, once.
@@ -129,8 +124,8 @@ class BrokenLog:
         """
         assert error.place is not None
         entry = BrokenRow(error.place.file, error.place.row, error.place.line, error.reason[:_LONGEST_REASON])
-        before = self.entries()
-        if all((entry.file, entry.row) != (known.file, known.row) for known in before):
+        self._read_on()
+        if (entry.file, entry.row) not in self._known:
             # A single write in append mode: lines of several workers do not mix.
             handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
@@ -138,9 +133,24 @@ class BrokenLog:
             finally:
                 os.close(handle)
             warnings.warn(f"Skipped a broken row and took the next usable one. {entry}", UserWarning, stacklevel=3)
-        broken = self.entries()
-        if len(broken) > self.limit:
-            raise self._too_many(broken) from error
+            self._read_on()
+        if len(self._known) > self.limit:
+            raise self._too_many(self.entries()) from error
+
+    def _read_on(self) -> None:
+        """Read what processes have written since the last time, so that each line is read once."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._read)
+                lines = file.read().splitlines(keepends=True)
+        except FileNotFoundError:
+            self._known, self._read = {}, 0
+            return
+        for line in lines:
+            if line.endswith(b"\n"):
+                entry = BrokenRow(**json.loads(line))
+                self._known.setdefault((entry.file, entry.row), entry)
+                self._read += len(line)
 
     def _too_many(self, broken: tuple[BrokenRow, ...]) -> DataError:
         first = "\n            ".join(str(entry) for entry in broken[:5])

@@ -182,6 +182,8 @@ def drop_dummies(features: torch.Tensor, image_flags: torch.Tensor) -> tuple[tor
             raise ConfigError(f"{name} is not a tensor.", expected="torch.Tensor", got=type(value).__name__)
     if image_flags.shape != features.shape[:1]:
         raise ShapeError(
-            "There is not one flag per tile.", expected=tuple(features.shape[:1]), got=tuple(image_flags.shape)
+            "image_flags has not one flag per tile.",
+            expected=f"shape {tuple(features.shape[:1])}",
+            got=f"shape {tuple(image_flags.shape)}",
         )
     return features[image_flags.bool()], (features[~image_flags.bool()] * 0).sum()

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from covft.utils.tables import aligned
+
 
 @dataclass(frozen=True)
 class Shift:
@@ -93,7 +95,7 @@ class MergeReport:
             )
             for layer, loss in self.blocks.items()
         ]
-        return f"{_aligned(rows)}\n\n{_aligned(lost)}"
+        return "\n".join([*aligned(rows), "", *aligned(lost)])
 
 
 def _percent(share: float | None) -> str:
@@ -102,10 +104,3 @@ def _percent(share: float | None) -> str:
 
 def _nats(shift: Shift) -> str:
     return "" if shift.divergence is None else f"{shift.divergence:.4f}"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

@@ -87,7 +87,7 @@ def on_one_scale(scores: Mapping[str, float], names: Sequence[str], divisors: Ma
     missing = [name for name in names if name not in scores]
     if missing:
         raise ConfigError(
-            f"There is no score of {_listed(missing)}.", expected=_listed(names), got=_listed(scores) or "none"
+            f"The score of {_listed(missing)} is missing.", expected=_listed(names), got=_listed(scores) or "none"
         )
     if not all(divisors.values()):
         raise ConfigError("Scores cannot be divided by 0.", expected="divisors other than 0", got=dict(divisors))

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from covft.conditioning.scope import freeze_batch_norms
 from covft.errors import UnsupportedViTError
 from covft.nn.functional import in_type_of
 from covft.surgery.attention import Update
@@ -16,6 +15,7 @@ from covft.surgery.checks import check_restorable
 from covft.surgery.ffns import first_expert, follow, follows
 from covft.surgery.split import SplitFFN
 from covft.surgery.wrapped import WrappedViT, module_at
+from covft.utils.modes import freeze_batch_norms
 from covft.utils.peft import is_adapter
 from covft.utils.torch_internals import remove_hooks
 

@@ -1,4 +1,4 @@
-"""Refuses FFNs that experts cannot be copied from: packed by quantisation, or with adapters of peft inside."""
+"""Finds weights that quantisation has packed, and refuses FFNs that experts cannot be copied from."""
 
 from __future__ import annotations
 
@@ -46,6 +46,19 @@ def check_plain(vit: nn.Module, spec: ViTSpec, layers: Iterable[int]) -> None:
                     )
                 if (tensor := next(_packed_tensors(module), None)) is not None:
                     raise _packed(f"The weights of {name} are packed", f"{tensor} of a {_kind(module)}")
+
+
+def packed_weight(module: nn.Module, path: str = "") -> str | None:
+    """Describe the first weight of a module that quantisation has packed; None if all are plain floating-point numbers.
+
+    Args:
+        module: Any module, such as an adapted FFN after training.
+        path: Its path, for the description.
+    """
+    for name, part in module.named_modules(prefix=path):
+        if (tensor := next(_packed_tensors(part), None)) is not None:
+            return f"{name}.{tensor} of a {_kind(part)}"
+    return None
 
 
 @contextlib.contextmanager

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from covft.conditioning import Conditioning
-from covft.conditioning.scope import Scope, freeze_batch_norms, images_in
+from covft.conditioning.scope import Scope, images_in
 from covft.nn.functional import HALF, autocasts
 from covft.nn.moe import ContextualMoE
 from covft.nn.router import Routing
 from covft.surgery.layout import TokenLayout
 from covft.surgery.save_guard import refuse_runtime_names
+from covft.utils.modes import freeze_batch_norms
 from covft.utils.torch_internals import in_backward
 
 

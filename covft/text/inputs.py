@@ -61,6 +61,16 @@ def _check_finite(features: Tensor) -> None:
     )
 
 
+def check_index_has_text(index: Any, text: Any) -> None:
+    """Refuse an index without texts that it could point at.
+
+    Raises:
+        ShapeError: If there is one.
+    """
+    if text is None and index is not None:
+        raise ShapeError("index= was given without text.", expected="text= with index=", got="text=None")
+
+
 def as_index(index: Any, num_texts: int) -> Tensor:
     """Return which text each image has, shape `(B,)`, int64.
 

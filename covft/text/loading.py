@@ -37,7 +37,7 @@ def not_loaded(source: str, error: Exception) -> TextEncoderError:
     if is_folder_name(source):
         problem = f"The text encoder in the folder {source} cannot be loaded."
         if not Path(source).expanduser().is_dir():
-            problem = f"There is no folder {source} to load a text encoder from."
+            problem = f"The text encoder cannot be loaded: the folder {source} does not exist."
         return TextEncoderError(
             problem,
             expected="a folder with config.json, model.safetensors and the tokenizer's files",

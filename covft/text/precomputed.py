@@ -35,7 +35,7 @@ class PrecomputedFeatures(CachedTextEncoder):
             TextEncoderError: Always.
         """
         raise TextEncoderError(
-            "There is no text encoder: the ViT was wrapped for features that the caller brings.",
+            "The ViT was wrapped for features that the caller brings, so it cannot encode texts.",
             expected=f"text features of shape (S, {self.text_dim})",
             got=describe(texts),
             fix="encoder(images, features), or wrap the ViT with a text encoder",

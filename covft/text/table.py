@@ -89,7 +89,7 @@ class FeatureTable(CachedTextEncoder):
             check_file_path(Path(path))
         distinct = list(dict.fromkeys(check_texts(list(texts))))
         if not distinct:
-            raise TextEncoderError("There are no texts to encode.", expected="at least one text", got="none")
+            raise TextEncoderError("A table needs texts to encode.", expected="at least one text", got="none")
         rows: list[Tensor] = []
         with tqdm(total=len(distinct), unit="text", desc="encoding texts", disable=not show) as bar:
             for start in range(0, len(distinct), _CHUNK):

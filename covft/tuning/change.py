@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from covft.conditioning import Conditioning
-from covft.conditioning.scope import freeze_batch_norms
 from covft.errors import UnsupportedViTError
 from covft.surgery.checks import MARK, check_not_distributed
 from covft.surgery.overrides import Override
 from covft.surgery.precision import narrow_weights
 from covft.surgery.wrapped import module_at
+from covft.utils.modes import freeze_batch_norms
 from covft.utils.sharding import assign, full, in_engine
 from covft.utils.torch_internals import remove_hooks
 

@@ -86,7 +86,7 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
     if name not in known:
         closest = difflib.get_close_matches(name, known, n=len(known), cutoff=0.0)
         raise ConfigError(
-            f"There is no tuning method {name!r}.",
+            f"The tuning method {name!r} is not known.",
             known=", ".join(closest),
             fix=f"covft.tune(vit, {closest[0]!r})",
         )

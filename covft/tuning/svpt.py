@@ -18,6 +18,7 @@ from covft.tuning.method import Tower, check_choice
 from covft.tuning.vpt import VPT, Prompts, tokens_of
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
+from covft.utils.modes import in_eval_mode
 
 _SAMPLE = 4096
 """Tokens of each block that prototypes are made of, at most."""
@@ -129,21 +130,17 @@ def _tokens(tower: Tower, blocks: list[str], images: Any, seed: int) -> dict[str
     """Return a sample of the patch tokens that enter each block, shape `(n, D)`."""
     vit, like = tower.vit, next(tower.vit.parameters())
     samples = {path: _Sample(tower.spec.input.prefix_tokens or 0, seed) for path in blocks}
-    modes = {module: module.training for module in vit.modules()}
     handles = [
         vit.get_submodule(path).register_forward_pre_hook(sample.keep, with_kwargs=True)
         for path, sample in samples.items()
     ]
     try:
-        vit.eval()
-        with torch.no_grad():
+        with in_eval_mode(vit), torch.no_grad():
             for batch in _batches(images):
                 vit(batch.to(like.device, like.dtype))
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return {path: sample.rows for path, sample in samples.items()}
 
 

@@ -24,7 +24,7 @@ def inspect_command(
     field: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the runs, such as steps=100.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train covft and full tuning, and write what there is to see: contexts, routing, agreement of updates."""
+    """Train covft, full tuning and towers of two tasks, and write what there is to see inside, as numbers."""
     before_torch()
     from study.inspection.trained import RESULTS, inspect_runs
     from study.runs.settings import RunSettings

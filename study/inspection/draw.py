@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ GROUP_COLOURS = dict(
 CLUSTER_COLOURS = ("#3f8fd0", "#e0703a", "#3f9f6f", "#a878c8", "#b8902a", "#4aa3a3", "#cf6a8e", "#8a94a6")
 DRAWN_PAIRS = 500
 PAPER = {"full": (0.076, 0.112), "covft": (0.189, 0.051)}  # mean and deviation of its Fig. 5
+COLOURS_OF_PAIRS = (marks.COLOURS["covft"], "#a878c8", marks.COLOURS["full"])
 WEIGHTS = {"tower": "all trained weights of the tower", "ffns": "FFNs of the adapted blocks alone"}
 
 
@@ -122,6 +123,32 @@ def draw_agreement(gains: Mapping[str, float], predicted: Mapping[str, Mapping[s
         axes.grid(axis="y")
     panels[0].set_yticks(range(1, len(ranked) + 1), ranked)
     panels[0].tick_params(axis="y", length=0)
+    return figure
+
+
+def draw_distance(found: Sequence[Mapping[str, Any]], groups: Mapping[str, Sequence[str]]) -> Figure:
+    """Draw how far pairs of towers are apart, over training and by block (Fig. 1c of the paper); a line for each pair.
+
+    Args:
+        found: What `study.inspection.distance.measure` returned, by seed.
+        groups: Keys of the pairs of each group, by its label.
+    """
+    figure, (left, right) = marks.panels(7.2, 3.1, 2)
+    for colour, (label, pairs) in zip(COLOURS_OF_PAIRS, groups.items(), strict=True):
+        lines = [one["pairs"][pair] for one in found for pair in pairs]
+        for number, line in enumerate(lines):
+            style = {"color": colour, "ms": 2.5, "lw": 1, "alpha": 0.75, "label": None if number else label}
+            left.plot([0, *found[0]["steps"]], [0, *(step[""][0] for step in line)], "o-", **style)
+            blocks = [block for block in line[-1] if block]
+            right.plot(blocks, [line[-1][block][0] for block in blocks], "o-", **style)
+    left.set_xlabel("step")
+    left.set_ylabel("L2 distance of two towers")
+    left.set_title("all weights")
+    right.set_xlabel("block")
+    right.set_title(f"each block, after {found[0]['steps'][-1]} steps")
+    for axes in (left, right):
+        axes.set_ylim(bottom=0)
+    right.legend(loc="lower left")
     return figure
 
 

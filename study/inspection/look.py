@@ -19,6 +19,7 @@ import covft
 from covft.analysis import Recording, record, stats
 from covft.analysis.stats.routing import pair_similarities
 from study.data.tasks import Example
+from study.inspection.conditioning import audited
 from study.runs.build import pictures_of
 from study.runs.run import Trained
 from study.runs.settings import RunSettings
@@ -62,7 +63,7 @@ class Looked:
         """Return what joins the run's row."""
         trained.model.encoder.save_pretrained(self.folder)
         encoder = covft.load(self.folder, vit=small_vit(), text_encoder=Texts(trained.settings.text_encoder)).eval()
-        return look(encoder, trained.settings, self.folder)
+        return {**look(encoder, trained.settings, self.folder), "audit": audited(trained)}
 
 
 def look(encoder: covft.ContextEncoder, settings: RunSettings, folder: Path | None = None) -> dict[str, Any]:

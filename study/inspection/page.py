@@ -9,6 +9,7 @@ from typing import Any
 
 from covft.utils.files import write_text
 from study.inspection import agreement, draw
+from study.inspection.sections import INSPECT, audit_section, beside, distance_section, signed
 from study.results.formats import Table, p_value
 from study.results.studies import Results
 
@@ -35,11 +36,15 @@ def write_page(results: Results, folder: Path, inspected: Path = RESULTS, diagno
     parts = ["# Before and inside", _INTRODUCTION, *_planted(known, folder)]
     if agreement.path_of(agreement.ALL, diagnoses).is_file():
         parts += _agreement(results, agreement.read_diagnosis(agreement.ALL, diagnoses), folder)
+    if distances := [json.loads(path.read_text(encoding="utf-8")) for path in sorted(inspected.glob("distance-*"))]:
+        parts += distance_section(distances, folder)
     found = {method: one for method in METHODS if (one := _read(inspected, method))}
     if "covft" in found:
         parts += _tower(found["covft"], folder)
     if (folder / ATTENTION).is_file() and (folder / QUESTIONS).is_file():
         parts += _maps()
+    if audit := found.get("covft", {}).get("trained_tower", {}).get("audit"):
+        parts += audit_section(audit)
     if found:
         parts += _updates(found, folder)
     parts += ["## Run it again", _AGAIN]
@@ -58,7 +63,7 @@ def _planted(known: Mapping[str, dict[str, Any]], folder: Path) -> list[str]:
     for name, one in known.items():
         conflict = one["conflict"]
         aligned, low, high = (conflict[key][-1][0][1] for key in ("alignment", "low", "high"))
-        shown = "unknown" if aligned is None else f"{_signed(aligned)} [{_signed(low)},\u00a0{_signed(high)}]"
+        shown = "unknown" if aligned is None else f"{signed(aligned)} [{signed(low)},\u00a0{signed(high)}]"
         row = [name, str(one["settings"]["samples"]), shown, p_value(conflict["p_values"][-1])]
         table.rows.append([*row, one["verdict"]["choice"]])
     draw.write(folder, "conflict", lambda: draw.draw_conflict(known))
@@ -70,7 +75,7 @@ def _planted(known: Mapping[str, dict[str, Any]], folder: Path) -> list[str]:
         "and language model.",
         table.markdown(),
         f"![Separation of gradients by block: {', '.join(PLANTED)}](conflict.svg){{ .scrolls }}",
-        _table(
+        beside(
             ["what it shows", "what it does not"],
             [
                 "The two tasks' gradients differ in every block that is read, more than by exchanging their labels; "
@@ -138,7 +143,7 @@ def _tower(found: dict[str, Any], folder: Path) -> list[str]:
         "### Contexts",
         "![Contexts along two principal components, by group of tasks and by cluster](contexts.svg){ .scrolls }",
         _nearest(trained).markdown(),
-        _table(
+        beside(
             ["what it shows", "what it does not"],
             [
                 f"Contexts of block {trained['contexts']['layer']}, the last adapted one. The clusters are those of "
@@ -150,7 +155,7 @@ def _tower(found: dict[str, Any], folder: Path) -> list[str]:
         "### Routing",
         "![Mean weight of each expert for each task, in each adapted block](routing.svg){ .scrolls }",
         _routing(trained).markdown(),
-        _table(
+        beside(
             ["what it shows", "what it does not"],
             [
                 "Which experts the questions of a task get, and whether that is more than by chance: mutual "
@@ -161,7 +166,7 @@ def _tower(found: dict[str, Any], folder: Path) -> list[str]:
         "### Contexts and routing",
         "![Pairs of questions: how alike contexts and routing are, before training and trained](correlation.svg)"
         "{ .scrolls }",
-        _table(
+        beside(
             ["what it shows", "what it does not"],
             [
                 "Whether questions with similar contexts are routed alike; r is over pairs of questions, its interval "
@@ -178,7 +183,7 @@ def _maps() -> list[str]:
         "### Where the context looks",
         f"![Attention of the context over pictures, for two questions about each]({ATTENTION}){{ .scrolls }}",
         f"![What moves in the features of a picture between its two questions]({QUESTIONS}){{ .scrolls }}",
-        _table(
+        beside(
             ["what it shows", "what it does not"],
             [
                 "The attention weights of the context's query over 6 x 6 patches, the mean over heads, for the "
@@ -250,7 +255,7 @@ def _r(found: dict[str, Any]) -> str:
 
 def _more(alike: list[float]) -> str:
     within, between = alike
-    return f"{_signed(100 * (within / between - 1), 1)}% ({within:.3f} and {between:.3f})"
+    return f"{signed(100 * (within / between - 1), 1)}% ({within:.3f} and {between:.3f})"
 
 
 def _nearest(trained: dict[str, Any]) -> Table:
@@ -296,7 +301,7 @@ def _updates(found: Mapping[str, dict[str, Any]], folder: Path) -> list[str]:
         table.markdown(),
         _told_of_updates(found),
         f"![Cosines of gradients with their dominant direction: {', '.join(found)}](updates.svg){{ .scrolls }}",
-        _table(
+        beside(
             ["what it shows", "what it does not"],
             [
                 "How far the steps of one training agree. The paper says neither whose gradients it compares nor how "
@@ -324,17 +329,9 @@ def _told_of_updates(found: Mapping[str, dict[str, Any]]) -> str:
     low, high = np.quantile(drawn, [0.025, 0.975])
     verdict = "agree more" if low > 0 else "agree less" if high < 0 else "are not shown to agree more or less"
     return (
-        f"**Covft's updates {verdict}** than those of full tuning here: {_signed(apart, 3)} [{_signed(low, 3)},\u00a0"
-        f"{_signed(high, 3)}], a bootstrap over the updates of one run each. The paper has +0.113."
+        f"**Covft's updates {verdict}** than those of full tuning here: {signed(apart, 3)} [{signed(low, 3)},\u00a0"
+        f"{signed(high, 3)}], a bootstrap over the updates of one run each. The paper has +0.113."
     )
-
-
-def _signed(value: float, digits: int = 2) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def _table(header: list[str], row: list[str]) -> str:
-    return Table("", header, [row], text=frozenset(range(len(header)))).markdown()
 
 
 _NAMES = {"full": "full tuning", "covft": "covft"}
@@ -346,7 +343,7 @@ _INTRODUCTION = (
 _AGAIN = f"""```bash
 {_DIAGNOSE}
 {_DIAGNOSE_ALL}
-python -m study inspect   # trains covft and full tuning: half an hour on a core; the encoder is in runs/inspected
+{INSPECT}   # trains covft, full tuning and towers of two tasks: 45 minutes on a core; the encoder is in runs/inspected
 covft report runs/inspected
 python -m study inside --folder runs/inspected  # this page
 ```"""

@@ -1,4 +1,4 @@
-"""Trains covft and full tuning with one seed, and writes what there is to see of them."""
+"""Trains covft and full tuning with one seed, and towers of two tasks, and writes what there is to see of them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import torch
 import covft
 from covft.integrations.training.updates import UpdateMonitor
 from covft.utils.files import write_text
+from study.inspection.distance import measure
 from study.inspection.look import Looked, Texts, look
 from study.runs.build import new_llava
 from study.runs.methods import options_of
-from study.runs.run import run
+from study.runs.run import run, versions
 from study.runs.settings import RunSettings
 from study.towers import small_vit
 
 RESULTS = Path(__file__).parents[1] / "results" / "inspection"
 METHODS = ("covft", "full")
+SEEDS = 3  # of the distances
 EVERY = 2  # steps between gradients that are compared
 _OF_RUN = ("settings", "rates", "scores", "trained", "seconds", "device", "versions", "date")
 
@@ -56,7 +58,9 @@ class Updates:
 def inspect_runs(
     settings: RunSettings, folder: Path, results: Path = RESULTS, device: str = "cpu", report: Any = None
 ) -> list[Path]:
-    """Train each method, look at it, and write the numbers, a JSON file each; those that are there stay.
+    """Train each method, look at it, and write the numbers, a JSON file each; files that are there stay.
+
+    The distances of towers of two tasks follow, a file for each of three seeds.
 
     Args:
         settings: The run; its method is replaced.
@@ -82,6 +86,28 @@ def inspect_runs(
         if is_covft:
             found |= {"trained_tower": row["inspection"], "untrained_tower": untrained(own)}
         write_text(file, json.dumps(found) + "\n")
+    return [*files, *distances(settings, results, device, report)]
+
+
+def distances(settings: RunSettings, results: Path = RESULTS, device: str = "cpu", report: Any = None) -> list[Path]:
+    """Write how far towers of two tasks come apart, a JSON file for each of three seeds; files that are there stay.
+
+    Args:
+        settings: The run of the first seed; its method and tasks are replaced.
+        results: Where the numbers go.
+        device: `cpu` or `cuda`.
+        report: Called with the number of finished steps of a training, now and then.
+
+    Returns:
+        The files.
+    """
+    files = []
+    for seed in range(settings.seed, settings.seed + SEEDS):
+        own = settings.replace(method="full", seed=seed)
+        files.append(results / f"distance-{own.name}.json")
+        if not files[-1].is_file():
+            found = measure(own, device, report) | {"versions": versions()}
+            write_text(files[-1], json.dumps(found) + "\n")
     return files
 
 

@@ -113,9 +113,14 @@ def numbers(text: str) -> list[int]:
 
 
 def before_torch() -> None:
-    """Let the parent look for a GPU without starting CUDA, which would not survive a fork."""
+    """Set what torch and transformers read when they are imported.
+
+    The parent looks for a GPU without starting CUDA, which would not survive a fork. transformers shows no bar for each
+    model that it loads: the study loads many, and shows progress itself.
+    """
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _end(outcome: Any) -> None:

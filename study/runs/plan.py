@@ -170,7 +170,9 @@ def plan(
     """
     names = tuple(studies)
     if unknown := [name for name in names if name not in STUDIES]:
-        raise ConfigError("There are no such studies.", expected=", ".join(STUDIES), got=", ".join(unknown))
+        raise ConfigError(
+            f"{', '.join(unknown)}: not the name of a study.", expected=", ".join(STUDIES), got=", ".join(unknown)
+        )
     size = size_named(str(fields.get("size", "small"))).name
     default, found = RunSettings(size=size).to_dict(), {}
     for study in names:

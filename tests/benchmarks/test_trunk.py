@@ -7,6 +7,7 @@ import json
 from benchmarks.speed.sizes import TINY
 from benchmarks.trunk.__main__ import PAGE, RESULTS, written
 from benchmarks.trunk.chats import SMALL, second_question
+from benchmarks.trunk.pairs import pairs
 from benchmarks.trunk.tower import questions
 
 
@@ -31,3 +32,9 @@ def test_what_a_second_question_runs():
     assert ran == {"reencode": (0, 1), "keep": (0, 0), "append": (0, 1)}
     assert found["keep"]["tokens"] + 5 == found["append"]["tokens"]  # four tokens of the picture, and a line break
     assert found["reencode"]["tokens"] > found["append"]["tokens"]
+
+
+def test_two_questions_a_picture():
+    """Answers and hits are checked inside."""
+    for seconds in pairs(SMALL, pictures=1).values():
+        assert 0 <= seconds[1] <= seconds[0]

@@ -86,14 +86,14 @@ def test_a_session(folder):
     answers.append(chat.ask(other, image=folder / "blue cup.png"))
     for answer in answers:
         assert letters(answer or "(no answer)") in letters(text)
-    assert text.count("There are no routing weights") == 2, "before the first question, and after /reset"
+    assert text.count("Routing weights come with the first answer") == 2, "before the first question, and after /reset"
     rows = [line.split() for line in shown if re.match(r"\s*\d+\s+0\.\d{3}", line)]
     expected = [[str(layer), *(f"{w:.3f}" for w in row[0].tolist())] for layer, row in weights.items()]
     assert rows == expected
     for name in ("none.png", "broken.png"):
         assert any(name in line and "/image" not in line for line in shown)
     assert "covft chat reads files of this machine and fetches nothing" in text
-    assert "There is no such command." in text
+    assert " is not a command. " in text
     assert "40 x 30 pixels" in text
     assert "Traceback" not in text
     assert "Expected" not in text
@@ -102,7 +102,7 @@ def test_a_session(folder):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["no/such/folder"], "There is no folder no/such/folder."),
+        (["no/such/folder"], "The folder no/such/folder does not exist."),
         (
             ["x", "--image", "https://a.b/c.png"],
             "https://a.b/c.png is not opened: covft chat reads files of this machine",
@@ -120,6 +120,21 @@ def test_what_cannot_be_is_one_sentence(arguments, sentence, tmp_path, monkeypat
     assert ended.value.code == 2
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_a_folder_without_a_processor_says_so_before_weights_are_loaded(folder, capsys):
+    saved = folder / "model"
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (saved / name).unlink(missing_ok=True)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(SystemExit) as ended:
+        main(["chat", str(saved)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert (
+        f"needs the model's processor, which makes tensors of pictures. In Python, processor.save_pretrained('{saved}"
+        in error
+    )
 
 
 def test_a_picture_is_a_path_or_a_file_url(tmp_path):

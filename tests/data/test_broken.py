@@ -3,6 +3,7 @@
 import gc
 import os
 import pickle
+import sys
 import warnings
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from covft.data import (
     LlavaRows,
     TarImages,
 )
-from covft.data.broken import _remove
+from covft.data.broken import BrokenLog, Place, _remove
 from covft.errors import ConfigError
 from tests.helpers.data import (
     RECORDS,
@@ -268,3 +269,31 @@ def test_no_file_stays_open(folder):
         data[row]
     handles = [str(handle.readlink()) for handle in Path("/proc/self/fd").iterdir() if handle.is_symlink()]
     assert not [handle for handle in handles if str(folder) in handle]
+
+
+def calls_to_log(rows):
+    """Calls of functions, also of C, that it takes to log broken rows of which half come from another process."""
+    log = BrokenLog(rows, rows)
+    other = pickle.loads(pickle.dumps(log))
+    errors = [DataError("not readable", place=Place("rows.json", row)) for row in range(rows)]
+    calls = 0
+
+    def count(frame, event, arg):
+        nonlocal calls
+        calls += event.endswith("call")
+
+    before = sys.getprofile()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sys.setprofile(count)
+        try:
+            for row, error in enumerate(errors):
+                (log, other)[row % 2].add(error)
+        finally:
+            sys.setprofile(before)
+    assert [entry.row for entry in log.entries()] == list(range(rows))
+    return calls
+
+
+def test_twice_as_many_broken_rows_take_twice_the_work():
+    assert calls_to_log(80) < 2.5 * calls_to_log(40)

@@ -25,6 +25,7 @@ from tests.distributed.llava import (
     trained_gradients,
     tuned_model,
 )
+from tests.helpers.training import trained_updates, write_folder
 
 pytestmark = [
     pytest.mark.long,
@@ -101,6 +102,20 @@ def test_ddp__gradients_are_those_of_one_process(ddp, routing):
 def test_ddp__a_save_of_all_processes_is_the_save_of_one(ddp, tmp_path):
     attached_model(ddp, routing="sparse").save_pretrained(tmp_path)
     assert_same_files(ddp / "saved", tmp_path)
+
+
+def test_ddp__updates_are_compared_as_in_one_process(tmp_path):
+    write_folder(tmp_path / "data")  # text alone in some rows, so that one process sees no image
+    processes.run("updates", tmp_path)
+    first, second = (json.loads((tmp_path / f"log-{rank}.json").read_text()) for rank in range(2))
+    expected = trained_updates(tmp_path, per_device_train_batch_size=2).state.log_history
+    figures = {name for entry in expected for name in entry if name.startswith("covft/update")}
+    assert figures == {"covft/updates", "covft/update_cosine", "covft/update_cosine_std"}
+    for found, alone in zip(first, expected, strict=True):
+        assert {name: found.get(name) for name in figures} == pytest.approx(
+            {name: alone.get(name) for name in figures}, abs=1e-3
+        )
+    assert not any(figures & set(entry) for entry in second), "the first process logs"
 
 
 # Every method

@@ -86,6 +86,18 @@ def options(rank: int, world: int, folder: Path) -> None:
         model.save_pretrained(folder / f"{option}-saved")
 
 
+def updates(rank: int, world: int, folder: Path) -> None:
+    """Transformers' Trainer under DDP, whose callback compares updates."""
+    import json
+
+    from tests.helpers.training import trained_updates
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    trainer = trained_updates(folder, per_device_train_batch_size=1)
+    assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+    (folder / f"log-{rank}.json").write_text(json.dumps(trainer.state.log_history))
+
+
 def fsdp2(rank: int, world: int, folder: Path) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

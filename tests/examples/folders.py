@@ -110,6 +110,7 @@ def tokenizer(specials: list[str]) -> Any:
         bos_token=specials[1],
         eos_token=specials[2],
         additional_special_tokens=specials[3:],
+        model_input_names=["input_ids", "attention_mask"],
     )
     assert len(made) < LANGUAGE["vocab_size"]
     return made

@@ -21,8 +21,9 @@ def build_tokenizer(name):
 
     template, kind, bos, eos, special = TEMPLATES[name]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_trained(kind)), bos_token=bos, eos_token=eos, chat_template=template
-    )
+        tokenizer_object=Tokenizer.from_str(_trained(kind)), bos_token=bos, eos_token=eos, chat_template=template,
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [*special, "<image>", "<IMG_CONTEXT>", "<img>", "</img>"]}
     )

@@ -174,6 +174,7 @@ def tokenizer_of(template: str, kind: str = "byte-level"):
         unk_token=None if kind == "byte-level" else "<unk>",
         additional_special_tokens=[token for token in specials[2:] if token != "<pad>"],
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )
     tokenizer.chat_template = TEMPLATES[template].jinja
     return tokenizer

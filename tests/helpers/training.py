@@ -90,6 +90,22 @@ def collator(rows):
     return Collator(rows.tokenizer.pad_token_id, rows.image_shape)
 
 
+def trained_updates(folder: Path, **changes: Any) -> Any:
+    """Train nine steps on the data in a folder, comparing each update; return the trainer."""
+    from transformers import Trainer
+
+    from covft.integrations import CoVFTCallback, get_encoder, train_only
+
+    model, rows = build(), dataset(folder / "data")
+    train_only(model, ["covft"])
+    perturb_alike(get_encoder(model))
+    args = arguments(folder / "out", max_steps=9, **changes)
+    callbacks: list[Any] = [CoVFTCallback(conflict_every=1)]
+    trainer = Trainer(model, args, collator(rows), train_dataset=rows, callbacks=callbacks)
+    trainer.train()
+    return trainer
+
+
 def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

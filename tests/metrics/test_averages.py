@@ -69,7 +69,7 @@ def test_what_has_no_mean_is_refused(scores, groups, divisors):
 
 
 def test_the_missing_benchmark_is_named():
-    with pytest.raises(ConfigError, match="no score of GQA"):
+    with pytest.raises(ConfigError, match="score of GQA is missing"):
         averages(dict.fromkeys(set(NAMES) - {"GQA"}, 50))
     with pytest.raises(ArgumentError):
         averages({"a": float("nan")}, {"x": ["a"]})

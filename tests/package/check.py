@@ -34,7 +34,13 @@ EXTRAS = (
     "onnx",
     "all",
 )
-SDIST_TESTS = ("tests/test_project.py", "tests/test_packaging.py", "tests/test_docs.py", "tests/test_cli.py")
+SDIST_TESTS = (
+    "tests/test_project.py",
+    "tests/test_package.py",
+    "tests/test_packaging.py",
+    "tests/test_docs.py",
+    "tests/test_cli.py",
+)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,6 +71,13 @@ class Bench:
     def part(self, name: str, *arguments: str | Path, title: str) -> str:
         """Run a script of `tests/real/parts` with the environment's Python."""
         return self.call("python", PARTS / name, *arguments, title=title)
+
+    def tests(self, module: str, *arguments: str | Path, title: str) -> str:
+        """Run a module of the tests, such as one that makes tiny models, with the Python of the tests."""
+        self.show_as(sys.executable, "python")
+        return self.call(
+            sys.executable, "-W", "ignore", "-m", module, *arguments, env={"PYTHONPATH": str(ROOT)}, title=title
+        )
 
     def documented(
         self,

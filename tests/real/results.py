@@ -19,6 +19,7 @@ NAMES = {
     "lmms_eval": "lmms-eval",
     "ms_swift": "ms-swift",
     "trl": "TRL",
+    "vlmevalkit": "VLMEvalKit",
 }
 
 _HEAD = """\

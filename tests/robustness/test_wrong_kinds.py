@@ -7,8 +7,9 @@ import pytest
 import covft
 from covft import adapters, checkpoints, data, integrations, metrics, nn, testing, text
 from covft.errors import CoVFTError
-from tests.helpers.calls import EVERYTHING, VALUES, Call, World
+from tests.helpers.calls import EVERYTHING
 from tests.helpers.snapshots import assert_unchanged, snapshot
+from tests.helpers.worlds import VALUES, Call, World
 
 SECONDS = ("attach", "match", "ConversationDataset", "compress", "diagnose")  # what is built anew for each wrong value
 CALLS = [pytest.param(call, marks=pytest.mark.long if str(call) in SECONDS else ()) for call in EVERYTHING]

@@ -342,7 +342,7 @@ def test_an_id_that_is_not_cached_says_what_to_do():
 
 
 def test_a_folder_that_is_missing_or_incomplete_says_so(tmp_path):
-    with pytest.raises(TextEncoderError, match="There is no folder"):
+    with pytest.raises(TextEncoderError, match="does not exist"):
         HFTextEncoder(str(tmp_path / "nothing"))
     with pytest.raises(TextEncoderError, match="cannot be loaded"):
         HFTextEncoder(str(tmp_path))

@@ -37,16 +37,19 @@ def chatml(image: str) -> str:
     return written(image, "<|im_start|>user\n", end, "<|im_start|>assistant\n", end)
 
 
-def tokenizer(specials: list[str], **named: str) -> Any:
+def tokenizer(specials: list[str], kind: str = "PreTrainedTokenizerFast", **named: str) -> Any:
     """Return a tokenizer whose special tokens come first: the first two begin and end a text, the third pads it.
 
     Args:
         specials: The tokens.
+        kind: Its class, for processors of transformers before 5, which take no other.
         **named: Names that the processor asks for, each with its token.
     """
-    from transformers import PreTrainedTokenizerFast
+    import transformers
 
-    return PreTrainedTokenizerFast(
+    if transformers.__version__ >= "5":
+        kind = "PreTrainedTokenizerFast"
+    return getattr(transformers, kind)(
         tokenizer_object=KINDS["byte-level"](specials),
         bos_token=specials[0],
         eos_token=specials[1],
@@ -54,6 +57,7 @@ def tokenizer(specials: list[str], **named: str) -> Any:
         additional_special_tokens=specials[3:],
         extra_special_tokens=named,
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
@@ -121,7 +125,7 @@ def qwen(kind: str, **more: Any) -> Any:
     marks = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
     return getattr(transformers, f"{kind}Processor")(
         transformers.Qwen2VLImageProcessor(**PACKED, **more),
-        tokenizer(["<|endoftext|>", "<|im_end|>", "<pad>", *marks, "<|im_start|>"]),
+        tokenizer(["<|endoftext|>", "<|im_end|>", "<pad>", *marks, "<|im_start|>"], "Qwen2TokenizerFast"),
         getattr(transformers, f"{kind.replace('2_5_', '2')}VideoProcessor")(**PACKED, **more),
         chat_template=chatml(image),
     )

@@ -75,7 +75,7 @@ def test_what_cannot_be_chosen_is_an_error():
         match(vit, 100, ["lora"], options={"lora": {"r": 2}})
     with pytest.raises(ConfigError, match="has no option rank"):
         match(vit, 100, ["lora"], sizes={"lora": "rank"})
-    with pytest.raises(ConfigError, match="no tuning method 'lorra'"):
+    with pytest.raises(ConfigError, match="tuning method 'lorra' is not known"):
         match(vit, 100, ["lorra"])
     with pytest.raises(UnsupportedViTError, match="as one sequence"):
         match(tower_of("hf-qwen2.5-vl")[1], 100, ["vpt"])

@@ -43,6 +43,7 @@ The tests, in `tests/`:
 - attach and generate: {attach}
 - train: {train}
 - tune: {tune}
+- chat, merge, export, evaluate: {use}
 
 Skipped are tests of a model or an option that the release lacks.
 
@@ -66,7 +67,7 @@ def page(rows: list[dict] | None = None) -> str:
     """Return the page of these results, by default of all."""
     rows = results() if rows is None else rows
     names = dict(
-        zip(("wrap", "text", "saving", "attach", "train", "tune"), map(listed, FEATURES.values()), strict=True)
+        zip(("wrap", "text", "saving", "attach", "train", "tune", "use"), map(listed, FEATURES.values()), strict=True)
     )
     return TEXT.format(
         torch=floors()["torch"],

@@ -24,6 +24,13 @@ FEATURES = {
     "attach and generate": ("tests/integrations/mllm",),
     "train": ("tests/integrations/training",),
     "tune": ("tests/tuning", "tests/integrations/tuning"),
+    "chat, merge, export, evaluate": (
+        "tests/integrations/chat",
+        "tests/merging",
+        "tests/test_exporting.py",
+        "tests/test_compression.py",
+        "tests/integrations/evaluation",
+    ),
 }
 
 # What the tests themselves need, as the extra `dev` asks for it.

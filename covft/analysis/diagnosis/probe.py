@@ -19,6 +19,7 @@ from covft.analysis.diagnosis.entries import endless, split
 from covft.analysis.diagnosis.losses import Loss
 from covft.analysis.stats.gradients import checked_loss, gradients_or_none, trainable
 from covft.metrics import bootstrap
+from covft.utils.modes import in_eval_mode
 
 RATES = (1e-5, 1e-4, 1e-3)
 RANK = 8  # of covft.tune(vit, "lora")
@@ -236,18 +237,12 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
         model: The model.
         seed: Of what it draws.
     """
-    modes = {module: module.training for module in model.modules()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.default_generator.manual_seed(seed)
-            for device in devices:
-                torch.cuda.default_generators[device].manual_seed(seed)
-            model.eval()
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with in_eval_mode(model), torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
+        yield
 
 
 def _cycle(numbers: Mapping[str, Sequence[int]], seed: int) -> list[int]:

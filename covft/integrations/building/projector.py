@@ -64,7 +64,10 @@ def load_projector(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     path = path / PROJECTOR_NAME if path.is_dir() else path
     if not path.is_file():
         raise CheckpointError(
-            f"There is no projector at {path}.", expected=PROJECTOR_NAME, fix="save_projector(model, folder)"
+            f"The projector {path} does not exist.",
+            expected=f"a file of save_projector, {PROJECTOR_NAME} in its folder",
+            got="no such file",
+            fix="save_projector(model, folder)",
         )
     try:
         state = load_file(path)

@@ -19,7 +19,7 @@ from covft.adapters.huggingface import quiet
 from covft.adapters.spec import Adapter
 from covft.checkpoints.folder import read_config
 from covft.checkpoints.loading import local_folder
-from covft.checkpoints.pretrained import FOLDER, MARK
+from covft.checkpoints.pretrained import FOLDER, MARK, prefix_of
 from covft.checkpoints.sources import is_hub_id, text_options
 from covft.checkpoints.trained import load_trained
 from covft.errors import CheckpointError, ConfigError, CoVFTError
@@ -76,7 +76,7 @@ def load_model(
             the loaded model, changed in place. None takes the id in the adapter's config.
         merge_lora: Whether to add LoRA to the weights and drop it.
         dtype: Of the weights; `"auto"` keeps that of the saved weights.
-        device_map: As for `from_pretrained`.
+        device_map: As for `from_pretrained`. The language model may be offloaded, the tower may not.
         quantization_config: As for `from_pretrained`, for the language model: tower and projector are left as they are.
         attn_implementation: As for `from_pretrained`.
         adapter: How the tower is built, if no registered adapter knows it.
@@ -88,7 +88,7 @@ def load_model(
 
     Raises:
         CheckpointError: If the folder has no adapted tower, is incomplete or damaged, or names code to run.
-        ConfigError: If processor or base cannot be loaded.
+        ConfigError: If processor or base cannot be loaded, or `device_map` offloads the tower.
 
     Example:
         >>> model, processor = load_model("runs/llava-covft")  # doctest: +SKIP
@@ -102,14 +102,14 @@ def load_model(
     is_adapter = (folder / _ADAPTER_CONFIG).is_file()
     source: Any = _base_of(folder, base) if is_adapter else folder
     if processor is None:
-        names = [folder] if isinstance(source, nn.Module) or source is folder else [folder, source]
-        processor = _load_processor(transformers, names, trust)
+        processor = _processor_of(folder, source, trust)
     if isinstance(source, nn.Module):
         model: Any = source
     else:
         options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation, **trust}
         options = {name: value for name, value in options.items() if value is not None}
         model = _load_mllm(transformers, source, quantization_config, options)
+        _check_tower_in_memory(model, adapter)
     restore_pooling(model)
     if text_encoder is None:
         text_encoder = _text_encoder_inside(folder, tower)
@@ -179,6 +179,34 @@ def _text_encoder_inside(folder: Path, tower: Path) -> TextEncoder | None:
     return encoder
 
 
+def load_processor(folder_or_repo_id: str | os.PathLike[str], base: Any = None) -> Any:
+    """Load the processor that `load_model` returns, without the model.
+
+    Args:
+        folder_or_repo_id: As for `load_model`.
+        base: As for `load_model`.
+
+    Raises:
+        CheckpointError: If the folder has no adapted tower.
+        ConfigError: If there is no processor and no tokenizer.
+    """
+    folder = _folder_with_tower(folder_or_repo_id)
+    source = _base_of(folder, base) if (folder / _ADAPTER_CONFIG).is_file() else folder
+    return _processor_of(folder, source, {"trust_remote_code": False})
+
+
+def _processor_of(folder: Path, source: Any, trust: Mapping[str, bool]) -> Any:
+    """Load the processor of a folder, or of the base model, or else a tokenizer."""
+    transformers = import_library("transformers", "transformers", needed_by="load_model")
+    names = [folder] if isinstance(source, nn.Module) or source is folder else [folder, source]
+    processor = _load_processor(transformers, names, trust)
+    if hasattr(processor, "image_seq_length") and not (folder / "processor_config.json").is_file():
+        # Saved in parts, none of which says how many tokens a picture has, so that it has the default.
+        length = read_strictly(folder / "config.json").get("image_seq_length") if source is folder else None
+        processor.image_seq_length = length if isinstance(length, int) else processor.image_seq_length
+    return processor
+
+
 def _load_processor(transformers: Any, sources: list[Any], trust: Mapping[str, bool]) -> Any:
     """Load the processor of the first source that has one, or else its tokenizer."""
     problem = ""
@@ -228,6 +256,20 @@ def _load_mllm(transformers: Any, source: Any, quantization_config: Any, options
             fix="copy the complete folder again",
         )
     return model
+
+
+def _check_tower_in_memory(model: Any, adapter: Adapter | None) -> None:
+    """Refuse a device map that offloads the tower: experts are copied from its weights."""
+    tower = find_tower(model, adapter)[0]
+    path = prefix_of(tower, model).rstrip(".")
+    offloaded = next((name for name, parameter in tower.named_parameters() if parameter.is_meta), None)
+    if offloaded is not None:
+        raise ConfigError(
+            "device_map has offloaded the tower, whose weights the experts are copied from.",
+            expected=f"{path} on a device; the language model may be offloaded",
+            got=f"{path}.{offloaded} on the meta device",
+            fix=f"device_map={{{path!r}: 0, ...}}, with the other parts of model.hf_device_map",
+        )
 
 
 def _sparing(auto: Any, name: str, quantization_config: Any, trust_remote_code: bool) -> Any:

@@ -12,6 +12,7 @@ from covft.adapters.registry import describe
 from covft.adapters.sources import load_vit, source_of
 from covft.errors import UnsupportedViTError
 from covft.utils.extras import import_library
+from covft.utils.modes import in_eval_mode
 from covft.utils.sources import split_values
 
 _transformers: Any = import_library("transformers", "transformers", needed_by="ViTTower")
@@ -340,16 +341,12 @@ def _check_rebuilt(source: str, vit: nn.Module) -> None:
 def _count_patches(vit: nn.Module, config: ViTTowerConfig) -> int:
     """Run the ViT once, and return the number of its patches."""
     weight = next(vit.parameters())
-    training = {module: module.training for module in vit.modules()}
     image = torch.zeros(1, 3, config.image_size, config.image_size, device=weight.device, dtype=weight.dtype)
     try:
-        with torch.no_grad():
-            states = patch_states(vit.eval(), image)
+        with in_eval_mode(vit), torch.no_grad():
+            states = patch_states(vit, image)
     except (TypeError, AttributeError, AssertionError, RuntimeError, ValueError) as error:
         raise _unsupported(vit, f"it cannot be run for the tokens after each block ({error})") from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     if len(states) != config.num_hidden_layers or any(s.dim() != 3 or s.shape[2] != config.hidden_size for s in states):
         raise _unsupported(vit, "it does not return one sequence of tokens per block")
     return states[0].shape[1]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,9 +12,9 @@ from covft.integrations.chat.memory import Memory
 from covft.integrations.chat.policies import POLICIES
 from covft.integrations.chat.prompts import Prompts, Turn, as_images
 from covft.integrations.mllm.attach import get_encoder
-from covft.integrations.mllm.attachment import attachment_of, image_id, read_layers, without_peft
+from covft.integrations.mllm.attachment import attachment_of, image_id, without_peft
 from covft.integrations.mllm.families import base_of
-from covft.surgery.trunk import TrunkCache
+from covft.integrations.mllm.trunk import kept_trunk, trunk_cache
 from covft.utils.arguments import check_kinds
 
 
@@ -74,7 +72,7 @@ class Chat:
         self._options = {"max_new_tokens": max_new_tokens, **generation}
         target = without_peft(model)
         self._memory = Memory(base_of(target), image_id(target))
-        self._trunks = TrunkCache(keep="last" if isinstance(read_layers(target), int | None) else "all")
+        self._trunks = trunk_cache(model)
         self.reset()
 
     @property
@@ -133,7 +131,7 @@ class Chat:
             given = {**self._new_part(inputs, turns[-1]), **resumed}
         self._memory.forget()
         generate: Any = self.model.generate
-        with self._cached_trunk():
+        with kept_trunk(self.model, self._trunks):
             output = generate(**given, return_dict_in_generate=True, **self._options)
         if len(output["sequences"]) == 1 and self._options.get("num_beams", 1) == 1 and not self._policy.rewrites:
             self._memory.note(output)
@@ -141,13 +139,6 @@ class Chat:
             weights = getattr(self._encoder, "routing_weights", dict)()
             self._routing = {layer: weights_BE.clone() for layer, weights_BE in weights.items()}
         return self._prompts.decode(output["sequences"][0, ids.shape[1] :])
-
-    def _cached_trunk(self) -> AbstractContextManager[Any]:
-        """Keep what the tower computes of a picture whatever is asked, unless the caller does so."""
-        encoder = self._encoder
-        if not getattr(encoder, "has_trunk", False) or encoder.caches_trunk:
-            return contextlib.nullcontext()
-        return encoder.cached_trunk(self._trunks)
 
     def _texts(self, inputs: dict[str, Any], turns: list[Turn]) -> dict[str, Any]:
         """Return the text of each picture: the question that it was shown with."""

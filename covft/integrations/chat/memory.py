@@ -6,9 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from covft.utils.transformers_names import release
+
 # Models of transformers, by `model_type`, whose later tokens look at all earlier ones in order, so that a cache can be
 # continued with pictures. For others, and for pictures of packed towers, the conversation is computed anew.
 _CONTINUED = frozenset(("internvl", "llava", "llava_next"))
+_PICTURES_CONTINUE = (5, 0)  # the first release whose `generate` hands pictures on when it continues a cache
 # Those whose cache can be continued with text alone: positions of a new picture, or how it is cut into tiles, depend on
 # the earlier ones.
 _CONTINUED_WITH_TEXT = _CONTINUED | {"llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
@@ -53,7 +56,7 @@ class Memory:
         """
         kinds = _CONTINUED if pictures else _CONTINUED_WITH_TEXT
         kind = getattr(getattr(self._model, "config", None), "model_type", None)
-        if self._cache is None or kind not in kinds:
+        if self._cache is None or kind not in kinds or (pictures and release() < _PICTURES_CONTINUE):
             return None
         new = ids[0].tolist()
         held = self._cache.get_seq_length()

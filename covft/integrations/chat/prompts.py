@@ -38,7 +38,7 @@ class Prompts:
         processor: The model's processor, with a chat template of its own or in its tokenizer.
 
     Raises:
-        ConfigError: If it has no image processor or no chat template.
+        ConfigError: If it has no image processor or no chat template, or does not know how many tokens a picture has.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -50,6 +50,13 @@ class Prompts:
                 expected="a processor of transformers, with a tokenizer and an image processor",
                 got=type(processor).__name__,
                 fix="covft.Chat(model, AutoProcessor.from_pretrained(folder))",
+            )
+        if getattr(processor, "patch_size", 0) is None:  # a LLaVA's, loaded from parts that were saved apart
+            raise ConfigError(
+                "The processor does not know how many tokens a picture has.",
+                expected="a processor with patch_size",
+                got="patch_size=None",
+                fix="covft.integrations.llava_processor(model, processor.tokenizer, processor.image_processor)",
             )
         self._by_parts = reads_image_parts(processor)
         self._template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)

@@ -29,7 +29,8 @@ Classes and functions are patched by `patches`, methods on the instance are over
       the model                                            as for transformers
     transformers   `covft.attach`, no launcher
       model.forward, .generate                             overridden until `covft.detach`
-      model.get_image_features, .save_pretrained           overridden until `covft.detach`
+      model.get_image_features, .get_video_features        overridden until `covft.detach`
+      model.save_pretrained                                overridden until `covft.detach`
       model.base_model.forward                             overridden until `covft.detach`
       model.base_model.get_image_features                  overridden while a batch with dummy images is encoded
 """

@@ -187,7 +187,7 @@ def refuse_merging(swift: Any) -> None:
     def merge_and_unload(model: nn.Module, **kwargs: Any) -> Any:
         if attachment_of(model) is not None and not hasattr(model, "peft_config"):
             raise ConfigError(
-                "There is no LoRA to merge: experts depend on the text, and stay in the tower.",
+                "This checkpoint has no LoRA to merge: experts depend on the text, and stay in the tower.",
                 expected="a checkpoint of --tuner_type covft_lora",
                 got="one of --tuner_type covft",
                 fix="swift infer --adapters with the checkpoint as it is",

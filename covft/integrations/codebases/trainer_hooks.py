@@ -17,11 +17,12 @@ from torch import nn
 
 from covft.checkpoints.pretrained import FOLDER, prefix_of
 from covft.integrations.mllm.attachment import Attachment, attachment_of
-from covft.integrations.training.callback import TowerCallback, seal_when_all_have_written
+from covft.integrations.training.callback import seal_when_all_have_written
 from covft.integrations.training.checkpoints import check_checkpoint, checkpoint_folder, unseal
 from covft.integrations.training.precision import train_in_float32
 from covft.integrations.training.reentrant import check_tower, key_of
 from covft.integrations.training.resuming import check_settings
+from covft.integrations.training.tower_callback import TowerCallback
 from covft.integrations.training.trainable import check_trainable
 from covft.surgery.overrides import Override
 

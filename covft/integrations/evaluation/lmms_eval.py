@@ -3,15 +3,17 @@
     lmms-eval --model covft_llava_hf --model_args pretrained=FOLDER --tasks gqa ...
 
 Each is a chat class of lmms-eval that gets the model of `covft.load_model`. Besides the arguments of that class,
-`--model_args` takes `text_encoder`, `base` and `dtype`, as `load_model` does, and `text`, as `told.telling` does. A row
-that fails ends the run with exit status 1: some classes of lmms-eval record an empty answer instead, and its command
-then exits with 0.
+`--model_args` takes `text_encoder`, `base` and `dtype`, as `load_model` does, `text`, as `told.telling` does, and
+`trunk_cache_mb`: benchmarks ask several questions about a picture, and the blocks before the first adapted one run once
+for all of them. A row that fails ends the run with exit status 1: some classes of lmms-eval record an empty answer
+instead, and its command then exits with 0.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from covft.errors import ConfigError, UnsupportedVersionError
 from covft.integrations.building.saved import load_model
 from covft.integrations.codebases.patches import loaded_already, one_process
 from covft.integrations.evaluation.told import telling
+from covft.integrations.mllm.trunk import kept_trunk, trunk_cache
 from covft.utils.strict_json import read_strictly
 
 _CHAT = "lmms_eval.models.chat"
@@ -61,6 +64,8 @@ class AttachedModel:
         base: As for `covft.load_model`. LoRA is added to the weights.
         dtype: As for `covft.load_model`.
         text: What the tower is told, as for `telling`: `"right"`, `"swapped"`, `"generic"` or `"blank"`.
+        trunk_cache_mb: Bound, in units of 2**20 bytes, on what is kept of pictures for other questions about them; 0
+            keeps nothing.
         **options: Those of the class.
 
     Raises:
@@ -79,6 +84,7 @@ class AttachedModel:
         base: str | None = None,
         dtype: str = "auto",
         text: str = "right",
+        trunk_cache_mb: int = 1024,
         **options: Any,
     ) -> None:
         from accelerate import Accelerator
@@ -96,6 +102,7 @@ class AttachedModel:
             device_map=device_map,
             attn_implementation=options.get("attn_implementation"),
         )
+        self._trunks = trunk_cache(model, trunk_cache_mb * 2**20) if trunk_cache_mb else None
         options |= {"pretrained": _files_of(pretrained, base), "device": place, "device_map": device_map}
         # Each process has a complete model, so the class need not prepare it for several, which it does on GPUs only.
         with loaded_already(model), one_process():
@@ -126,14 +133,19 @@ class AttachedModel:
         """
         questions = [request.args[0] for request in requests]
         answered: list[None] = []
+        told = telling(self.attached, self._text, questions=questions)
         try:
-            with telling(self.attached, self._text, questions=questions), _watched(self.attached, answered):
-                return super().generate_until(requests)  # type: ignore[misc]
+            with told, kept_trunk(self.attached, self._trunks), _watched(self.attached, answered):
+                answers = super().generate_until(requests)  # type: ignore[misc]
         except (Exception, _RowError) as error:
             cause = error.__cause__ if isinstance(error, _RowError) else error
             traceback.print_exception(cause)
             shown = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
             raise SystemExit(f"covft: a row failed after {len(answered)} answers. {shown}") from cause
+        if self._trunks is not None and self._trunks.hits:
+            asked = self._trunks.hits + self._trunks.misses
+            print(f"covft: {self._trunks.hits} of {asked} pictures came again; no trunk ran for these", file=sys.stderr)
+        return answers
 
 
 class _WithoutEmptyMedia:

@@ -12,6 +12,7 @@ from covft.integrations.evaluation.benchmarks import PAPER, entries_of
 from covft.integrations.evaluation.scores import Scores, read_scores
 from covft.metrics import PAPER_DIVISORS, PAPER_GROUPS, averages
 from covft.utils.arguments import check_kinds
+from covft.utils.tables import aligned
 
 _FIGURES: dict[str, tuple[float, ...]] = {
     # Table 1, LLaVA-1.5 with CLIP-L/14-336 and Vicuna.
@@ -74,7 +75,7 @@ class PaperTable:
             lines += [[name, *(_shown(column.get(name)) for column in columns.values())] for name in members]
             lines.append([f"  {group}", *(_shown(_mean_of(column, group)) for column in columns.values())])
         lines.append(["  mean of twelve", *(_shown(_mean_of(column, None)) for column in columns.values())])
-        return "\n".join([*_aligned(lines), "", *self._notes()])
+        return "\n".join([*aligned(lines, right=True), "", *self._notes()])
 
     def _notes(self) -> list[str]:
         found, entries = self.scores, entries_of(self.scores.engine)
@@ -117,13 +118,3 @@ def _mean_of(scores: Mapping[str, float], group: str | None) -> float | None:
 
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}" if value > 100 else f"{value:.2f}"
-
-
-def _aligned(lines: list[list[str]]) -> list[str]:
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        )
-        for line in lines
-    ]

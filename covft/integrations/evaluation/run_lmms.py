@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from covft.checkpoints.folder import CONFIG_NAME, FOLDER
 from covft.checkpoints.loading import local_folder
 from covft.errors import ConfigError, EvaluationError, MissingDependencyError
+from covft.integrations.evaluation.scores import results_of
 from covft.utils.strict_json import read_strictly
 
 # Model types of transformers that have a class of their own; the others have covft_huggingface.
@@ -169,10 +169,10 @@ def read_results(path: Path, tasks: Iterable[str]) -> Results:
         tasks: The tasks that were asked for.
 
     Raises:
-        EvaluationError: If a task has no number in it.
+        EvaluationError: If it is damaged, or a task has no number in it.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
-    scores = [score for task in content.get("results", {}) for score in _scores(content, task)]
+    content = results_of(path)
+    scores = [score for task in content["results"] for score in _scores(content, task)]
     scores += [score for group in content.get("groups") or {} for score in _scores(content, group, "groups")]
     scores = list(dict.fromkeys(scores))
     members = content.get("group_subtasks") or {}

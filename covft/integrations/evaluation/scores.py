@@ -172,7 +172,7 @@ class _LmmsEval(_Reader):
         super().__init__()
         self.results: dict[str, Mapping[str, Any]] = {}
         contents = {
-            path: _json(path) for path in sorted(paths, key=lambda path: path.name)
+            path: results_of(path) for path in sorted(paths, key=lambda path: path.name)
         }  # which begins with the date
         _one_model({_model_of(content): path for path, content in contents.items()})
         for path, content in contents.items():
@@ -287,7 +287,15 @@ def _one_model(paths: Mapping[str, Path]) -> None:
         )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def results_of(path: Path) -> dict[str, Any]:
+    """Read a result file of lmms-eval.
+
+    Args:
+        path: The file.
+
+    Raises:
+        EvaluationError: If it is damaged.
+    """
     content = _load(path, path.read_text, "JSON")
     if not isinstance(content, dict) or not isinstance(content.get("results"), dict):
         raise _damaged(path, "an object with results", TypeError(type(content).__name__))

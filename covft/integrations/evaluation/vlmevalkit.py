@@ -55,7 +55,12 @@ class Command:
 
 
 def command(
-    folder: str | Path, run: str | Path, tasks: str, output: str | Path, options: Mapping[str, Any] | None = None
+    folder: str | Path,
+    run: str | Path,
+    tasks: str,
+    output: str | Path,
+    options: Mapping[str, Any] | None = None,
+    extra: Sequence[str] = (),
 ) -> list[str]:
     """Build the command line that evaluates a folder.
 
@@ -65,13 +70,18 @@ def command(
         tasks: Names with commas, such as `paper`, as `benchmarks.tasks_of` takes them.
         output: Where the toolkit writes its results.
         options: Fields of `Options`; None leaves one out.
+        extra: More arguments of `run.py`; those among them that name a field of `Options`, such as `--prompt`, are the
+            model's.
     """
-    given = {name: value for name, value in (options or {}).items() if value is not None}
+    ours, theirs = _options_parser(add_help=False).parse_known_args(list(extra))
+    named = {**(options or {}), **{name: value for name, value in vars(ours).items() if value is not None}}
+    given = {name: value for name, value in named.items() if value is not None}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     name = _default_name(given.get("text", "right"))
     return [
         *(sys.executable, *PROGRAM.split()[1:], str(folder), "--run", str(run), *words, "--"),
         *("--data", *tasks_of(tasks, "vlmevalkit"), "--model", name, "--work-dir", str(output)),
+        *theirs,
     ]
 
 
@@ -85,14 +95,9 @@ def parse(arguments: Sequence[str]) -> Command:
         ConfigError: If there is no `run.py`, or no folder, or the model's name is not clear. Other errors end the
             process, as argparse does.
     """
-    parser = argparse.ArgumentParser(
-        PROGRAM, usage=f"{PROGRAM} [FOLDER] --run run.py [--text ...] -- its flags", allow_abbrev=False
-    )
+    parser = _options_parser(usage=f"{PROGRAM} [FOLDER] --run run.py [--text ...] -- its flags")
     parser.add_argument("folder", nargs="?", help="a folder that an attached model was saved to, or a repository")
     parser.add_argument("--run", required=True, help="path of VLMEvalKit's run.py")
-    for field in fields(Options)[1:]:
-        kind = int if isinstance(field.default, int) else str
-        parser.add_argument(f"--{field.name}", type=kind, help=field.metadata["help"])
     split = list(arguments).index("--") if "--" in arguments else len(arguments)
     space, theirs = vars(parser.parse_args(list(arguments[:split]))), list(arguments[split + 1 :])
     run = Path(space.pop("run"))
@@ -121,6 +126,15 @@ def parse(arguments: Sequence[str]) -> Command:
     if _value(theirs, "--judge") is None:
         theirs += ["--judge", "exact_matching"]
     return Command(run, options, name, tuple(theirs))
+
+
+def _options_parser(**settings: Any) -> argparse.ArgumentParser:
+    """Return a parser of the options of the model; those that are not given are None."""
+    parser = argparse.ArgumentParser(PROGRAM, allow_abbrev=False, **settings)
+    for field in fields(Options)[1:]:
+        kind = int if isinstance(field.default, int) else str
+        parser.add_argument(f"--{field.name}", type=kind, help=field.metadata["help"])
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

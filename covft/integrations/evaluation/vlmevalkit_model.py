@@ -15,6 +15,7 @@ import torch
 from covft.errors import ConfigError
 from covft.integrations.building.saved import load_model
 from covft.integrations.evaluation.told import TEXTS, telling
+from covft.integrations.mllm.trunk import kept_trunk, trunk_cache
 
 CLASS = "CoVFT"
 """Name of the class in `vlmeval.vlm`, for `--config`."""
@@ -43,6 +44,8 @@ class Options:
         base: As for `covft.load_model`.
         dtype: As for `covft.load_model`.
         max_new_tokens: Longest answer.
+        trunk_cache_mb: Bound, in units of 2**20 bytes, on what is kept of pictures for other questions about them; 0
+            keeps nothing.
     """
 
     folder: str
@@ -52,6 +55,7 @@ class Options:
     base: str | None = _option(None, "the model that LoRA was trained on; by default as saved")
     dtype: str | None = _option(None, "of the weights; by default as saved")
     max_new_tokens: int = _option(512, "longest answer; 512 by default")
+    trunk_cache_mb: int = _option(1024, "bound in MB on what is kept of pictures; 0 keeps nothing; 1024 by default")
 
     def __post_init__(self) -> None:
         for name, value, known in (("prompt", self.prompt, PROMPTS), ("text", self.text, TEXTS)):
@@ -85,6 +89,8 @@ def model_class() -> type:
                 raise ConfigError("The model is run by transformers.", expected="no --use-vllm", got="use_vllm=True")
             self.options = Options(folder, **options)
             self.model, self.processor = _load(self.options)
+            size = self.options.trunk_cache_mb * 2**20
+            self.trunks = trunk_cache(self.model, size) if size else None
             self.telling = telling(self.model, self.options.text)
             self.telling.__enter__()  # until the process ends
 
@@ -97,7 +103,8 @@ def model_class() -> type:
 
         def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
             try:
-                return _answer(self.model, self.processor, message, self.options.max_new_tokens)
+                with kept_trunk(self.model, self.trunks):
+                    return _answer(self.model, self.processor, message, self.options.max_new_tokens)
             except Exception as error:  # run.py would go on with the next data set, and exit with status 0
                 traceback.print_exception(error)
                 shown = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -119,7 +119,11 @@ class BaseOverride(BatchOverride):
 
 
 class FeaturesOverride(TextOverride):
-    """Overrides `get_image_features`, which sees no prompt: it needs `context_text` or an open `condition(...)`."""
+    """Overrides `get_image_features` and `get_video_features`, which see no prompt.
+
+    They need `context_text` or an open `condition(...)`: a text for all, one per image, or, where the tower takes a
+    video as one image (Qwen's), one per video. Frames that are images of the tower share one.
+    """
 
     def __call__(self, *args: Any, context_text: Any = None, context_index: Any = None, **kwargs: Any) -> Any:
         """Call the method and hold the text for the tower, if one is given."""
@@ -170,7 +174,12 @@ class SaveOverride(MethodOverride):
 
 
 class LayerOverride(MethodOverride):
-    """Overrides a method that takes features of the tower, to refuse hidden states of skipped blocks."""
+    """Overrides a method of the base model that takes features of the tower, to refuse states of skipped blocks."""
+
+    @property
+    def owner(self) -> Any:
+        """The model without its head."""
+        return base_of(self.attachment.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method if the hidden state that it reads is not a copy of another."""
@@ -180,19 +189,11 @@ class LayerOverride(MethodOverride):
         return self.inner(*args, **kwargs)
 
 
-class BaseLayerOverride(LayerOverride):
-    """Overrides such a method of the base model."""
-
-    @property
-    def owner(self) -> Any:
-        """The model without its head."""
-        return base_of(self.attachment.model)
-
-
 OVERRIDES: dict[str, type[MethodOverride]] = {
     "forward": BatchOverride,
     "generate": GenerateOverride,
     "get_image_features": FeaturesOverride,
+    "get_video_features": FeaturesOverride,
     "save_pretrained": SaveOverride,
 }
 
@@ -205,12 +206,9 @@ def install(attachment: Attachment) -> None:
     attachment.override({name: override for name, override in OVERRIDES.items() if hasattr(type(model), name)})
     if base is not model:
         attachment.override({"forward": BaseOverride})
-    if attachment.encoder.feature_layer is not None:
-        if hasattr(type(model), "get_video_features"):
-            attachment.override({"get_video_features": LayerOverride})
-        if base is not model:
-            names = ("get_image_features", "get_video_features")
-            attachment.override({name: BaseLayerOverride for name in names if hasattr(type(base), name)})
+    if attachment.encoder.feature_layer is not None and base is not model:
+        names = ("get_image_features", "get_video_features")
+        attachment.override({name: LayerOverride for name in names if hasattr(type(base), name)})
 
 
 @functools.cache

@@ -26,7 +26,8 @@ _PER_PART = 4096
 class MovementWatch:
     """Compares a sample of each part with its values at the start, once, after some optimizer steps.
 
-    Only elements with a gradient count: experts that no image chose and words that no row has do not change.
+    Only elements with a gradient count: experts that no image chose and words that no row has do not change. Neither do
+    parameters whose learning rate is 0, as in the first step of a warm-up: `before_step` leaves them out.
 
     Args:
         named: Parameters by name; frozen ones are left out.
@@ -48,8 +49,24 @@ class MovementWatch:
             for part, parameters in parts.items()
         }
 
+    def before_step(self, optimizer: Any) -> None:
+        """Leave out, in the step that begins, what the optimizer trains with a learning rate of 0.
+
+        Call it before the forward pass. A step in which nothing has another learning rate is not counted.
+
+        Args:
+            optimizer: The optimizer, with the learning rates of this step.
+        """
+        resting = {id(p) for group in optimizer.param_groups if group["lr"] == 0 for p in group["params"]}
+        for sample in self._all():
+            sample.rests = id(sample.parameter) in resting
+
     def after_step(self) -> None:
         """Count an optimizer step; after the last one, warn of parts that do not change, and stop watching."""
+        if self._samples and all(sample.rests for sample in self._all()):
+            return
+        for sample in self._all():
+            sample.note_shard()
         self._left -= 1
         if self._left:
             return
@@ -76,11 +93,13 @@ class MovementWatch:
 
     def close(self) -> None:
         """Remove the hooks and forget the sample."""
-        for samples in self._samples.values():
-            for sample in samples:
-                sample.hook.remove()
+        for sample in self._all():
+            sample.hook.remove()
         self._samples = {}
         self._left = 0
+
+    def _all(self) -> list[_Sample]:
+        return [sample for samples in self._samples.values() for sample in samples]
 
 
 @check_kinds
@@ -88,7 +107,8 @@ def watch_movement(module: nn.Module, steps: int = STEPS) -> MovementWatch:
     """Watch whether everything that is trained changes, in a training loop of any library.
 
     `CoVFTCallback` does this in the Trainer of transformers. Elsewhere, call this before the first step, and
-    `after_step()` after each optimizer step: after `steps` of them it warns of parts that do not change.
+    `after_step()` after each optimizer step: after `steps` of them it warns of parts that do not change. Where learning
+    rates may be 0, call `before_step(optimizer)` before each forward pass.
 
     Args:
         module: What is trained: an attached model, what `covft.wrap` returned, or a module around either.
@@ -132,8 +152,8 @@ class _Sample:
         self.parameter = parameter
         self.indices = (torch.arange(size, device=values.device) * values.numel()) // size
         self.start = self._of(parameter)
-        # FSDP sets gradients without calling the parameters' hooks.
-        self.reached = torch.full((size,), is_sharded(parameter), device=values.device)
+        self.rests = False  # whether its learning rate is 0
+        self.reached = torch.zeros(size, dtype=torch.bool, device=values.device)
         self.hook: Any = parameter.register_post_accumulate_grad_hook(partial(_note, self))
 
     def moved(self) -> int:
@@ -142,8 +162,14 @@ class _Sample:
         return int(((now != self.start.to(now)) & self.reached).sum())
 
     def note(self, gradient: Tensor) -> None:
-        """Note which elements have a gradient."""
-        self.reached |= self._of(gradient) != 0
+        """Note which elements have a gradient, if they are to change."""
+        if not self.rests:
+            self.reached |= self._of(gradient) != 0
+
+    def note_shard(self) -> None:
+        """Take all elements of a shard for reached: FSDP sets gradients without calling the parameters' hooks."""
+        if not self.rests and is_sharded(self.parameter):
+            self.reached.fill_(True)
 
     def _of(self, tensor: Tensor) -> Tensor:
         return _local(tensor).reshape(-1)[self.indices]
@@ -173,4 +199,4 @@ def _reason(types: list[str]) -> str:
             "with bf16=True, before the trainer is constructed; elsewhere encoder.train_in_float32() before "
             "the optimizer is created; or an optimizer that keeps float32 copies."
         )
-    return "Reasons: a learning rate of 0, or an optimizer that was created without these parameters."
+    return "Reasons: a learning rate of 0 or close to it, or an optimizer that was created without these parameters."

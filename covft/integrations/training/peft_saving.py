@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from covft.checkpoints.beside_adapters import ungathered, write_beside_adapters
+from covft.checkpoints.beside_adapters import check_adapters_are_found, ungathered, write_beside_adapters
 from covft.checkpoints.folder import FOLDER
 from covft.integrations.mllm.attachment import attachment_of
 from covft.surgery.overrides import Override
@@ -25,7 +25,12 @@ class SaveWithAdapters(Override):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Save the adapters and `covft/`; warn where the state dict has too little for that."""
+        """Save the adapters and `covft/`; warn where the state dict has too little for that.
+
+        Raises:
+            CheckpointError: If peft does not find its adapters.
+        """
+        check_adapters_are_found(self.owner)
         given = self._named(self._own(args), kwargs)
         self.inner(**given)
         attachment, state = attachment_of(self.owner), given.get("state_dict")

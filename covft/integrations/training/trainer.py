@@ -250,7 +250,7 @@ def _check_null_text(model: Any, dataset: Any) -> None:
 def _collator_for(dataset: Any) -> Collator:
     if not isinstance(dataset, ConversationDataset):
         raise ConfigError(
-            "There is no collator, and none can be created for this data set.",
+            "The collator is missing, and covft cannot create one for this data set.",
             expected="a covft.data.ConversationDataset, or data_collator=",
             got=type(dataset).__name__,
         )

@@ -22,6 +22,7 @@ from covft.surgery.slot import AdaptedFFN
 from covft.surgery.split import SecondHalf
 from covft.surgery.trunk.states import NotKept, States, bytes_of, picked_arguments
 from covft.surgery.wrapped import WrappedViT
+from covft.text.inputs import check_index_has_text
 from covft.utils.torch_internals import eagerly
 
 # The run that the calling code is part of: a `_Recording` or a `_Resumption`.
@@ -236,8 +237,7 @@ def resumed(encoder: Any, gate: Gate, trunk: Trunk, given: Sequence[str], text: 
             got="another one",
             fix="encoder(trunk=encoder.trunk(images), text=texts)",
         )
-    if text is None and index is not None:
-        raise ShapeError("index= was given without text.", expected="text= with index=", got="text=None")
+    check_index_has_text(index, text)
     with contextlib.nullcontext() if text is None else encoder.condition(text, index):
         scope = encoder.conditioning.require()
         asked = None if scope is None or len(trunk) != 1 else scope.num_images

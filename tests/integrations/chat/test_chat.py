@@ -10,6 +10,7 @@ import covft
 from covft.errors import ConfigError, UnsupportedViTError
 from covft.integrations import attach, get_encoder
 from tests.helpers.attached import TEXTS
+from tests.helpers.releases import skip_before
 from tests.helpers.towers import perturb
 from tests.tiny.folders import build
 
@@ -156,6 +157,8 @@ def runs_of(module):
 
 @pytest.mark.parametrize(("family", "policy"), [(f, "keep") for f in FAMILIES] + [("llava", "append")])
 def test_only_new_tokens_are_computed_where_the_cache_is_continued(family, policy):
+    if policy == "append":
+        skip_before((5, 0), "a generate that takes pictures where it continues a cache")
     chat, model, _, _ = chatting(family, policy)
     chat.ask(FIRST, picture())
     towers = []

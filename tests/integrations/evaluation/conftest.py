@@ -25,7 +25,7 @@ def saved(tmp_path_factory):
         images, tokenizer, patch_size=16, vision_feature_select_strategy="default", num_additional_image_tokens=1
     )
     processor.chat_template = TEMPLATES["llava-hf"].jinja
-    covft.attach(model, HashTextEncoder(32), tokenizer=processor, layers=[0, 1])
+    covft.attach(model, HashTextEncoder(32), tokenizer=processor, layers=[1])
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -3,16 +3,21 @@
 `recorded/` was written by VLMEvalKit e8e78f0 with `--judge exact_matching`, for a model that gives the wrong
 answer to the rows 1, 5, 9, ... of each data set, counted from 0, and the right one to all others; and by lmms-eval
 0.7.3, with its own tasks over local rows. Of lmms-eval's files, only the keys that matter here are kept.
+`vlmevalkit-covft/` was written by `python -m tests.real vlmevalkit`: a tiny attached model that is always wrong, but in
+six of eight rows of GQA, whose answers were made its own.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from covft.errors import EvaluationError
 from covft.integrations.evaluation.benchmarks import BENCHMARKS
 from covft.integrations.evaluation.paper import paper_table
 from covft.integrations.evaluation.scores import read_scores
+from covft.integrations.evaluation.vlmevalkit import check_results
 
 RECORDED = Path(__file__).parent / "recorded"
 # Counted by hand from the rows. MME has two rows per category: in every other one the second is wrong.
@@ -63,3 +68,23 @@ def test_vlmevalkit():
     assert paper_table(RECORDED / "vlmevalkit").mean == pytest.approx(
         (sum(VLMEVALKIT.values()) - VLMEVALKIT["OCRVQA"] - VLMEVALKIT["MME"] * 19 / 20) / 12
     )
+
+
+def test_vlmevalkit__a_run_of_an_attached_model(tmp_path):
+    recorded = RECORDED / "vlmevalkit-covft"
+    check_results(recorded, {})
+    table = paper_table(recorded)
+    assert {name: score for name, score in read_scores(recorded).values.items() if score} == {"GQA": 75.0}
+    assert table.mean == pytest.approx(75 / 12)
+
+    run = tmp_path / "run"
+    shutil.copytree(recorded, run)
+    (path,) = run.glob("*/*/status.json")
+    states = json.loads(path.read_text())
+    del states["datasets"]["MMVP"]["metrics"]
+    states["datasets"]["MME"]["error_message"] = "no disk"
+    path.write_text(json.dumps(states))
+    with pytest.raises(
+        EvaluationError, match=r"(?s)MME: no disk.*MMVP: it ended in the state 'done', without a metric"
+    ):
+        check_results(run, {})

@@ -120,3 +120,11 @@ def test_results__a_group_has_the_numbers_of_its_members_and_a_pattern_any(tmp_p
         assert read_results(path, [asked]).scores == (run_lmms.Score("a_1", "acc", 0.5, None, 4),)
     with pytest.raises(EvaluationError, match="no numbers for b"):
         read_results(path, ["b"])
+
+
+@pytest.mark.parametrize("content", ['{"results": {"tiny"', "[]", "{}"])
+def test_results__a_damaged_file_is_an_error(tmp_path, content):
+    path = tmp_path / "x_results.json"
+    path.write_text(content)
+    with pytest.raises(EvaluationError, match=r"x_results\.json is damaged"):
+        read_results(path, ["tiny"])

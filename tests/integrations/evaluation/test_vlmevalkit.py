@@ -1,5 +1,6 @@
 """The launcher of VLMEvalKit, on a stand-in of its call shape."""
 
+import contextlib
 import json
 
 import pytest
@@ -67,11 +68,27 @@ def answers(output, name, dataset="MMVP"):
     return [row["prediction"] for row in json.loads(path.read_text())]
 
 
+@contextlib.contextmanager
+def blocks_that_run():
+    """Count the blocks of towers that compute."""
+    counted = []
+    watched = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: counted.append(1) if type(module).__name__ == "CLIPAttention" else None
+    )
+    try:
+        yield counted
+    finally:
+        watched.remove()
+
+
 @pytest.mark.filterwarnings("ignore:The tower reads what the engine adds")
 def test_answers_are_those_of_the_attached_model(saved, data, run_py, tmp_path):
     texts = [of_dataset(question) for question in QUESTIONS]
     output = tmp_path / "out"
-    main([str(saved), "--run", str(run_py), "--max_new_tokens", "5", "--", "--data", "MMVP", "--work-dir", str(output)])
+    asked = ["--data", "MMVP", "--work-dir", str(output)]
+    with blocks_that_run() as ran:
+        main([str(saved), "--run", str(run_py), "--max_new_tokens", "5", "--", *asked])
+    assert len(ran) == 1 + 3 * 2, "three questions about one picture; the first of three blocks is the trunk"
     given = answers(output, "covft")
     assert given == expected(saved, data, texts)
     assert given != expected(saved, data, texts, attached=False)
@@ -144,6 +161,11 @@ def test_the_command_of_a_folder(run_py):
         *("--data", "MME", "MMBench_DEV_EN", "MMBench_DEV_CN", "GQA_TestDev_Balanced", "ScienceQA_TEST", "AI2D_TEST"),
         *("TextVQA_VAL", "MMVP", "RealWorldQA", "CV-Bench-2D", "CV-Bench-3D"),
         *("--model", "covft-swapped", "--work-dir", "out"),
+    ]
+    extra = ["--prompt", "llava", "--verbose", "--trunk_cache_mb=0"]
+    assert command("a", run_py, "MMVP", "out", {"text": "blank"}, extra)[6:] == [
+        *("--text", "blank", "--prompt", "llava", "--trunk_cache_mb", "0", "--"),
+        *("--data", "MMVP", "--model", "covft-blank", "--work-dir", "out", "--verbose"),
     ]
     parsed = parse(words[3:])
     assert (parsed.name, parsed.options.text, parsed.theirs[-2:]) == (

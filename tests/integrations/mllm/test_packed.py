@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -74,6 +75,27 @@ def test_videos__each_has_the_question_of_its_row(name):
     times = len(generated.features) // len(run.features)  # in many releases the tower runs after the expansion
     assert times in (1, 2)
     assert not any(changed(generated.features, [film for film in run.features for _ in range(times)]))
+
+
+@pytest.mark.parametrize("name", WITH_VIDEOS)
+def test_videos__features_follow_the_text_that_is_given(name):
+    model, _ = attached(name)
+    batch = videos(BY_NAME[name], [(2, 4, 6), (1, 2, 2)], [CUP, DOG])
+    films = {argument: batch[argument] for argument in ("pixel_values_videos", "video_grid_thw")}
+    assert list(inspect.signature(model.get_video_features).parameters)[-3:-1] == ["context_text", "context_index"]
+    with pytest.raises(MissingContextError, match="called without text"):
+        model.get_video_features(**films)
+    for texts, expected in ((["one", "two"], ["one", "two"]), (["two", "one"], ["two", "one"]), ("one", ["one"] * 2)):
+        with torch.no_grad():
+            _, (run,) = watch(
+                get_encoder(model).vit, lambda texts=texts: model.get_video_features(**films, context_text=texts)
+            )
+            assert not any(changed(run.features, alone(model, run.images, expected)))
+            assert all(changed(run.features[:1], alone(model, run.images, ["three", "three"])[:1]))
+    with pytest.raises(ShapeError, match="context_text does not fit"):
+        model.get_video_features(**films, context_text=["one", "two", "three"])
+    covft.detach(model)
+    assert "context_text" not in inspect.signature(model.get_video_features).parameters
 
 
 def test_videos__and_images_in_one_call_have_one_text():

@@ -117,6 +117,13 @@ def test_videos__one_text_for_all_frames():
     with torch.no_grad():
         _, runs = watch(get_encoder(model).vit, lambda: model(ids, pixel_values_videos=frames))
     assert not any(changed(runs[0].features, alone(model, runs[0].images, [CUP, CUP])))
+    with torch.no_grad():
+        _, runs = watch(
+            get_encoder(model).vit, lambda: model.get_video_features(frames, **reads, context_text="another?")
+        )
+    assert not any(changed(runs[0].features, alone(model, runs[0].images, ["another?"] * 2)))
+    with pytest.raises(ShapeError, match="only one text"):
+        model.get_video_features(frames, **reads, context_text=["one", "two"])
     other = mllm_ids(mllm, CUP[:-1] + "!")
     two = torch.cat([mllm_ids(mllm, CUP)[:, -other.shape[1] :], other])
     with pytest.raises(ShapeError, match="only one text"):

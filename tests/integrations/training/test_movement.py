@@ -84,6 +84,27 @@ def test_an_optimizer_without_the_tower_is_named(rows, tmp_path):
         run(model, rows, tmp_path, trainer=Forgetful)
 
 
+def test_no_warning_where_the_learning_rate_is_0(rows, tmp_path):
+    """Of everything in the first step of a warm-up, and of the tower in all steps."""
+    model = build()
+    train_only(model, ["covft", "projector"])
+
+    class Resting(MLLMTrainer):
+        def create_optimizer(self, *args, **kwargs):
+            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            projector = [p for n, p in trained if "multi_modal_projector" in n]
+            tower = [p for n, p in trained if "multi_modal_projector" not in n]
+            self.optimizer = torch.optim.SGD([{"params": projector, "lr": 1e-2}, {"params": tower, "lr": 0.0}])
+            return self.optimizer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = run(model, rows, tmp_path, trainer=Resting, warmup_steps=5)
+    found = shares(model, before)
+    assert found.pop("projector") > 0.9
+    assert set(found.values()) == {0.0}
+
+
 @pytest.mark.long
 def test_a_resumed_run_ends_where_a_whole_one_does(rows, tmp_path):
     """The float32 values of a tower in bfloat16 come back bit for bit."""
@@ -119,6 +140,29 @@ def test_only_elements_with_a_gradient_count():
     watch.close()
     none = watched(torch.rand(100), [torch.zeros(100)] * 2)
     assert none.shares() == {}
+
+
+def test_steps_with_a_learning_rate_of_0_do_not_count():
+    moved, still = nn.Parameter(torch.rand(10)), nn.Parameter(torch.rand(10))
+    watch = MovementWatch([("a", moved), ("b", still)], {"a": "llm", "b": "projector"}, steps=2)
+    optimizer = torch.optim.SGD([{"params": [moved], "lr": 0.0}, {"params": [still], "lr": 0.0}])
+
+    def step(rate):
+        optimizer.param_groups[0]["lr"] = rate
+        watch.before_step(optimizer)
+        (moved.sum() + still.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.after_step()
+
+    for _ in range(5):
+        step(0.0)
+    assert watch.shares() == {}
+    step(0.1)
+    assert watch.shares() == {"llm": 1.0}
+    optimizer.param_groups[1]["lr"] = 1e-30  # which is meant to move something, and does not
+    with pytest.warns(UserWarning, match=r"2 optimizer steps[\s\S]*: 0.0% of projector \(float32\)"):
+        step(0.1)
 
 
 def test_the_sample_is_bounded_and_the_hooks_are_removed():

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import covft
+from covft.errors import CheckpointError
 from covft.integrations import CoVFTCallback, MLLMTrainer, get_encoder, train_only
 from covft.integrations.training.peft_saving import save_with_adapters
 from tests.helpers.attached import CUP, PEOPLE
@@ -34,6 +36,15 @@ def with_lora(parts=("projector", "llm", "covft"), **changes):
             if "projector" in name and parameter.requires_grad:
                 parameter.add_(0.1)
     return model.eval()
+
+
+def checkpointed(model):
+    """Put each layer of the language model into torch's wrapper, as accelerate's fsdp_activation_checkpointing does."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if "DecoderLayer" in type(child).__name__:
+                setattr(parent, name, checkpoint_wrapper(child))
+    return model
 
 
 @functools.cache
@@ -70,6 +81,26 @@ def test_save_pretrained__with_lora_in_the_tower_too(tmp_path):
     assert any("vision_tower" in name and "lora_" in name for name, _ in model.named_parameters())
     model.save_pretrained(tmp_path)
     assert_loads(tmp_path, model)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["peft's own state dict", "state_dict="])
+def test_save_pretrained__adapters_that_peft_does_not_find_are_refused(given, tmp_path):
+    model = checkpointed(with_lora())
+    save_with_adapters(model)
+    options = {"state_dict": model.state_dict()} if given else {}
+    with pytest.raises(CheckpointError, match=r"gradient_checkpointing_enable") as caught:
+        model.save_pretrained(tmp_path, **options)
+    assert "inside, such as base_model.model" in str(caught.value)
+    assert files(tmp_path) <= {"README.md"}
+
+
+def test_callback__adapters_that_peft_does_not_find_are_refused_before_training(rows, tmp_path):
+    from transformers import Trainer
+
+    model = checkpointed(with_lora())
+    trainer = Trainer(model, arguments(tmp_path), collator(rows), train_dataset=rows, callbacks=[CoVFTCallback()])
+    with pytest.raises(CheckpointError, match="gradient_checkpointing=True of the trainer"):
+        trainer.train()
 
 
 def test_save_pretrained__of_a_gathered_state_dict(tmp_path):

@@ -1,15 +1,10 @@
-"""Write a tiny attached model and a task of lmms-eval: `python lmms_inputs.py llava|internvl|qwen MODEL TASKS`."""
+"""Write a task of lmms-eval, and one with a row that fails: `python lmms_inputs.py FOLDER`."""
 
 import json
 import sys
 from pathlib import Path
 
-import swift_models
-import torch
 from PIL import Image
-
-import covft
-from covft.testing import HashTextEncoder
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 QUESTIONS = ("What colour is it?", "How bright is it?", "Is it red?")
@@ -56,23 +51,6 @@ def results(doc, answers):
 """
 
 
-def model(kind, folder):
-    """Write an attached model whose answers depend on the picture and on what its tower is told."""
-    torch.manual_seed(0)
-    mllm, processor = {"llava": swift_models.llava, "internvl": swift_models.internvl, "qwen": swift_models.qwen}[
-        kind
-    ]()
-    covft.attach(mllm, HashTextEncoder(32), tokenizer=processor, layers=(1, 2, 3))
-    with torch.no_grad():
-        for parameter in mllm.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.2)
-        for parameter in covft.get_encoder(mllm).trainable_parameters():
-            parameter.add_(0.5 * torch.randn_like(parameter))
-    mllm.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
 def tasks(folder):
     """Write a task, and one that has a row without a question."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,5 +67,4 @@ def tasks(folder):
 
 
 if __name__ == "__main__":
-    model(sys.argv[1], sys.argv[2])
-    tasks(Path(sys.argv[3]))
+    tasks(Path(sys.argv[1]))
