@@ -289,6 +289,7 @@ def test_every_setting_that_the_text_names_exists():
     faces += (covft.tune, covft.tuning.Change, covft.match, *covft.tuning.methods().values())
     known |= {name for face in faces for name in inspect.signature(face).parameters}
     known |= {
+        "PRED_FORMAT",
         "modules_to_save",
         "weights_only",
         "exclude_modules",
