@@ -81,7 +81,7 @@ def test_load__refuses_other_files(tmp_path):
     ):
         with pytest.raises(TextEncoderError, match=problem):
             FeatureTable.load(tmp_path / f"{name}.safetensors")
-    with pytest.raises(TextEncoderError, match="no texts"):
+    with pytest.raises(TextEncoderError, match="needs texts"):
         FeatureTable.precompute(HashTextEncoder(16), [])
     with pytest.raises(TextEncoderError, match="is empty"):
         FeatureTable.precompute(HashTextEncoder(16), ["what?", " "])

@@ -119,7 +119,7 @@ class BaseOverride(BatchOverride):
 
 
 class FeaturesOverride(TextOverride):
-    """Overrides `get_image_features` and `get_video_features`, which see no prompt.
+    """Overrides a method that computes the features of images or videos, and sees no prompt.
 
     They need `context_text` or an open `condition(...)`: a text for all, one per image, or, where the tower takes a
     video as one image (Qwen's), one per video. Frames that are images of the tower share one.
@@ -131,6 +131,16 @@ class FeaturesOverride(TextOverride):
             self.attachment.check_read(self._named(self._own(args), kwargs))
             return self.inner(*self._own(args), **kwargs)
         return super().__call__(*args, context_text=context_text, context_index=context_index, **kwargs)
+
+
+class VideosOverride(FeaturesOverride):
+    """Overrides `get_video_features`, which calls videos `pixel_values` in some classes before transformers 5."""
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        given = super()._named(args, kwargs)
+        if "pixel_values" in given:
+            given["pixel_values_videos"] = given.pop("pixel_values")
+        return given
 
 
 class GenerateOverride(TextOverride):
@@ -193,7 +203,7 @@ OVERRIDES: dict[str, type[MethodOverride]] = {
     "forward": BatchOverride,
     "generate": GenerateOverride,
     "get_image_features": FeaturesOverride,
-    "get_video_features": FeaturesOverride,
+    "get_video_features": VideosOverride,
     "save_pretrained": SaveOverride,
 }
 

@@ -82,7 +82,7 @@ def test_videos__features_follow_the_text_that_is_given(name):
     model, _ = attached(name)
     batch = videos(BY_NAME[name], [(2, 4, 6), (1, 2, 2)], [CUP, DOG])
     films = {argument: batch[argument] for argument in ("pixel_values_videos", "video_grid_thw")}
-    assert list(inspect.signature(model.get_video_features).parameters)[-3:-1] == ["context_text", "context_index"]
+    assert {"context_text", "context_index"} <= set(inspect.signature(model.get_video_features).parameters)
     with pytest.raises(MissingContextError, match="called without text"):
         model.get_video_features(**films)
     for texts, expected in ((["one", "two"], ["one", "two"]), (["two", "one"], ["two", "one"]), ("one", ["one"] * 2)):

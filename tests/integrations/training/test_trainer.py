@@ -153,7 +153,7 @@ def test_trainer__groups_rows_by_modality(rows, tmp_path):
 
 
 def test_trainer__needs_a_collator_for_other_data(tmp_path):
-    with pytest.raises(ConfigError, match="no collator"):
+    with pytest.raises(ConfigError, match="collator is missing"):
         MLLMTrainer(build(), arguments(tmp_path), train_dataset=[1, 2])
 
 
