@@ -22,7 +22,7 @@ from covft.utils.torch_internals import CHECKPOINTED
 
 
 def check_adapters_are_found(model: nn.Module) -> None:
-    """Refuse adapters that peft leaves out of what it saves: those of modules inside torch's checkpoint wrapper.
+    """Refuse adapters inside torch's checkpoint wrapper: peft leaves them out of what it saves.
 
     Args:
         model: A PeftModel, or any other.

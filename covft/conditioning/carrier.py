@@ -35,7 +35,7 @@ class Conditioning:
     Args:
         format: How images reach the ViT.
         needs_text: Whether text is read, so that a call without text is an error.
-        has_null_text: Whether a call without text is no error, because a null text stands for it.
+        has_null_text: Whether a null text stands for a missing one, so that a call may have no text.
         draws_seeds: Whether runs of the tower get a seed (random routing).
         has_batch_norm: Whether the ViT has batch norms, whose statistics are kept as they are.
 
@@ -171,7 +171,7 @@ class Conditioning:
         """Return which tokens that a packed tower has computed belong to which image; None for other towers.
 
         Args:
-            scope: The scope of what reads them, in the tower or after it.
+            scope: The scope of the module that reads these tokens, in the tower or after it.
             x: Tokens `(T, D)` or `(1, T, D)`, equally many neighbours of each image merged into one, or none.
 
         Raises:

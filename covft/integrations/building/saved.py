@@ -19,7 +19,7 @@ from covft.adapters.huggingface import quiet
 from covft.adapters.spec import Adapter
 from covft.checkpoints.folder import read_config
 from covft.checkpoints.loading import local_folder
-from covft.checkpoints.pretrained import FOLDER, MARK, prefix_of
+from covft.checkpoints.pretrained import FOLDER, MARK
 from covft.checkpoints.sources import is_hub_id, text_options
 from covft.checkpoints.trained import load_trained
 from covft.errors import CheckpointError, ConfigError, CoVFTError
@@ -29,6 +29,7 @@ from covft.integrations.mllm.attach import attach
 from covft.integrations.mllm.families import find_tower
 from covft.integrations.mllm.prompt import PromptReader
 from covft.integrations.training.parts import parts_of
+from covft.surgery.wrapped import prefix_of
 from covft.text import TextEncoder, as_text_encoder
 from covft.utils.arguments import check_kinds
 from covft.utils.extras import import_library
@@ -188,7 +189,7 @@ def load_processor(folder_or_repo_id: str | os.PathLike[str], base: Any = None) 
 
     Raises:
         CheckpointError: If the folder has no adapted tower.
-        ConfigError: If there is no processor and no tokenizer.
+        ConfigError: If neither a processor nor a tokenizer is found.
     """
     folder = _folder_with_tower(folder_or_repo_id)
     source = _base_of(folder, base) if (folder / _ADAPTER_CONFIG).is_file() else folder
