@@ -139,9 +139,9 @@ def test_improvement_and_forgetting_are_those_of_the_metrics(planted_world):
             assert getattr(found, name).value == pytest.approx(getattr(expected, name))
 
 
-def test_tasks_at_their_floor_or_ceiling_are_named(tmp_path):
+def test_tasks_near_their_floor_or_ceiling_are_named(tmp_path):
     rows = planted("frozen", percents(40, size=100), ["methods"], method="frozen")
     for row in rows:
-        row["floors"] = {"no_image": {"count": 45, "word": 35}}
+        row["floors"] = {"no_image": {"count": 36, "word": 34}}
     notes = tasks_table(Results.of("small", read_rows(write(rows, tmp_path)))).notes
     assert [note.rpartition(": ")[2] for note in notes[1:]] == ["`count`.", "`size`."]
