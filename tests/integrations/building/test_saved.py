@@ -17,6 +17,7 @@ from covft.integrations import MLLMTrainer, train_only
 from tests.helpers.attached import CUP, PEOPLE, TEXTS
 from tests.helpers.mllms import BY_NAME, Row
 from tests.helpers.releases import untied
+from tests.helpers.snapshots import aligned
 from tests.helpers.towers import perturb
 from tests.helpers.training import arguments, dataset, write_folder
 
@@ -52,7 +53,7 @@ def outputs(model, batch):
 
 
 def assert_same(one, other, batch):
-    for ours, theirs in zip(outputs(one, batch), outputs(other, batch), strict=True):
+    for ours, theirs in zip(outputs(aligned(one), batch), outputs(other, batch), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -79,7 +80,9 @@ def test_a_fresh_process_loads_it(tmp_path):
     torch.save((batch, outputs(model, batch)), tmp_path / "expected.pt")
     code = """
 import sys, torch, covft
+from tests.helpers.snapshots import aligned
 model, processor = covft.load_model(sys.argv[1])
+aligned(model)
 batch, (logits, answer) = torch.load(sys.argv[1] + "/expected.pt")
 with torch.no_grad():
     assert torch.equal(model(**batch).logits, logits)

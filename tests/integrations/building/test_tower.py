@@ -13,6 +13,7 @@ from covft.integrations.building.tower import of_timm
 from covft.testing import HashTextEncoder
 from tests.helpers.building import VISION, prompt, shaken
 from tests.helpers.recomputing import recompute
+from tests.helpers.snapshots import aligned
 from tests.helpers.towers import image_features
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -146,7 +147,7 @@ def test_build_attach_train_save_load_and_infer(case, parts, tokenizer, tmp_path
     tokenizer.save_pretrained(tmp_path)
     loaded, _ = covft.load_model(tmp_path)
     with torch.no_grad():
-        assert torch.equal(loaded(**batch, **texts).logits, logits)
+        assert torch.equal(aligned(loaded)(**batch, **texts).logits, logits)
     answer = loaded.generate(**batch, **texts, max_new_tokens=3, do_sample=False)
     assert torch.equal(answer, model.generate(**batch, **texts, max_new_tokens=3, do_sample=False))
     original = AutoModelForImageTextToText.from_pretrained(tmp_path).model.vision_tower

@@ -6,6 +6,7 @@ import torch
 from covft.integrations import attach, get_encoder, parts_of, train_only
 from tests.helpers.attached import MIXED, TEXTS, forward
 from tests.helpers.mllms import BY_NAME
+from tests.helpers.snapshots import aligned
 from tests.helpers.towers import perturb
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -23,7 +24,7 @@ def test_are_saved_beside_the_plain_model_and_are_a_part_of_their_own(name, tmp_
     assert loaded.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
     attach(loaded, TEXTS, tokenizer=mllm.tokenizer, pretrained=tmp_path / "covft")
-    assert torch.equal(forward(loaded.eval(), batch)[0], forward(model, batch)[0])
+    assert torch.equal(forward(aligned(loaded).eval(), batch)[0], forward(model, batch)[0])
 
     owner = parts_of(model)
     updates = {name for name, part in owner.items() if part == "attention"}
