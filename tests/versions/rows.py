@@ -63,9 +63,7 @@ FLOORS_CANNOT = {
 }
 
 NO_TRAINING = ("wrap", "text", "save and load")
-TRAINING = (*NO_TRAINING, "attach and generate", "train")
-# Where it can fail: with the lowest releases, and with the last transformers 4.
-TUNE, USE = "tune", "chat, merge, export, evaluate"
+ALL_BUT_TUNE = (*NO_TRAINING, "attach and generate", "train", "chat, merge, export, evaluate")
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Row:
     extras: tuple[str, ...] = ("all",)
     pins: tuple[str, ...] = ()
     lowest: bool = False
-    features: tuple[str, ...] = TRAINING
+    features: tuple[str, ...] = ALL_BUT_TUNE
     without: dict[str, str] = field(default_factory=dict)
 
     def constraints(self) -> list[str]:
@@ -103,7 +101,7 @@ class Row:
 ROWS = {
     row.name: row
     for row in (
-        Row("lowest", python="3.11", lowest=True, features=(*TRAINING, TUNE), without=FLOORS_CANNOT),
+        Row("lowest", python="3.11", lowest=True, features=tuple(FEATURES), without=FLOORS_CANNOT),
         Row(
             "transformers-4.49",
             python="3.10",
@@ -112,7 +110,7 @@ ROWS = {
             features=NO_TRAINING,
             without=FLOORS_CANNOT,
         ),
-        Row("transformers-4.57", python="3.11", pins=("transformers==4.57.6",), features=(*TRAINING, USE)),
+        Row("transformers-4.57", python="3.11", pins=("transformers==4.57.6",)),
         Row("transformers-5.0", python="3.11", pins=("transformers==5.0.0",)),
         Row(
             "gpu-image",  # what an image for GPU machines brought along
