@@ -62,8 +62,12 @@ def tasks_table(results: Results) -> Table:
     )
     ends = {row[0]: [float(cell) for cell in row[5:] if cell] for row in table.rows if row[-1]}
     floored = [name for name, (*low, _, highest) in ends.items() if low and highest <= max(low) + _NEAR]
-    full = [name for name, (*_, highest) in ends.items() if highest > _CEILING]
-    for tasks, told in ((floored, f"Within {_NEAR} points of its floor for every method"), (full, f"Above {_CEILING} for some method")):
+    percents = [row[0] for row in table.rows if row[3] != "cider"]  # CIDEr has no ceiling
+    full = [name for name, (*_, highest) in ends.items() if highest > _CEILING and name in percents]
+    for tasks, told in (
+        (floored, f"Within {_NEAR} points of its floor for every method"),
+        (full, f"Above {_CEILING} for some method"),
+    ):
         if tasks:
             table.notes.append(f"{told}, so that it cannot tell methods apart: {', '.join(tasks)}.")
     return table

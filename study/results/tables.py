@@ -113,9 +113,10 @@ def _in_order(study: Study, groups: list[Group], tasks: tuple[str, ...]) -> list
 
 
 def floors(results: Results) -> dict[str, dict[str, float]]:
-    """Return the floors of each task: the mean over the rows that have them."""
+    """Return the floors of each task: the mean over the seeds of the frozen tower, trained as the methods are."""
+    frozen = results.main("frozen")
     found: dict[str, dict[str, list[float]]] = {}
-    for row in results.rows:
+    for row in frozen.rows.values() if frozen is not None else ():
         for name, scores in row.floors.items():
             for task, score in scores.items():
                 found.setdefault(name.replace("_", " "), {}).setdefault(task, []).append(score)

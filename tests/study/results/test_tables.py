@@ -92,8 +92,11 @@ def test_some_rows_are_enough(tmp_path):
 
 
 def test_floors_are_rows_of_their_own(tmp_path):
-    rows = planted("frozen", percents(40), ["methods"])
-    for row, score in zip(rows, (10, 20, 60), strict=True):
+    rows = planted("frozen", percents(40), ["methods"], method="frozen")
+    rows += planted("frozen, other tasks", percents(40), ["forgetting"], seeds=(0,), method="frozen")
+    for row, score in zip(
+        rows, (10, 20, 60, 99), strict=True
+    ):  # the last is not of a model that the methods start from
         row["floors"] = {"no_image": {"count": score}}
     table = tables_of(Results.of("small", read_rows(write(rows, tmp_path))), STUDIES["methods"])[1]
     assert cells(table, "floor: no image")["count"] == "30.0"
@@ -140,7 +143,8 @@ def test_improvement_and_forgetting_are_those_of_the_metrics(planted_world):
 
 
 def test_tasks_near_their_floor_or_ceiling_are_named(tmp_path):
-    rows = planted("frozen", percents(40, size=100), ["methods"], method="frozen")
+    scores = {**percents(40, size=100), "caption": 100}  # a CIDEr has no ceiling
+    rows = planted("frozen", scores, ["methods"], method="frozen")
     for row in rows:
         row["floors"] = {"no_image": {"count": 36, "word": 34}}
     notes = tasks_table(Results.of("small", read_rows(write(rows, tmp_path)))).notes
