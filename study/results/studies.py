@@ -70,7 +70,7 @@ STUDIES = {
             "Other methods, with about as many trained parameters as CoVFT (Table 7).",
         ),
         Study(
-            "fraction", "Data fraction", "A part of the training data (Fig. 4).",
+            "fraction", "Data fraction", "A part of the training data, and of the steps (Fig. 4).",
             ("frozen", "full"), lambda settings: 100 * settings.get("fraction", 1.0), "data", "{:g}%",
         ),
         Study(
