@@ -17,8 +17,8 @@ QUICK = {
 }  # fmt: skip
 # the packaged backbone is trained for a few steps, without a first stage, so the projector has the rate of that
 BACKBONE = {
-    "tower": "backbone", "layers": (9, 10), "tokens": 36, "steps": 30, "first_steps": 0, "batch": 24,
-    "train_scenes": 400, "projector_lr": 6e-3, "lr": 5e-4, "vision_lr": 5e-4, "router_lr": 2e-4,
+    "tower": "backbone", "layers": (9, 10), "tokens": 36, "steps": 20, "first_steps": 0, "batch": 24,
+    "train_scenes": 120, "projector_lr": 6e-3, "lr": 5e-4, "vision_lr": 5e-4, "router_lr": 2e-4,
 }  # fmt: skip
 
 
