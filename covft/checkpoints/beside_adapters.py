@@ -22,7 +22,7 @@ from covft.utils.torch_internals import CHECKPOINTED
 
 
 def check_adapters_are_found(model: nn.Module) -> None:
-    """Refuse adapters inside torch's checkpoint wrapper: peft leaves them out of what it saves.
+    """Raise if adapters lie inside torch's checkpoint wrapper, because peft would not save them.
 
     Args:
         model: A PeftModel, or any other.

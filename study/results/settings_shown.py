@@ -69,7 +69,7 @@ def tasks_table(results: Results) -> Table:
         (full, f"Above {_CEILING} for some method"),
     ):
         if tasks:
-            table.notes.append(f"{told}, so that it cannot tell methods apart: {', '.join(tasks)}.")
+            table.notes.append(f"{told}, so that it hardly tells methods apart: {', '.join(tasks)}.")
     return table
 
 
