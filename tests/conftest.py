@@ -1,4 +1,4 @@
-"""What every test gets: no network, a seed of its own, and one torch thread per worker."""
+"""What every test gets: no network, a seed of its own, and one torch thread per worker and per child."""
 
 import os
 
@@ -21,9 +21,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # Workers of xdist share the cores; more threads than cores make every matmul of them slower.
+    # Workers of xdist share the cores; more threads than cores make every matmul of them slower. What they start
+    # has as many: some kernels add in another order with two threads, and outputs are compared bit for bit.
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
