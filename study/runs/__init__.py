@@ -13,6 +13,7 @@ graph.py        a step as a CUDA graph
 score.py        scores by teacher forcing, and greedy answers
 run.py          one run, from its settings to its row
 plan.py         the named studies, as lists of runs
+shared.py       what several runs need, made once
 work.py         several processes on one list of runs
 search.py       learning rates on validation scenes
 command.py      `python -m study run` and `python -m study search`

@@ -37,26 +37,47 @@ def start(llava: Any, settings: RunSettings, device: str) -> dict[str, Any] | No
         weights, before = _shared(_upstream, _of_upstream(settings), device)
         llava.load_state_dict(weights, strict=False)
         return {part: {t: v for t, v in found.items() if t in settings.scored} for part, found in before.items()}
-    llava.model.multi_modal_projector.load_state_dict(_shared(_projector, _of_projector(settings), device))
+    llava.model.multi_modal_projector.load_state_dict(_shared(projector, of_projector(settings), device))
     return None
 
 
 def _shared(train: Any, settings: RunSettings, device: str) -> Any:
-    key = (f"{train.__name__} {settings}", device)
+    key = _key(train, settings, device)
     if key not in _known:
         _known[key] = train(settings, device)
     return _known[key]
 
 
-def _of_projector(settings: RunSettings) -> RunSettings:
+def _key(train: Any, settings: RunSettings, device: str) -> tuple[str, str]:
+    return f"{train.__name__} {settings}", device
+
+
+def keep_projector(settings: RunSettings, device: str, weights: dict[str, Tensor]) -> None:
+    """Keep a projector that another process has trained.
+
+    Args:
+        settings: Settings of its training, from `of_projector`.
+        device: Device of the runs that start from it.
+        weights: What `projector` returned.
+    """
+    _known[_key(projector, settings, device)] = weights
+
+
+def of_projector(settings: RunSettings) -> RunSettings:
+    """Return the settings by which the projector that a run starts from is trained."""
     own = {"method": "frozen", "language": "frozen", "tasks": ("caption",), "per_picture": 1}
     return RunSettings(**own, **{name: getattr(settings, name) for name in _SHARED})
 
 
-def _projector(settings: RunSettings, device: str) -> dict[str, Tensor]:
-    """Train the projector alone on captions, as the first stage of LLaVA."""
+def projector(settings: RunSettings, device: str) -> dict[str, Tensor]:
+    """Train the projector alone on captions, as the first stage of LLaVA; return its weights.
+
+    Args:
+        settings: From `of_projector`.
+        device: `cpu` or `cuda`.
+    """
     llava = new_llava(settings)
-    projector = llava.model.multi_modal_projector
+    trained = llava.model.multi_modal_projector
     if settings.first_steps:
         encoder = tune(llava, settings, None)
         model = new_miniature(llava, encoder, settings).to(device)
@@ -64,8 +85,8 @@ def _projector(settings: RunSettings, device: str) -> dict[str, Tensor]:
         asked = ask(settings, encoder, part, settings.tasks, first, device)
         order = training_order(asked.table, settings.first_steps, settings.batch, 1, settings.seed)
         with started_at(encoder.vit, first):
-            fit(model, asked, order, [{"params": list(projector.parameters()), "lr": settings.first_lr}], per_picture=1)
-    return {name: value.detach().cpu() for name, value in projector.state_dict().items()}
+            fit(model, asked, order, [{"params": list(trained.parameters()), "lr": settings.first_lr}], per_picture=1)
+    return {name: value.detach().cpu() for name, value in trained.state_dict().items()}
 
 
 def _of_upstream(settings: RunSettings) -> RunSettings:

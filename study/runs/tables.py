@@ -81,6 +81,15 @@ def held_out_part(settings: RunSettings) -> Part:
     return load_part(settings.split, settings.held_out_scenes, settings.held_out_questions)
 
 
+def draw(settings: RunSettings) -> tuple[Table, Table]:
+    """Return the questions that a run trains on, and those that it is scored on."""
+    told = settings.control != "tower_only"
+    return (
+        table_of(training_part(settings), settings.tasks, settings.fraction, told, settings.size),
+        table_of(held_out_part(settings), settings.scored, 1.0, told, settings.size),
+    )
+
+
 def chosen(part: Part, tasks: tuple[str, ...], fraction: float = 1.0) -> list[Example]:
     """Return the questions of some tasks, about the first share of the scenes."""
     count = max(1, round(fraction * len(part.pictures)))

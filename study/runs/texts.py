@@ -6,7 +6,6 @@ Shapes: S distinct questions, K states of a question, C width of the features.
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from study.data.tokenizer import build_tokenizer
 from study.runs.settings import RunSettings
 from study.runs.tables import Table
 
+_known: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}  # MiniLM's features, and its states
 WIDTH = 384  # of MiniLM; all text encoders and controls have it, so that the towers have the same parameters
 
 
@@ -32,8 +32,7 @@ def text_rows(settings: RunSettings, table: Table, *, states: bool) -> Tensor:
     if settings.control == "blank":
         rows = torch.zeros(len(table.texts), WIDTH)
     elif settings.control == "generic":
-        generic = TASKS["caption"].phrasings[0].format("the picture")
-        rows = encode(settings.text_encoder, (generic,), states=states)
+        rows = encode(settings.text_encoder, (generic(),), states=states)
         rows = rows.expand(len(table.texts), *rows.shape[1:]).clone()
     elif settings.control == "oracle":
         rows = torch.zeros(len(table.texts), WIDTH)
@@ -43,9 +42,20 @@ def text_rows(settings: RunSettings, table: Table, *, states: bool) -> Tensor:
     return rows[:, None] if states and rows.dim() == 2 else rows
 
 
-@lru_cache(maxsize=8)
+def texts_read(settings: RunSettings, table: Table) -> tuple[str, ...]:
+    """Return the texts of a table that a run encodes, distinct."""
+    if settings.control in ("blank", "oracle"):
+        return ()
+    return (generic(),) if settings.control == "generic" else tuple(dict.fromkeys(table.texts))
+
+
+def generic() -> str:
+    """Return the one text of the control that has one for all questions."""
+    return TASKS["caption"].phrasings[0].format("the picture")
+
+
 def encode(name: str, texts: tuple[str, ...], *, states: bool = False) -> Tensor:
-    """Encode texts.
+    """Encode texts. What MiniLM has encoded is kept.
 
     Args:
         name: `minilm`, `bag_of_words` or `random`.
@@ -56,7 +66,21 @@ def encode(name: str, texts: tuple[str, ...], *, states: bool = False) -> Tensor
         return bag_of_words(texts)
     if name == "random":
         return torch.stack([_random(text) for text in texts])
-    return encode_texts(texts, states=states)
+    known = _known[states]
+    if missing := tuple(text for text in dict.fromkeys(texts) if text not in known):
+        keep(missing, states, encode_texts(missing, states=states))
+    return torch.stack([known[text] for text in texts])
+
+
+def keep(texts: tuple[str, ...], states: bool, rows: Tensor) -> None:
+    """Keep what MiniLM has made of texts.
+
+    Args:
+        texts: The texts.
+        states: Whether the rows are states of tokens.
+        rows: One row per text.
+    """
+    _known[states].update(zip(texts, rows, strict=True))
 
 
 def bag_of_words(texts: tuple[str, ...]) -> Tensor:

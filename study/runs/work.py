@@ -1,6 +1,6 @@
 """Several processes on one list of runs.
 
-Data are drawn once, before the processes are forked; the parent never touches the device.
+What they share is made once, before they are forked (`shared.py`); the parent never touches the device.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from study.runs.plan import Planned
 from study.runs.rows import Rows
+from study.runs.tables import draw
 
 if TYPE_CHECKING:
     from study.runs.run import Inspect
@@ -64,11 +65,17 @@ def work(
         if one.run.name not in missing:
             rows.add_studies(one.run.name, one.studies)
     to_do = [one for one in planned if one.run.name in missing]
-    _draw_data(to_do)
+    threads = 1 if device == "cuda" else max(1, multiprocessing.cpu_count() // jobs)
+    for one in to_do:
+        draw(one.run)
+    if device == "cpu" and min(jobs, len(to_do)) > 1:
+        from study.runs.shared import prepare
+
+        prepare([one.run for one in to_do], jobs=jobs, threads=threads, show=show)
     context = multiprocessing.get_context("fork")
     events: Any = context.Queue()
     processes = [
-        context.Process(target=_worker, args=(to_do, rows, device, jobs, deadline, events, inspect), daemon=True)
+        context.Process(target=_worker, args=(to_do, rows, device, threads, deadline, events, inspect), daemon=True)
         for _ in range(min(jobs, len(to_do)))
     ]
     for process in processes:
@@ -78,20 +85,11 @@ def work(
     return Outcome(finished, failed, left)
 
 
-def _draw_data(planned: Sequence[Planned]) -> None:
-    from study.runs.tables import held_out_part, table_of, training_part
-
-    for one in planned:
-        told = one.run.control != "tower_only"
-        table_of(training_part(one.run), one.run.tasks, one.run.fraction, told, one.run.size)
-        table_of(held_out_part(one.run), one.run.scored, 1.0, told, one.run.size)
-
-
 def _worker(
     planned: Sequence[Planned],
     rows: Rows,
     device: str,
-    jobs: int,
+    threads: int,
     deadline: float | None,
     events: Any,
     inspect: Inspect | None,
@@ -103,8 +101,7 @@ def _worker(
     from study.runs.score import mean_of
     from study.runs.train import OutOfTime
 
-    cores = multiprocessing.cpu_count()
-    torch.set_num_threads(1 if device == "cuda" else max(1, cores // jobs))
+    torch.set_num_threads(threads)
     longest = 0.0
     tried: set[str] = set()
     for one in planned:
