@@ -10,6 +10,8 @@ from study.results.contrasts import Term
 from study.results.load import Group
 from study.results.studies import GROUPS, STUDIES, TWELVE, Results, method_of, role_of
 
+_AS_MANY = 1.25  # ratio of trained parameters up to which two methods have about as many
+
 Compare = Callable[[Results], list[Comparison]]
 
 
@@ -135,7 +137,7 @@ def diversity_trend(results: Results) -> list[Comparison]:
 
 
 def matched(results: Results) -> list[Comparison]:
-    """Compare CoVFT with each other method of about as many parameters: the CoVFT that is closest in size."""
+    """Compare the CoVFT that is closest in size with each other method that has about as many parameters."""
     own = [g for g in results.groups if role_of(g) == "covft" and "matched" in g.studies]
     own += [g for g in (results.main("covft"),) if g is not None]
     others = [g for g in results.groups if "matched" in g.studies and method_of(g) != "covft"]
@@ -145,8 +147,9 @@ def matched(results: Results) -> list[Comparison]:
     def size(group: Group) -> int:
         return group.first.trained.get("tower", 0)
 
-    closest = [min(own, key=lambda group: abs(size(group) - size(other))) for other in others]
-    return [difference(f"{a.label} − {b.label}", a, b) for a, b in zip(closest, others, strict=True)]
+    closest = [(min(own, key=lambda group: abs(size(group) - size(other))), other) for other in others]
+    pairs = [(a, b) for a, b in closest if max(size(a), size(b)) <= _AS_MANY * min(size(a), size(b))]
+    return [difference(f"{a.label} − {b.label}", a, b) for a, b in pairs]
 
 
 def in_each_part(study: str, references: tuple[str, ...], tasks: tuple[str, ...] = TWELVE) -> Compare:

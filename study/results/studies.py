@@ -67,7 +67,8 @@ STUDIES = {
         Study("text_encoder", "Text encoder", "Features of the question from MiniLM, a bag of words, or random ones."),
         Study(
             "matched", "The same number of parameters",
-            "Other methods, with about as many trained parameters as CoVFT (Table 7).",
+            "Other methods, with about as many trained parameters as CoVFT (Table 7). The claim compares those whose "
+            "numbers differ by a quarter at most.",
         ),
         Study(
             "fraction", "Data fraction", "A part of the training data, and of the steps (Fig. 4).",
