@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from study.runs import shared, starts, texts
+from study.runs.build import new_llava
 from study.runs.settings import RunSettings
 from study.runs.starts import of_projector
 from study.runs.tables import draw
@@ -44,11 +45,13 @@ def test_what_runs_share_is_what_each_would_make(monkeypatch: pytest.MonkeyPatch
     runs = [RunSettings(**TINY), RunSettings(**TINY, control="generic"), RunSettings(**TINY, method="full")]
     alone = starts.projector(of_projector(runs[0]), "cpu")
     shared.prepare(runs, jobs=2, threads=1, show=False)
-    monkeypatch.setattr(starts, "projector", refuse)
+    monkeypatch.setattr(starts, "fit", refuse)
     monkeypatch.setattr(texts, "encode_texts", refuse)
-    (kept,) = starts._known.values()
-    assert kept.keys() == alone.keys()
-    assert all(torch.equal(kept[name], value) for name, value in alone.items())
+    llava = new_llava(runs[0])
+    starts.start(llava, runs[0], "cpu")
+    found = llava.model.multi_modal_projector.state_dict()
+    assert found.keys() == alone.keys()
+    assert all(torch.equal(found[name], value) for name, value in alone.items())
     for run in runs[:2]:
         for table in draw(run):
             rows = texts.text_rows(run, table, states=False)
