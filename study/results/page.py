@@ -194,7 +194,8 @@ def _limits(results: Results) -> list[str]:
         "Held-out questions and training scenes are the same for every run; a seed changes the weights that start at "
         "random and the order of the data. So intervals say nothing about other training data.",
         "Learning rates of each method come from one small search on validation scenes. A longer search may move a "
-        "method.",
+        "method. Where a study varies a method, as in its width, its rank or the number of tokens, the rate stays what "
+        "it was, unless the row names another.",
         "Sign tests are over tasks, which share pictures and are not independent.",
     )
     return ["## Limits", "\n".join(f"- {line}" for line in lines)]

@@ -25,11 +25,13 @@ def size_table(rows: Iterable[Row]) -> Table:
     """Tabulate full tuning, at its best rate, against a frozen tower: a line for each size that has both.
 
     Args:
-        rows: Rows on validation scenes; those of other methods are left out.
+        rows: Rows on validation scenes; those of other methods, or of another tower, are left out.
     """
+    tower = RunSettings().tower
     found: dict[tuple[int, ...], dict[str, list[Row]]] = {}
     for row in rows:
-        if row.split == "validation" and row.settings["method"] in ("frozen", "full"):
+        own = row.settings.get("tower", tower) == tower
+        if own and row.split == "validation" and row.settings["method"] in ("frozen", "full"):
             size = tuple(row.settings[name] for name in FIELDS)
             found.setdefault(size, {}).setdefault(row.settings["method"], []).append(row)
     table = Table("Sizes that were tried", ["steps", "questions per step", "tokens", "frozen", "full", "full − frozen"])

@@ -88,11 +88,15 @@ def _matched(size: str) -> list[RunSettings]:
 
     At the small size no method that only trains the tower's own weights can have as many: there are 1.03 million, and
     covft trains 5.19. At the large size there are 22.1, and covft trains 20.0.
+
+    Each runs with the rate of its method, and with one of its own where a search has found that it needs it.
     """
     new = _new(size)
     matched = {name: _rank(o["r"]) if name == "lora" else o for name, o in SIZES[size].matched.items()}
+    rates = SIZES[size].matched_rates
     return [
         *(new(method=method, options=options) for method, options in matched.items()),
+        *(new(method=method, options=matched[method], vision_lr=rate) for method, rate in rates.items()),
         new(method="full"),
         *(new(options={"expert_rank": rank}) for rank in (4, 16)),
         new(experts=1),

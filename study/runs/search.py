@@ -41,19 +41,25 @@ def grid(methods: Iterable[str] | None, fields: Mapping[str, Sequence[Any]], see
 def choose_rates(rows: Rows, size: str) -> dict[str, float]:
     """Choose the rate with the best mean on validation scenes for each method, and write all to `rates.json`.
 
+    Rows that differ from the study of methods in more than the rate and the seed are left out: a rate that suits other
+    steps, another tower or a wider variant is not the rate of the method.
+
     Args:
         rows: Rows of a search.
         size: The size that they are of.
     """
+    compared = {run.name for run in method_runs(size)}
     found: dict[str, dict[float, list[float]]] = {}
     for row in rows.read():
         settings = row["settings"]
-        if row["split"] == "validation" and settings["vision_lr"] is not None:
+        if row["split"] != "validation" or settings["vision_lr"] is None:
+            continue
+        if RunSettings.from_dict(settings).replace(vision_lr=None, split="test", seed=0).name in compared:
             rates = found.setdefault(settings["method"], {})
             rates.setdefault(settings["vision_lr"], []).append(mean_of(row["scores"]))
     best = {method: max(rates, key=lambda rate: sum(rates[rate]) / len(rates[rate])) for method, rates in found.items()}
-    known = json.loads(RATES.read_text())
-    of_size = {"about": SEARCHED, "vision_lr": {**known[size]["vision_lr"], **best}}
-    write_json(RATES, {**known, size: of_size})
+    before = json.loads(RATES.read_text())
+    of_size = {"about": SEARCHED, "vision_lr": {**before[size]["vision_lr"], **best}}
+    write_json(RATES, {**before, size: of_size})
     chosen_rates.cache_clear()
     return best

@@ -33,6 +33,7 @@ class Size:
         searched: Folder of the rows of a search, in `study/results`.
         placements: Blocks that the study of placement tunes, in turn.
         matched: Options by which methods train as many parameters of the tower as covft.
+        matched_rates: Learning rates of those that the rate of their method does not suit, from a search of their own.
         another_tower: Fields of the other tower of the study of towers.
         folders: Return the folders of converted weights that a machine without their packages needs.
     """
@@ -49,6 +50,7 @@ class Size:
     searched: str
     placements: tuple[tuple[int, ...], ...]
     matched: dict[str, dict[str, Any]]
+    matched_rates: dict[str, float]
     another_tower: dict[str, Any]
     folders: tuple[Callable[[], Path], ...] = ()
 
@@ -132,6 +134,9 @@ SIZES = {
                 "qa_vit": {"width": 3369},
                 "lora": {"r": 750},
             },
+            # python -m study search --methods lora --field 'options={"r":750,"alpha":1500}' \
+            #     --field vision_lr=1e-4,3e-4,1e-3
+            matched_rates={"lora": 3e-4},
             another_tower={"tower": "backbone", "layers": (8, 9, 10)},
         ),
         Size(
@@ -166,6 +171,7 @@ SIZES = {
                 "qa_vit": {"width": 8649},
                 "lora": {"r": 962},
             },
+            matched_rates={},
             another_tower={"tower": "small_vit", "layers": (2, 3, 4)},
             folders=(_backbone_folder, _language_folder),
         ),

@@ -56,6 +56,12 @@ def test_a_search_is_the_same_for_every_method_and_its_best_rates_are_kept(
         rows.write({
             "name": one.run.name, "split": "validation", "settings": one.run.to_dict(), "scores": {"count": score},
         })  # fmt: skip
+    others = ({"method": "lora", "options": {"r": 750, "alpha": 1500.0}}, {"method": "covft", "steps": 50})
+    for fields in others:  # not what is compared: they say nothing about the rate of the method
+        run = planned[0].run.replace(**fields, vision_lr=1e-5)
+        rows.write({
+            "name": run.name, "split": "validation", "settings": run.to_dict(), "scores": {"count": len(planned)},
+        })  # fmt: skip
     best = {name: max((i, o.run.vision_lr) for i, o in enumerate(planned) if o.run.method == name)[1]
             for name in ("covft",)}  # fmt: skip
     path = tmp_path / "rates.json"
@@ -64,6 +70,7 @@ def test_a_search_is_the_same_for_every_method_and_its_best_rates_are_kept(
     monkeypatch.setattr("study.runs.search.RATES", path)
     chosen_now = choose_rates(rows, "small")
     assert chosen_now["covft"] == best["covft"]
+    assert min(chosen_now.values()) > 1e-5
     kept = json.loads(path.read_text())
     assert kept["small"]["vision_lr"] == {"default": 0.5, **chosen_now}
     assert kept["large"] == {"vision_lr": {"default": 0.25}}
