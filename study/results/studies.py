@@ -75,7 +75,9 @@ STUDIES = {
             ("frozen", "full"), lambda settings: 100 * settings.get("fraction", 1.0), "data", "{:g}%",
         ),
         Study(
-            "tower", "Another tower", "The same comparison with another tower (Table 3).",
+            "tower", "Another tower",
+            "The same comparison with another tower (Table 3). Learning rates are those that the search has found for "
+            "the size's own tower, and may not suit this one.",
             ("frozen", "full"), lambda settings: settings.get("tower", "small_vit"), "tower",
         ),
         Study("start", "Start of the experts", "Experts copied from the FFN or low-rank, and their rank."),
