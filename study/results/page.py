@@ -90,8 +90,8 @@ def _short(results: Results) -> list[str]:
         found = claim.compare(results)
         lines.append(f"- {claim.text}: **{verdict(found)}**{_told(found)}.")
     counts = Counter(verdict(claim.compare(results)) for claim in paper_claims.PAPER)
-    plurals = {HOLDS: "hold", FAILS: "do not hold", UNKNOWN: UNKNOWN, NOT_RUN: "not run"}
-    counted = ", ".join(f"{counts[each]} {plurals[each]}" for each in _VERDICTS if counts[each])
+    plurals = {HOLDS: "hold", FAILS: "do not hold"}
+    counted = ", ".join(f"{counts[each]} {plurals.get(each, each)}" for each in _VERDICTS if counts[each])
     return ["## In short", "\n".join(lines), f"Of {len(paper_claims.PAPER)} claims of the paper: {counted}."]
 
 

@@ -36,18 +36,14 @@ class Planned:
 def method_runs(size: str = "small") -> list[RunSettings]:
     """Return one run of a size for each method of covft.tune, LoRA with two ranks."""
     new = _new(size)
-    ranks: dict[str, list[dict]] = {"lora": [{"r": 8}, _rank(LARGE_RANK)], "dora": [{"r": 8}]}
+    wide = {"r": LARGE_RANK, "alpha": 2.0 * LARGE_RANK}  # the scale that r=8 has
+    ranks: dict[str, list[dict]] = {"lora": [{"r": 8}, wide], "dora": [{"r": 8}]}
     names = [*known_methods(), "covft"]
     return [new(method=name, options=options) for name in names for options in ranks.get(name, [{}])]
 
 
 def _new(size: str) -> Callable[..., RunSettings]:
     return partial(RunSettings, size=size)
-
-
-def _rank(r: int) -> dict[str, float]:
-    """Return the options of LoRA with a rank, and the scale that r=8 has."""
-    return {"r": r, "alpha": 2.0 * r}
 
 
 def _controls(size: str) -> list[RunSettings]:
@@ -88,15 +84,10 @@ def _matched(size: str) -> list[RunSettings]:
 
     At the small size no method that only trains the tower's own weights can have as many: there are 1.03 million, and
     covft trains 5.19. At the large size there are 22.1, and covft trains 20.0.
-
-    Each runs with the rate of its method, and with one of its own where a search has found that it needs it.
     """
     new = _new(size)
-    matched = {name: _rank(o["r"]) if name == "lora" else o for name, o in SIZES[size].matched.items()}
-    rates = SIZES[size].matched_rates
     return [
-        *(new(method=method, options=options) for method, options in matched.items()),
-        *(new(method=method, options=matched[method], vision_lr=rate) for method, rate in rates.items()),
+        *(new(**fields) for fields in SIZES[size].matched),
         new(method="full"),
         *(new(options={"expert_rank": rank}) for rank in (4, 16)),
         new(experts=1),

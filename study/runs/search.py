@@ -58,8 +58,8 @@ def choose_rates(rows: Rows, size: str) -> dict[str, float]:
             rates = found.setdefault(settings["method"], {})
             rates.setdefault(settings["vision_lr"], []).append(mean_of(row["scores"]))
     best = {method: max(rates, key=lambda rate: sum(rates[rate]) / len(rates[rate])) for method, rates in found.items()}
-    before = json.loads(RATES.read_text())
-    of_size = {"about": SEARCHED, "vision_lr": {**before[size]["vision_lr"], **best}}
-    write_json(RATES, {**before, size: of_size})
+    known = json.loads(RATES.read_text())
+    of_size = {"about": SEARCHED, "vision_lr": {**known[size]["vision_lr"], **best}}
+    write_json(RATES, {**known, size: of_size})
     chosen_rates.cache_clear()
     return best

@@ -32,8 +32,8 @@ class Size:
         rates: Learning rates of the tower that a search tries.
         searched: Folder of the rows of a search, in `study/results`.
         placements: Blocks that the study of placement tunes, in turn.
-        matched: Options by which methods train as many parameters of the tower as covft.
-        matched_rates: Learning rates of those that the rate of their method does not suit, from a search of their own.
+        matched: Fields of methods that train as many parameters of the tower as covft. The rate is that of the method,
+            unless a search has found another.
         another_tower: Fields of the other tower of the study of towers.
         folders: Return the folders of converted weights that a machine without their packages needs.
     """
@@ -49,8 +49,7 @@ class Size:
     rates: tuple[float, ...]
     searched: str
     placements: tuple[tuple[int, ...], ...]
-    matched: dict[str, dict[str, Any]]
-    matched_rates: dict[str, float]
+    matched: tuple[dict[str, Any], ...]
     another_tower: dict[str, Any]
     folders: tuple[Callable[[], Path], ...] = ()
 
@@ -128,15 +127,15 @@ SIZES = {
             searched="search",
             placements=((0, 1), (1, 2), (2, 3), (3, 4), (4,), (2, 3, 4), (0, 1, 2, 3, 4)),
             # covft.match(small_vit(), 5185932, [method], text_dim=384, options={method: {"layers": (2, 3, 4)}})
-            matched={
-                "adaln": {"width": 1927},
-                "cross_attention": {"width": 1684},
-                "qa_vit": {"width": 3369},
-                "lora": {"r": 750},
-            },
-            # python -m study search --methods lora --field 'options={"r":750,"alpha":1500}' \
-            #     --field vision_lr=1e-4,3e-4,1e-3
-            matched_rates={"lora": 3e-4},
+            matched=(
+                {"method": "adaln", "options": {"width": 1927}},
+                {"method": "cross_attention", "options": {"width": 1684}},
+                {"method": "qa_vit", "options": {"width": 3369}},
+                {"method": "lora", "options": {"r": 750, "alpha": 1500.0}},
+                # python -m study search --methods lora --field 'options={"r":750,"alpha":1500}' \
+                #     --field vision_lr=1e-4,3e-4,1e-3
+                {"method": "lora", "options": {"r": 750, "alpha": 1500.0}, "vision_lr": 3e-4},
+            ),
             another_tower={"tower": "backbone", "layers": (8, 9, 10)},
         ),
         Size(
@@ -165,13 +164,12 @@ SIZES = {
             searched="search/large",
             placements=((0, 1, 2), (2, 3, 4), (4, 5, 6), (6, 7, 8), (10,), (8, 9, 10), tuple(range(11))),
             # as above, with packaged_backbone(), 19953804 and layers (8, 9, 10)
-            matched={
-                "adaln": {"width": 3462},
-                "cross_attention": {"width": 4320},
-                "qa_vit": {"width": 8649},
-                "lora": {"r": 962},
-            },
-            matched_rates={},
+            matched=(
+                {"method": "adaln", "options": {"width": 3462}},
+                {"method": "cross_attention", "options": {"width": 4320}},
+                {"method": "qa_vit", "options": {"width": 8649}},
+                {"method": "lora", "options": {"r": 962, "alpha": 1924.0}},
+            ),
             another_tower={"tower": "small_vit", "layers": (2, 3, 4)},
             folders=(_backbone_folder, _language_folder),
         ),
