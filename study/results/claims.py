@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from study.results.contrasts import Estimate
+from study.results.studies import Results
 
 HOLDS, FAILS, UNKNOWN, NOT_RUN = "holds", "does not hold", "cannot be told at this size", "not run"
 
@@ -36,12 +37,18 @@ class Claim:
         source: Table or figure of the paper.
         numbers: What the paper has, where it has a number.
         compare: Makes its comparisons from the results; none where the runs are missing.
+        every: The study of which it is about every run; those without a row then are comparisons of unknown outcome.
     """
 
     text: str
     source: str
     numbers: str
-    compare: Callable[..., list[Comparison]]
+    compare: Callable[[Results], list[Comparison]]
+    every: str = ""
+
+    def comparisons(self, results: Results) -> list[Comparison]:
+        """Return what there is to compare, and what there is not yet."""
+        return [*self.compare(results), *(Comparison(label, None) for label in results.missing(self.every))]
 
 
 def verdict(comparisons: list[Comparison]) -> str:

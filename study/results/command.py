@@ -86,6 +86,8 @@ def results_of(size: str, folder: Path | None, split: str) -> Results:
     """Read the rows of a size; by default those of the repository."""
     from study.results.load import read_rows
     from study.results.studies import Results
+    from study.runs.plan import STUDIES
     from study.runs.rows import ROWS
 
-    return Results.of(size, read_rows(folder or ROWS / size), split)
+    planned = {name: [run.label for run in runs(size)] for name, runs in STUDIES.items()}
+    return Results.of(size, read_rows(folder or ROWS / size), split, planned)

@@ -87,9 +87,9 @@ def _short(results: Results) -> list[str]:
     first = (*paper_claims.PAPER[:2], *paper_claims.OWN[:7])
     lines = []
     for claim in first:
-        found = claim.compare(results)
+        found = claim.comparisons(results)
         lines.append(f"- {claim.text}: **{verdict(found)}**{_told(found)}.")
-    counts = Counter(verdict(claim.compare(results)) for claim in paper_claims.PAPER)
+    counts = Counter(verdict(claim.comparisons(results)) for claim in paper_claims.PAPER)
     plurals = {HOLDS: "hold", FAILS: "do not hold"}
     counted = ", ".join(f"{counts[each]} {plurals.get(each, each)}" for each in _VERDICTS if counts[each])
     return ["## In short", "\n".join(lines), f"Of {len(paper_claims.PAPER)} claims of the paper: {counted}."]
@@ -150,7 +150,7 @@ def claims_table(claims: tuple[Claim, ...], results: Results) -> Table:
     table = Table("Verdicts", ["claim", "of", *(["there"] if told else []), "here", "verdict"])
     table.text = frozenset(range(len(table.header)))
     for claim in claims:
-        found = claim.compare(results)
+        found = claim.comparisons(results)
         row = [claim.text, claim.source, *([claim.numbers] if told else []), compared(found), verdict(found)]
         table.strong.add((len(table.rows), len(row) - 1))
         table.rows.append(row)

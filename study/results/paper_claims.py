@@ -8,7 +8,7 @@ from study.results import contrasts, forgetting
 from study.results.claims import Claim, Comparison
 from study.results.contrasts import Term
 from study.results.load import Group
-from study.results.studies import GROUPS, STUDIES, TWELVE, Results, method_of, role_of
+from study.results.studies import GROUPS, STUDIES, TWELVE, Results, method_of, role_of, standing
 
 _AS_MANY = 1.25  # ratio of trained parameters up to which two methods have about as many
 
@@ -158,7 +158,7 @@ def in_each_part(study: str, references: tuple[str, ...], tasks: tuple[str, ...]
     def compare(results: Results) -> list[Comparison]:
         found = []
         for part, groups in results.parts(STUDIES[study]).items():
-            covft = next((group for group in groups if role_of(group) == "covft"), None)
+            covft = standing(groups, "covft")
             for role in references:
                 other = results.reference(STUDIES[study], groups, role)
                 name = f"covft − {role}, {STUDIES[study].part_form.format(part)}"
@@ -233,7 +233,7 @@ def tower_forgets_less(ours: str, theirs: str) -> Compare:
 PAPER = (
     Claim("CoVFT is above the frozen tower", "Table 1", "+2.15", main_above("covft", ["frozen"])),
     Claim("CoVFT is above full fine-tuning", "Table 1", "+1.79", main_above("covft", ["full"])),
-    Claim("CoVFT is above every other method", "Table 1, supplement B", "", covft_above_all),
+    Claim("CoVFT is above every other method", "Table 1, supplement B", "", covft_above_all, "methods"),
     Claim("CoVFT improves each of the twelve tasks over the frozen tower", "Table 1", "12 of 12", every_task),
     Claim("Its gain is largest in the vision-centric group", "Table 1", "+4.10 (+0.81, +0.73)", largest_in_vision),
     Claim("Full fine-tuning is above the frozen tower", "Table 1", "+0.36", main_above("full", ["frozen"])),
@@ -271,7 +271,7 @@ PAPER = (
         "It is not the parameters: dense routing is above uniform", "Table 2", "+1.48",
         lambda results: [difference("covft − uniform", results.main("covft"), _uniform(results))],
     ),
-    Claim("The later blocks are a better place than the first", "Table 4", "+1.75", later_above_first),
+    Claim("The later blocks are a better place than the first", "Table 4", "+1.75", later_above_first, "placement"),
     Claim("The later blocks are a better place than all", "Table 4", "+0.85", later_above_all),
     Claim(
         "Four experts are best", "Table 5", "+0.61 over 2, +0.26 over 8",
@@ -280,17 +280,17 @@ PAPER = (
         ],
     ),
     Claim("The more kinds of task, the more experts help", "Table 6", "+2.02", diversity_trend),
-    Claim("With as many parameters, CoVFT is above other methods", "Table 7", "+0.78 over LoRA", matched),
+    Claim("With as many parameters, CoVFT is above other methods", "Table 7", "+0.78 over LoRA", matched, "matched"),
     Claim(
         "CoVFT is above QA-ViT and Q-MoE", "Supplement B", "+1.96, +1.79", main_above("covft", ["qa_vit", "q_moe"]),
     ),
     Claim(
         "CoVFT is above frozen and full at every share of the data", "Fig. 4", "all",
-        in_each_part("fraction", ("frozen", "full")),
+        in_each_part("fraction", ("frozen", "full")), "fraction",
     ),
     Claim(
         "So it is in the vision-centric group", "Fig. 4", "not so at 50% and 25%",
-        in_each_part("fraction", ("frozen", "full"), GROUPS["vision"]),
+        in_each_part("fraction", ("frozen", "full"), GROUPS["vision"]), "fraction",
     ),
     Claim("CoVFT with 75 percent of the data is above frozen with all of it", "Fig. 4", "", less_data),
     Claim("CoVFT is above frozen with another tower", "Table 3", "+2.20, +2.55", in_each_part("tower", ("frozen",))),
@@ -298,10 +298,10 @@ PAPER = (
 
 SECOND_PAPER = (
     Claim("LoRA forgets less than full tuning", "F", "", language_better("F", "lora", "full")),
-    Claim("Full tuning gains most on the downstream tasks", "E", "", full_gains_most),
+    Claim("Full tuning gains most on the downstream tasks", "E", "", full_gains_most, "forgetting"),
     Claim("LoRA is the better balance of both", "O", "", language_better("O", "lora", "full")),
     Claim("DoRA forgets less than full tuning", "F", "", language_better("F", "dora", "full")),
-    Claim("Tuning the projector matters", "O", "", projector_matters),
+    Claim("Tuning the projector matters", "O", "", projector_matters, "forgetting"),
 )
 
 

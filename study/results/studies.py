@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,8 +76,9 @@ STUDIES = {
         ),
         Study(
             "tower", "Another tower",
-            "The same comparison with another tower (Table 3). Learning rates are those that the search has found for "
-            "the size's own tower, and may not suit this one.",
+            "The same comparison with another tower (Table 3). A row with a learning rate in its name has one that was "
+            "searched for this tower on validation scenes; the others have that of the size's own tower, which may not "
+            "suit this one.",
             ("frozen", "full"), lambda settings: settings.get("tower", "small_vit"), "tower",
         ),
         Study("start", "Start of the experts", "Experts copied from the FFN or low-rank, and their rank."),
@@ -132,16 +133,25 @@ class Results:
         size: Its name.
         groups: The groups.
         rows: Their runs.
+        planned: Labels of the groups that each study is to have.
     """
 
     size: str
     groups: list[Group]
     rows: list[Row] = field(default_factory=list)
+    planned: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, size: str, rows: list[Row], split: str = "test") -> Results:
+    def of(
+        cls, size: str, rows: list[Row], split: str = "test", planned: Mapping[str, Sequence[str]] | None = None
+    ) -> Results:
         """Group the rows of a split."""
-        return cls(size, groups_of(rows, split), [row for row in rows if row.split == split])
+        return cls(size, groups_of(rows, split), [row for row in rows if row.split == split], planned or {})
+
+    def missing(self, study: str) -> list[str]:
+        """Return the labels of the planned groups of a study that have no row."""
+        known = {group.label for group in self.groups}
+        return [label for label in self.planned.get(study, ()) if label not in known]
 
     def main(self, role: str) -> Group | None:
         """Return the group of a method that stands for it everywhere; of several, that with the shortest label."""
@@ -171,7 +181,13 @@ class Results:
         main = self.main(role)
         if main is not None and any(group.label == main.label for group in groups):
             return main
-        return next((group for group in groups if role_of(group) == role), None) if study.part else None
+        return standing(groups, role) if study.part else None
+
+
+def standing(groups: list[Group], role: str) -> Group | None:
+    """Return the first of the groups of a method, or the first with a learning rate that was searched for it alone."""
+    own = [group for group in groups if role_of(group) == role]
+    return min(own, key=lambda group: group.settings.get("vision_lr") is None, default=None)
 
 
 def _references_first(groups: list[Group], study: Study) -> list[Group]:

@@ -128,8 +128,7 @@ def _forgetting(size: str) -> list[RunSettings]:
 
 def _tower(size: str) -> list[RunSettings]:
     new = _new(size)
-    another = SIZES[size].another_tower
-    return [new(method=method, tower=another["tower"]) for method in ("frozen", "full")] + [new(**another)]
+    return [new(**fields) for fields in SIZES[size].another_tower]
 
 
 STUDIES: dict[str, Callable[[str], list[RunSettings]]] = {

@@ -34,7 +34,7 @@ class Size:
         placements: Blocks that the study of placement tunes, in turn.
         matched: Fields of methods that train as many parameters of the tower as covft. The rate is that of the method,
             unless a search has found another.
-        another_tower: Fields of the other tower of the study of towers.
+        another_tower: Fields of the runs with another tower. So is theirs.
         folders: Return the folders of converted weights that a machine without their packages needs.
     """
 
@@ -50,7 +50,7 @@ class Size:
     searched: str
     placements: tuple[tuple[int, ...], ...]
     matched: tuple[dict[str, Any], ...]
-    another_tower: dict[str, Any]
+    another_tower: tuple[dict[str, Any], ...]
     folders: tuple[Callable[[], Path], ...] = ()
 
 
@@ -136,7 +136,11 @@ SIZES = {
                 #     --field vision_lr=1e-4,3e-4,1e-3
                 {"method": "lora", "options": {"r": 750, "alpha": 1500.0}, "vision_lr": 3e-4},
             ),
-            another_tower={"tower": "backbone", "layers": (8, 9, 10)},
+            another_tower=(
+                {"method": "frozen", "tower": "backbone"},
+                {"method": "full", "tower": "backbone"},
+                {"tower": "backbone", "layers": (8, 9, 10)},
+            ),
         ),
         Size(
             name="large",
@@ -170,7 +174,11 @@ SIZES = {
                 {"method": "qa_vit", "options": {"width": 8649}},
                 {"method": "lora", "options": {"r": 962, "alpha": 1924.0}},
             ),
-            another_tower={"tower": "small_vit", "layers": (2, 3, 4)},
+            another_tower=(
+                {"method": "frozen", "tower": "small_vit"},
+                {"method": "full", "tower": "small_vit"},
+                {"tower": "small_vit", "layers": (2, 3, 4)},
+            ),
             folders=(_backbone_folder, _language_folder),
         ),
     )

@@ -6,7 +6,7 @@ from study.results import paper_claims
 from study.results.claims import FAILS, HOLDS, NOT_RUN, UNKNOWN, Comparison, verdict
 from study.results.contrasts import Estimate
 from study.results.load import read_rows
-from study.results.studies import Results
+from study.results.studies import STUDIES, Results
 from tests.helpers.study_rows import GROUPS, TWELVE, percents, planted, write
 
 CLAIMS = {claim.text: claim for claim in (*paper_claims.PAPER, *paper_claims.SECOND_PAPER, *paper_claims.OWN)}
@@ -142,6 +142,33 @@ def test_the_closest_in_size_is_compared_where_it_is_close(tmp_path):
         "covft, expert_rank=4 − lora, r=64": 10,
         "covft − ffn": 30,
     }
+
+
+def test_a_claim_about_every_run_of_a_study_needs_them_all(tmp_path):
+    rows = planted("covft", percents(60), ["methods"]) + planted("frozen", percents(40), ["methods"], method="frozen")
+    rows = read_rows(write(rows, tmp_path))
+    every, other = CLAIMS["CoVFT is above every other method"], CLAIMS["CoVFT is above the frozen tower"]
+    for planned, expected in ((["frozen", "covft"], HOLDS), (["frozen", "ffn", "covft"], NOT_RUN)):
+        results = Results.of("small", rows, planned={"methods": planned})
+        assert verdict(every.comparisons(results)) == expected
+        assert verdict(other.comparisons(results)) == HOLDS
+    assert [each.name for each in every.comparisons(results) if each.found is None] == ["ffn"]
+
+
+def test_a_claim_that_is_refuted_needs_no_other_run(tmp_path):
+    rows = planted("covft", percents(30), ["methods"]) + planted("frozen", percents(40), ["methods"], method="frozen")
+    results = Results.of("small", read_rows(write(rows, tmp_path)), planned={"methods": ["frozen", "ffn", "covft"]})
+    assert verdict(CLAIMS["CoVFT is above every other method"].comparisons(results)) == FAILS
+
+
+def test_the_rate_that_was_searched_for_another_tower_stands_for_a_method(tmp_path):
+    rows = planted("full", percents(50), ["methods"], method="full")
+    rows += planted("full, backbone", percents(20), ["tower"], method="full", tower="backbone")
+    rows += planted("full, backbone, 3e-5", percents(45), ["tower"], method="full", tower="backbone", vision_lr=3e-5)
+    results = Results.of("small", read_rows(write(rows, tmp_path)))
+    groups = results.parts(STUDIES["tower"])["backbone"]
+    assert {group.label for group in groups} == {"full, backbone", "full, backbone, 3e-5"}
+    assert results.reference(STUDIES["tower"], groups, "full").label == "full, backbone, 3e-5"
 
 
 def test_the_groups_of_tasks_are_those_of_the_helpers():
