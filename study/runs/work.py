@@ -68,7 +68,8 @@ def work(
     threads = 1 if device == "cuda" else max(1, multiprocessing.cpu_count() // jobs)
     for one in to_do:
         draw(one.run)
-    if device == "cpu" and min(jobs, len(to_do)) > 1:
+    at_once = min(jobs, len(to_do))
+    if device == "cpu" and at_once > 1:
         from study.runs.shared import prepare
 
         prepare([one.run for one in to_do], jobs=jobs, threads=threads, show=show)
@@ -76,7 +77,7 @@ def work(
     events: Any = context.Queue()
     processes = [
         context.Process(target=_worker, args=(to_do, rows, device, threads, deadline, events, inspect), daemon=True)
-        for _ in range(min(jobs, len(to_do)))
+        for _ in range(at_once)
     ]
     for process in processes:
         process.start()
