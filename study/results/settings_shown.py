@@ -69,8 +69,15 @@ def tasks_table(results: Results) -> Table:
         (full, f"Above {_CEILING} for some method"),
     ):
         if tasks:
-            table.notes.append(f"{told}, so that it hardly tells methods apart: {', '.join(tasks)}.")
+            said = ", ".join(f"{task} ({_best(results, task.strip('`'))})" for task in tasks)
+            table.notes.append(f"{told}, so that it hardly tells methods apart: {said}.")
     return table
+
+
+def _best(results: Results, task: str) -> str:
+    """Say which of all runs is best at a task."""
+    best = max((group for group in results.groups if task in group.tasks), key=lambda group: group.score(task))
+    return f"of all runs, at most {number(best.score(task))}: {best.label}"
 
 
 def _shown(value: Any) -> str:

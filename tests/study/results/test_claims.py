@@ -68,6 +68,7 @@ COVFT = 50 + 20 * 5 / 12
         ("With as many parameters, CoVFT is above other methods", HOLDS, [COVFT - 45]),
         ("CoVFT with 75 percent of the data is above frozen with all of it", NOT_RUN, [None]),
         ("CoVFT is above frozen with another tower", HOLDS, [10]),
+        ("CoVFT is above full fine-tuning with another tower", HOLDS, [5]),
         ("LoRA forgets less than full tuning", HOLDS, [15 - 5]),
         ("LoRA is the better balance of both", UNKNOWN, [50 - 47.5]),
         ("Full tuning gains most on the downstream tasks", UNKNOWN, [5]),

@@ -147,4 +147,7 @@ def test_tasks_near_their_floor_or_ceiling_are_named(tmp_path):
     for row in rows:
         row["floors"] = {"no_image": {"count": 36, "word": 34}}
     notes = tasks_table(Results.of("small", read_rows(write(rows, tmp_path)))).notes
-    assert [note.rpartition(": ")[2] for note in notes[1:]] == ["`count`.", "`size`."]
+    assert [note.partition(": ")[2] for note in notes[1:]] == [
+        "`count` (of all runs, at most 40.0: frozen).",
+        "`size` (of all runs, at most 100.0: frozen).",
+    ]
