@@ -84,7 +84,7 @@ def _field(results: Results) -> str:
 
 def _short(results: Results) -> list[str]:
     """Return what the rows say about the main questions."""
-    first = (*paper_claims.PAPER[:2], *paper_claims.OWN[:7])
+    first = (*paper_claims.PAPER[:2], paper_claims.PAPER[-1], *paper_claims.OWN[:7])
     lines = []
     for claim in first:
         found = claim.comparisons(results)
