@@ -8,6 +8,8 @@
     plots.py       the figures
     paper.py       the paper's claims, and its numbers against each other
     claims.py      a verdict for each claim
+    size.py        the sizes of a run that were tried, on validation scenes
+    rates.py       the learning rates that were tried, on validation scenes
     page.py        docs/study
     command.py     `python -m study table`, `plots` and `page`
 

@@ -12,6 +12,7 @@ from study.results.claims import FAILS, HOLDS, NOT_RUN, UNKNOWN, Claim, Comparis
 from study.results.formats import Table, interval, plural
 from study.results.load import Row
 from study.results.plots import Plot, write_plots
+from study.results.rates import rates_table
 from study.results.settings_shown import run_table, settings_table, tasks_table
 from study.results.size import size_rows, size_table
 from study.results.studies import STUDIES, Results
@@ -37,8 +38,9 @@ def page(results: Results, plots: list[Plot], searched: Iterable[Row] = ()) -> s
     Args:
         results: The results.
         plots: The figures that stand beside it.
-        searched: Rows of the search for the size of a run.
+        searched: Rows of the search for the size of a run and for its learning rates.
     """
+    searched = list(searched)
     parts = [
         "# Does a question-aware tower help?",
         _made(results),
@@ -51,7 +53,7 @@ def page(results: Results, plots: list[Plot], searched: Iterable[Row] = ()) -> s
         for place, table in enumerate(tables_of(results, study)):
             parts += [*([f"### {table.title}"] if place else []), table.markdown()]
         parts += [f"![{plot.alt}]({plot.name}.svg){{ .scrolls }}" for plot in plots if plot.study == study.name]
-    parts += [*_claims(results), *_against_itself(), *_what_was_run(results), *_size(searched)]
+    parts += [*_claims(results), *_against_itself(), *_what_was_run(results), *_size(searched), *_rates(searched)]
     parts += [*_limits(results), *_again(results)]
     return "\n\n".join(parts) + "\n"
 
@@ -120,6 +122,19 @@ def _size(searched: Iterable[Row]) -> list[str]:
         "A comparison of ways to tune says nothing where tuning does not pay. So the size of a run was searched on "
         "validation scenes, with one seed: full tuning at the best of two or three learning rates, against a frozen "
         "tower. Intervals are over questions alone.",
+        table.markdown(),
+    ]
+
+
+def _rates(searched: Iterable[Row]) -> list[str]:
+    table = rates_table(searched)
+    if not table.rows:
+        return []
+    return [
+        "### Learning rates",
+        "Means of the twelve tasks on validation scenes by the peak learning rate of the tower, with one seed; in bold "
+        "is the best of a line. A method has one rate for all of its runs, the best over those of the study of methods "
+        "(`study/runs/rates.json`), unless a row's name has another.",
         table.markdown(),
     ]
 

@@ -40,26 +40,28 @@ def size_table(rows: Iterable[Row]) -> Table:
     for size, methods in sorted(found.items()):
         if len(methods) < 2:
             continue
-        full = max(_by_rate(methods["full"]), key=_mean)
+        full = max(by_rate(methods["full"]).values(), key=mean_of)
         frozen = Group("frozen", {row.seed: row for row in methods["frozen"] if row.seed in full.rows})
         if not frozen.rows:
             continue
         if size == chosen:
             table.strong = {(len(table.rows), x) for x in range(len(table.header))}
             table.notes = [_note(difference(full, frozen, TWELVE))]
-        row = [*map(str, size), number(_mean(frozen)), number(_mean(full)), interval(difference(full, frozen, TWELVE))]
-        table.rows.append(row)
+        means = [number(mean_of(frozen)), number(mean_of(full))]
+        table.rows.append([*map(str, size), *means, interval(difference(full, frozen, TWELVE))])
     return table
 
 
-def _by_rate(rows: list[Row]) -> list[Group]:
+def by_rate(rows: Iterable[Row]) -> dict[float, Group]:
+    """Group rows of one method by the tower's learning rate, from low to high."""
     rates: dict[float, dict[int, Row]] = {}
     for row in rows:
         rates.setdefault(row.settings["vision_lr"], {})[row.seed] = row
-    return [Group(f"full, {rate:g}", own) for rate, own in rates.items()]
+    return {rate: Group(f"{rate:g}", own) for rate, own in sorted(rates.items())}
 
 
-def _mean(group: Group) -> float:
+def mean_of(group: Group) -> float:
+    """Return the mean of the twelve tasks."""
     found = mean(group, TWELVE)
     assert found is not None
     return found.value
