@@ -142,8 +142,8 @@ SIZES = {
                 # python -m study search --methods full --field tower=backbone --field vision_lr=1e-4,3e-5
                 {"method": "full", "tower": "backbone", "vision_lr": 3e-5},
                 # python -m study search --methods covft --field tower=backbone --field layers=[8,9,10] \
-                #     --field vision_lr=1e-3,3e-4
-                {"tower": "backbone", "layers": (8, 9, 10), "vision_lr": 3e-4},
+                #     --field vision_lr=1e-3,3e-4,1e-4
+                {"tower": "backbone", "layers": (8, 9, 10), "vision_lr": 1e-4},
             ),
         ),
         Size(
