@@ -28,6 +28,9 @@ class Comparison:
     found: Estimate | None
 
 
+Compare = Callable[[Results], list[Comparison]]
+
+
 @dataclass(frozen=True)
 class Claim:
     """A claim.
@@ -43,7 +46,7 @@ class Claim:
     text: str
     source: str
     numbers: str
-    compare: Callable[[Results], list[Comparison]]
+    compare: Compare
     every: str = ""
 
     def comparisons(self, results: Results) -> list[Comparison]:

@@ -71,9 +71,14 @@ def page(
     output: Annotated[Path | None, typer.Option(help=f"Folder for the page and its figures; {_BY_SIZE}.")] = None,
 ) -> None:
     """Write the page of the study, with tables, figures and verdicts, from the rows alone."""
-    from study.results.page import write_page
+    from dataclasses import replace
 
-    typer.echo(write_page(results_of(size, rows, split), output or _page_of(size)))
+    from study.results.page import write_page
+    from study.runs.plan import STUDIES
+
+    results = results_of(size, rows, split)
+    planned = {name: [run.label for run in runs(size)] for name, runs in STUDIES.items()}
+    typer.echo(write_page(replace(results, planned=planned), output or _page_of(size)))
 
 
 def _page_of(size: str) -> Path:
@@ -86,8 +91,6 @@ def results_of(size: str, folder: Path | None, split: str) -> Results:
     """Read the rows of a size; by default those of the repository."""
     from study.results.load import read_rows
     from study.results.studies import Results
-    from study.runs.plan import STUDIES
     from study.runs.rows import ROWS
 
-    planned = {name: [run.label for run in runs(size)] for name, runs in STUDIES.items()}
-    return Results.of(size, read_rows(folder or ROWS / size), split, planned)
+    return Results.of(size, read_rows(folder or ROWS / size), split)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from covft.utils.files import write_text
@@ -32,7 +32,7 @@ def write_page(results: Results, folder: Path) -> Path:
     return folder / NAME
 
 
-def page(results: Results, plots: list[Plot], searched: Iterable[Row] = ()) -> str:
+def page(results: Results, plots: list[Plot], searched: Sequence[Row] = ()) -> str:
     """Return the page.
 
     Args:
@@ -40,7 +40,6 @@ def page(results: Results, plots: list[Plot], searched: Iterable[Row] = ()) -> s
         plots: The figures that stand beside it.
         searched: Rows of the search for the size of a run and for its learning rates.
     """
-    searched = list(searched)
     parts = [
         "# Does a question-aware tower help?",
         _made(results),
@@ -142,9 +141,10 @@ def _rates(searched: Iterable[Row]) -> list[str]:
 def _claims(results: Results) -> list[str]:
     return [
         "## Verdicts",
-        "A claim *holds* if every interval lies on its side of 0, *does not hold* if any lies on the other side, and "
-        "*cannot be told at this size* otherwise. Differences are in points; each interval is one of 95 percent on its "
-        "own, so among twenty differences that are 0, one is expected to be told apart from 0.",
+        "A claim *holds* if every interval lies on its side of 0, *does not hold* if any lies on the other side, is "
+        "*not run* where a run that it is about has no row, and *cannot be told at this size* otherwise. Differences "
+        "are in points; each interval is one of 95 percent on its own, so among twenty differences that are 0, one is "
+        "expected to be told apart from 0.",
         "### The CoVFT paper",
         claims_table(paper_claims.PAPER, results).markdown(),
         "Not tested: larger language models (13B, Table 1) and InternVL (Table 3). Gradient similarity (Fig. 5) and "

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from study.results import contrasts, forgetting
-from study.results.claims import Claim, Comparison
+from study.results.claims import Claim, Compare, Comparison
 from study.results.contrasts import Term
 from study.results.load import Group
 from study.results.studies import GROUPS, STUDIES, TWELVE, Results, method_of, role_of, standing
 
 _AS_MANY = 1.25  # ratio of trained parameters up to which two methods have about as many
-
-Compare = Callable[[Results], list[Comparison]]
 
 
 def difference(name: str, ours: Group | None, theirs: Group | None, tasks: Iterable[str] = TWELVE) -> Comparison:

@@ -23,8 +23,7 @@ def rates_table(rows: Iterable[Row]) -> Table:
         if row.split != "validation" or settings.vision_lr is None:
             continue
         if all(getattr(settings, name) == getattr(usual, name) for name in FIELDS):
-            run = settings.replace(vision_lr=None, split=usual.split, seed=usual.seed)
-            found.setdefault(run.label, []).append(row)
+            found.setdefault(settings.of_method().label, []).append(row)
     means = {label: {rate: mean_of(group) for rate, group in by_rate(own).items()} for label, own in found.items()}
     means = {label: own for label, own in sorted(means.items()) if len(own) > 1}
     rates = sorted({rate for own in means.values() for rate in own})

@@ -60,16 +60,18 @@ def tasks_table(results: Results) -> Table:
         "shown a grey picture, and of the same model not given the question. *Lowest* and *highest* are over the study "
         "of methods. The two tasks of the conflict are outside the means."
     )
-    ends = {row[0]: [float(cell) for cell in row[5:] if cell] for row in table.rows if row[-1]}
+    ends = {
+        name: [float(cell) for cell in row[5:] if cell] for name, row in zip(TASKS, table.rows, strict=True) if row[-1]
+    }
     floored = [name for name, (*low, _, highest) in ends.items() if low and highest <= max(low) + _NEAR]
-    percents = [row[0] for row in table.rows if row[3] != "cider"]  # CIDEr has no ceiling
+    percents = [name for name, task in TASKS.items() if task.metric != "cider"]  # CIDEr has no ceiling
     full = [name for name, (*_, highest) in ends.items() if highest > _CEILING and name in percents]
     for tasks, told in (
         (floored, f"Within {_NEAR} points of its floor for every method"),
         (full, f"Above {_CEILING} for some method"),
     ):
         if tasks:
-            said = ", ".join(f"{task} ({_best(results, task.strip('`'))})" for task in tasks)
+            said = ", ".join(f"`{task}` ({_best(results, task)})" for task in tasks)
             table.notes.append(f"{told}, so that it hardly tells methods apart: {said}.")
     return table
 

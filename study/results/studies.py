@@ -133,7 +133,7 @@ class Results:
         size: Its name.
         groups: The groups.
         rows: Their runs.
-        planned: Labels of the groups that each study is to have.
+        planned: Labels of the groups that each study is to have, where verdicts are asked for.
     """
 
     size: str
@@ -142,11 +142,9 @@ class Results:
     planned: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, size: str, rows: list[Row], split: str = "test", planned: Mapping[str, Sequence[str]] | None = None
-    ) -> Results:
+    def of(cls, size: str, rows: list[Row], split: str = "test") -> Results:
         """Group the rows of a split."""
-        return cls(size, groups_of(rows, split), [row for row in rows if row.split == split], planned or {})
+        return cls(size, groups_of(rows, split), [row for row in rows if row.split == split])
 
     def missing(self, study: str) -> list[str]:
         """Return the labels of the planned groups of a study that have no row."""

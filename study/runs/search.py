@@ -54,7 +54,7 @@ def choose_rates(rows: Rows, size: str) -> dict[str, float]:
         settings = row["settings"]
         if row["split"] != "validation" or settings["vision_lr"] is None:
             continue
-        if RunSettings.from_dict(settings).replace(vision_lr=None, split="test", seed=0).name in compared:
+        if RunSettings.from_dict(settings).of_method().name in compared:
             rates = found.setdefault(settings["method"], {})
             rates.setdefault(settings["vision_lr"], []).append(mean_of(row["scores"]))
     best = {method: max(rates, key=lambda rate: sum(rates[rate]) / len(rates[rate])) for method, rates in found.items()}

@@ -200,6 +200,10 @@ class RunSettings:
             vision = known.get(self.method, known["default"])
         return vision, vision / 10 if self.router_lr is None else self.router_lr
 
+    def of_method(self) -> RunSettings:
+        """Return the run that a search varies: at the rate of its method, on test scenes, with the first seed."""
+        return self.replace(vision_lr=None, split="test", seed=0)
+
     def replace(self, **fields: Any) -> RunSettings:
         """Return these settings with other values for some fields.
 

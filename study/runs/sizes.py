@@ -34,7 +34,7 @@ class Size:
         placements: Blocks that the study of placement tunes, in turn.
         matched: Fields of methods that train as many parameters of the tower as covft. The rate is that of the method,
             unless a search has found another.
-        another_tower: Fields of the runs with another tower. So is theirs.
+        another_tower: Fields of the runs with another tower, their rates as above.
         folders: Return the folders of converted weights that a machine without their packages needs.
     """
 

@@ -1,5 +1,7 @@
 """Verdicts on planted rows: each of the four, for a reason that was planted."""
 
+from dataclasses import replace
+
 import pytest
 
 from study.results import paper_claims
@@ -150,7 +152,7 @@ def test_a_claim_about_every_run_of_a_study_needs_them_all(tmp_path):
     rows = read_rows(write(rows, tmp_path))
     every, other = CLAIMS["CoVFT is above every other method"], CLAIMS["CoVFT is above the frozen tower"]
     for planned, expected in ((["frozen", "covft"], HOLDS), (["frozen", "ffn", "covft"], NOT_RUN)):
-        results = Results.of("small", rows, planned={"methods": planned})
+        results = replace(Results.of("small", rows), planned={"methods": planned})
         assert verdict(every.comparisons(results)) == expected
         assert verdict(other.comparisons(results)) == HOLDS
     assert [each.name for each in every.comparisons(results) if each.found is None] == ["ffn"]
@@ -158,7 +160,8 @@ def test_a_claim_about_every_run_of_a_study_needs_them_all(tmp_path):
 
 def test_a_claim_that_is_refuted_needs_no_other_run(tmp_path):
     rows = planted("covft", percents(30), ["methods"]) + planted("frozen", percents(40), ["methods"], method="frozen")
-    results = Results.of("small", read_rows(write(rows, tmp_path)), planned={"methods": ["frozen", "ffn", "covft"]})
+    results = Results.of("small", read_rows(write(rows, tmp_path)))
+    results = replace(results, planned={"methods": ["frozen", "ffn", "covft"]})
     assert verdict(CLAIMS["CoVFT is above every other method"].comparisons(results)) == FAILS
 
 
